@@ -1,0 +1,17 @@
+"""Asymmetric adaptive clipping (Eq. 12-13): noise may fall fast, decisions may grow far."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def clip_bounds(h: Tensor, eps_low: float = 0.2, eps_high: float = 0.28) -> tuple[Tensor, Tensor]:
+    """Lower and upper bound on the probability ratio, each shaped like h.
+
+    h <= 0: lower = 1 - eps_low * (1 - h), upper = 1 + eps_high.
+    h > 0:  lower = 1 - eps_low,           upper = 1 + eps_high * (1 + h).
+    With h = 0 these are the fixed bounds of PPO (eps_low = eps_high) and DAPO (clip-higher).
+    """
+    lower = 1.0 - eps_low * (1.0 - h.clamp_max(0.0))
+    upper = 1.0 + eps_high * (1.0 + h.clamp_min(0.0))
+    return lower, upper

@@ -1,0 +1,62 @@
+"""The entropy signal h (Eq. 5-6): how uncertain a token is, against the other tokens of its iteration.
+
+Axes: B sequences (completions), T completion tokens. Entropy in nats, over the full vocabulary, at the base
+temperature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EntropySignal:
+    """Statistics of log-entropy over one declared scope of tokens, normally all completion tokens of an iteration.
+
+    pivot: the rho-quantile of log H, in log-nats. high, low: how far log H reaches above and below it, >= 0.
+    sigma: root mean square of log H about the pivot (cancels in h; used by the z-score view). floor: nats.
+    """
+
+    pivot: float
+    sigma: float
+    high: float
+    low: float
+    floor: float = 1e-8
+
+    @classmethod
+    def fit(cls, entropy: Tensor, mask: Tensor, quantile: float = 0.8, floor: float = 1e-8) -> EntropySignal:
+        """Fit over the tokens where `mask` is true. entropy, mask: [B, T].
+
+        The quantile is the nearest-rank one, sorted position round(quantile * (n - 1)): the pivot is the log-entropy of
+        a real token. Statistics are computed in float64. Raises ValueError on an empty scope, a non-finite or negative
+        entropy, or a quantile outside [0, 1].
+        """
+        if not 0.0 <= quantile <= 1.0:
+            raise ValueError(f"quantile must lie in [0, 1], not {quantile}")
+        scope = entropy[mask.bool()].double()
+        if scope.numel() == 0:
+            raise ValueError("the entropy signal needs at least one token; the mask selects none")
+        if not bool(torch.isfinite(scope).all()) or bool((scope < 0).any()):
+            raise ValueError("the entropy signal needs finite, non-negative entropies")
+        log_entropy = scope.clamp_min(floor).log().sort().values
+        pivot = log_entropy[round(quantile * (scope.numel() - 1))]
+        return cls(
+            pivot=float(pivot),
+            sigma=float((log_entropy - pivot).square().mean().sqrt()),
+            high=float(log_entropy[-1] - pivot),
+            low=float(pivot - log_entropy[0]),
+            floor=floor,
+        )
+
+    def normalize(self, entropy: Tensor) -> Tensor:
+        """h in [-1, 1], like `entropy`: positive above the pivot, 1 at the scope's largest entropy, -1 at its smallest.
+
+        A token outside the fitted scope is clamped. A side on which the scope has no token gives 0.
+        """
+        distance = entropy.clamp_min(self.floor).log() - self.pivot
+        above = distance / self.high if self.high > 0 else torch.zeros_like(distance)
+        below = distance / self.low if self.low > 0 else torch.zeros_like(distance)
+        return torch.where(distance > 0, above, below).clamp(-1.0, 1.0)

@@ -1,0 +1,77 @@
+"""Group advantages worked by hand, and the cases that groups come in."""
+
+import math
+
+import pytest
+import torch
+
+from hapo_lite.algo.advantage import group_advantage, redistribute
+
+
+def advantage(rewards, lengths, groups, level):
+    return group_advantage(
+        torch.tensor(rewards, dtype=torch.float64), torch.tensor(lengths), torch.tensor(groups), level
+    )
+
+
+def test_token_level_by_hand():
+    # Tokens: one of reward 1, three of reward 0. mean = 1/4, population std = sqrt(1/4 * 3/4) = sqrt(3)/4.
+    a = advantage([1.0, 0.0], [1, 3], [7, 7], "token")
+    std = math.sqrt(3) / 4 + 1e-6
+    assert a.tolist() == pytest.approx([0.75 / std, -0.25 / std])
+
+
+def test_sequence_level_by_hand():
+    # mean = 1/3, sample std = sqrt((4/9 + 1/9 + 1/9) / 2) = sqrt(1/3).
+    a = advantage([1.0, 0.0, 0.0], [5, 1, 9], [0, 0, 0], "sequence")
+    std = math.sqrt(1 / 3) + 1e-6
+    assert a.tolist() == pytest.approx([2 / 3 / std, -1 / 3 / std, -1 / 3 / std])
+
+
+def test_token_level_sums_to_zero_over_tokens():
+    lengths = [3, 17, 5, 11]
+    a = advantage([0.3, 1.0, -0.5, 0.0], lengths, [0] * 4, "token")
+    assert float((a * torch.tensor(lengths)).sum()) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_extreme_groups_fall_back_to_sequence_level():
+    # One right token against 99 wrong ones: A = 0.99 / sqrt(0.01 * 0.99) = 9.9 >= 5.
+    rewards, lengths = [1.0, 0.0, 0.0], [1, 50, 49]
+    assert torch.equal(advantage(rewards, lengths, [0] * 3, "token"), advantage(rewards, lengths, [0] * 3, "sequence"))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_equal_rewards_and_singletons_give_zero(level):
+    a = advantage([0.1, 0.1, 0.1, 1.0], [2, 3, 4, 5], [0, 0, 0, 1], level)
+    assert a.tolist() == [0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_groups_may_be_interleaved_and_named_anyhow(level):
+    rewards, lengths = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0], [3, 5, 2, 7, 4, 6]
+    apart = advantage(rewards, lengths, [0, 0, 0, 1, 1, 1], level)
+    order = [3, 0, 4, 1, 5, 2]
+    mixed = advantage([rewards[i] for i in order], [lengths[i] for i in order], [-4, 900] * 3, level)
+    assert torch.equal(mixed, apart[order])
+
+
+def test_bad_calls_are_refused():
+    with pytest.raises(ValueError, match="level"):
+        advantage([1.0], [1], [0], "batch")
+    with pytest.raises(ValueError, match="share one shape"):
+        advantage([1.0, 2.0], [1], [0, 0], "token")
+    with pytest.raises(ValueError, match="finite"):
+        advantage([math.nan, 1.0], [1, 1], [0, 0], "token")
+
+
+def test_redistribution_by_hand():
+    # Zone [0.9, 1.14]. Columns: decision inside, decision outside, settled inside, settled outside, at the zone's edge.
+    h = torch.tensor([[0.5, 0.5, -0.5, -0.5, 0.5]], dtype=torch.float64)
+    ratio = torch.tensor([[1.0, 1.2, 1.0, 0.8, 0.9]], dtype=torch.float64)
+    out = redistribute(torch.full_like(h, 2.0), h, ratio)
+    assert out.tolist() == [[2.0, 3.0, 1.0, 2.0, 2.0]]
+
+
+def test_redistribution_takes_no_gradient_through_the_ratio():
+    ratio = torch.tensor([[1.5]], requires_grad=True)
+    assert not redistribute(torch.ones(1, 1), torch.ones(1, 1), ratio).requires_grad
