@@ -1,0 +1,405 @@
+"""The recipe: every setting of a run, typed, with bounds, and every rule between fields with its reason.
+
+A recipe is a YAML file of sections; `section.key=value` on the command line overrides it. The resolved recipe is saved
+with the run, so that `runs/NAME/recipe.yaml` is all that is needed to repeat it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from hapo_lite.algo.objective import PRESETS, Method
+from hapo_lite.errors import UserError
+
+QWEN_SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class LoraSettings(Section):
+    rank: Positive = Field(32, description="Rank of the adapter matrices")
+    alpha: Annotated[float, Field(gt=0)] = Field(64.0, description="Scale: the adapter's output is times alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Must stay 0 for ratio = 1 before the first update; kept as a field so that a recipe says so"
+    )
+    targets: str | tuple[str, ...] = Field(
+        "all-linear", description="Layers to adapt: all-linear (all but the head), or a list of module names"
+    )
+
+
+class ModelSettings(Section):
+    name: str = Field(description="Hub name or folder of a causal language model, or `tiny` for the bundled one")
+    revision: str | None = Field(None, description="Hub revision (commit, tag or branch)")
+    quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4-bit base with double quantisation; none")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="Compute dtype; auto: bf16 where the GPU has it, else fp16; fp32 on CPU"
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention implementation")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward: less memory")
+    lora: LoraSettings = Field(default_factory=LoraSettings, description="Adapter")
+
+
+class DataSettings(Section):
+    source: str = Field(
+        description="`tiny` (the built-in task), a local .parquet, .jsonl, .json or .csv file, or a hub data set"
+    )
+    config: str | None = Field(None, description="Configuration of a hub data set, such as `main`")
+    revision: str | None = Field(None, description="Hub revision of the data set")
+    split: str = Field("train", description="Split of a hub data set or of the built-in task")
+    problem_column: str | None = Field(
+        None, description="Column of the problem, dots for nested ones; null: prompt, problem or question, as found"
+    )
+    answer_column: str | None = Field(
+        None, description="Column of the answer; null: reward_model.ground_truth, answer or solution, as found"
+    )
+    system_prompt: str | None = Field(
+        QWEN_SYSTEM_PROMPT, description="System message; null: none. Left out where the data has one of its own"
+    )
+    limit: Positive | None = Field(None, description="Use only the first so many prompts that are usable")
+    max_prompt_tokens: Positive = Field(1024, description="Longer prompts are left out, and counted")
+
+
+class RewardSettings(Section):
+    function: str | None = Field(
+        None, description="Your own reward as module:function (see docs/rewards.md); null: grade the answer"
+    )
+    correct: float = Field(1.0, description="Reward of a correct answer")
+    wrong: float = Field(0.0, description="Reward of any other outcome")
+    overlong_buffer: NonNegative = Field(
+        0, description="DAPO's soft overlong penalty: its ramp, in tokens before max_new_tokens; 0: off"
+    )
+    overlong_penalty: Annotated[float, Field(ge=0)] = Field(1.0, description="Penalty at the end of that ramp")
+    timeout_s: Annotated[float, Field(gt=0)] = Field(5.0, description="Deadline of one grading, seconds")
+    workers: Positive = Field(2, description="Grading processes")
+
+
+class RolloutSettings(Section):
+    engine: Literal["transformers"] = Field("transformers", description="What samples the completions")
+    prompts_per_iteration: Positive = Field(32, description="P")
+    completions_per_prompt: Positive = Field(8, description="G, the size of a group")
+    max_new_tokens: Positive = Field(1024, description="Longest completion, tokens")
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="T_base")
+    batch_size: Positive = Field(64, description="Completions sampled at once; bounds the memory of the KV cache")
+    old_logprobs: Literal["recomputed", "sampled"] = Field(
+        "recomputed", description="pi_old from one pass of the trainer (exact), or the sampler's own (saves the pass)"
+    )
+    dynamic_sampling: bool = Field(
+        False, description="DAPO: drop groups whose rewards are all equal, and sample others in their place"
+    )
+    token_budget: Positive | None = Field(
+        None, description="Most completion tokens sampled in an iteration with dynamic_sampling; null: 4 x P x G x max"
+    )
+
+
+class TrainingSettings(Section):
+    iterations: Positive = Field(description="Iterations: rollout, score, update")
+    updates_per_iteration: Positive = Field(4, description="Optimiser steps on each iteration's completions")
+    micro_batch_tokens: Positive = Field(
+        16384, description="Padded tokens, prompt included, in one forward and backward; changes memory, no result"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field("adamw", description="Optimiser")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-5, description="Peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up")
+    warmup_updates: NonNegative = Field(10, description="Optimiser steps of linear warm-up")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient clipping, global L2 norm")
+
+
+class EvaluationSettings(Section):
+    every: NonNegative = Field(10, description="Iterations between evaluations; 0: only before and after; both always")
+    prompts: NonNegative = Field(64, description="Held-out prompts; 0: no evaluation at all")
+    samples: Positive = Field(8, description="Completions per prompt: the n of avg@n")
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Sampling temperature, the same for all tokens")
+    data: DataSettings | None = Field(
+        None,
+        description="Held-out data; null: the built-in task's test split, or rows set aside from the training data",
+    )
+
+
+class CheckpointSettings(Section):
+    every: NonNegative = Field(10, description="Iterations between checkpoints; 0: only at the end or when interrupted")
+    keep: Positive = Field(2, description="Newest checkpoints kept")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: continue this run from its newest checkpoint; never: refuse a folder that has one"
+    )
+
+
+class LoggingSettings(Section):
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field("none", description="Tracker")
+    traces_per_iteration: NonNegative = Field(4, description="Completions whose tokens are recorded each iteration")
+    progress: bool = Field(True, description="Show the progress bar")
+
+
+class Recipe(Section):
+    """All settings of one run."""
+
+    name: str = Field(description="The run's folder below output_dir")
+    output_dir: str = Field("runs", description="Where run folders are made")
+    seed: NonNegative = Field(0, description="Decides prompts, sampling, adapter initialisation and shuffling")
+    model: ModelSettings
+    data: DataSettings
+    reward: RewardSettings = Field(default_factory=RewardSettings)
+    rollout: RolloutSettings = Field(default_factory=RolloutSettings)
+    method: Method = Field(default_factory=lambda: PRESETS["hapo"])
+    training: TrainingSettings
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    logging: LoggingSettings = Field(default_factory=LoggingSettings)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_one_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError("must be one folder name of letters, digits, '.', '_' and '-': a run writes nowhere else")
+        return name
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _start_from_preset(cls, method: Any) -> Any:
+        if isinstance(method, str):
+            method = {"preset": method}
+        if not isinstance(method, dict):
+            return method
+        preset = method.get("preset", "hapo")
+        if preset not in PRESETS:
+            raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}{_nearest(str(preset), PRESETS)}")
+        return {**dataclasses.asdict(PRESETS[preset]), **method}
+
+    @model_validator(mode="after")
+    def _rules(self) -> Recipe:
+        for broken, sentence in (
+            (
+                self.rollout.completions_per_prompt < 2,
+                "rollout.completions_per_prompt must be at least 2: a group of one has no advantage to compute",
+            ),
+            (
+                self.reward.overlong_buffer >= self.rollout.max_new_tokens,
+                "reward.overlong_buffer must be smaller than rollout.max_new_tokens: else every completion is overlong",
+            ),
+            (
+                self.training.updates_per_iteration
+                > self.rollout.prompts_per_iteration * self.rollout.completions_per_prompt,
+                "training.updates_per_iteration exceeds the completions of an iteration: some updates would be empty",
+            ),
+            (
+                self.model.lora.dropout > 0,
+                "model.lora.dropout must be 0: with dropout the ratio differs from 1 before anything has been learned",
+            ),
+            (
+                self.reward.function is None and self.reward.correct <= self.reward.wrong,
+                "reward.correct must exceed reward.wrong: otherwise wrong answers are what is learned",
+            ),
+            (
+                self.rollout.token_budget is not None and not self.rollout.dynamic_sampling,
+                "rollout.token_budget has no effect without rollout.dynamic_sampling: set both or neither",
+            ),
+        ):
+            if broken:
+                raise ValueError(sentence)
+        return self
+
+    @property
+    def token_budget(self) -> int:
+        """Most completion tokens sampled in one iteration under dynamic sampling."""
+        r = self.rollout
+        return r.token_budget or 4 * r.prompts_per_iteration * r.completions_per_prompt * r.max_new_tokens
+
+    def advice(self) -> list[str]:
+        """Sentences about settings that are allowed but seldom meant."""
+        notes = []
+        method, updates = self.method, self.training.updates_per_iteration
+        if updates == 1 and (method.redistribution or method.adaptive_clip):
+            notes.append(
+                "training.updates_per_iteration is 1, so every ratio is 1: redistribution can only suppress and "
+                "adaptive clipping does nothing. Use 4 or more for HAPO."
+            )
+        if method.preset == "hapo" and self.reward.overlong_buffer:
+            notes.append("HAPO's authors warn that it is sensitive to the overlong penalty (reward.overlong_buffer).")
+        if self.reward.overlong_buffer and method.preset == "grpo":
+            notes.append("reward.overlong_buffer is DAPO's; GRPO as published has no length penalty.")
+        return notes
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file and apply `section.key=value` overrides. Raises UserError with one sentence."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"there is no recipe at {path}{_nearest_file(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe {path} cannot be read: {error}") from None
+    try:
+        settings = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply for a recipe") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, such as `model:` and `training:`")
+    for override in overrides:
+        _apply_override(settings, override)
+    settings.setdefault("name", path.stem)
+    return parse_recipe(settings, str(path))
+
+
+def parse_recipe(settings: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a mapping. Raises UserError naming the first field that is wrong."""
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        problems = [_sentence(detail) for detail in error.errors()]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{where}: {problems[0]}{more}") from None
+
+
+def describe_fields() -> str:
+    """Every field with its type, default and meaning, one line each, for --help."""
+    lines = [f"  {name} ({kind}, {default}): {meaning}" for name, kind, default, meaning in _walk(Recipe)]
+    return "recipe fields:\n" + "\n".join(lines)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key may stand only once in a mapping."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _apply_override(settings: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r} is not an override: write section.key=value")
+    target = settings
+    *sections, last = key.split(".")
+    for depth, section in enumerate(sections):
+        below = target.get(section)
+        if section == "method" and isinstance(below, str):
+            below = {"preset": below}
+        if below is None:
+            below = {}
+        if not isinstance(below, dict):
+            raise UserError(f"{override!r}: {'.'.join(sections[: depth + 1])} is a single value, not a section")
+        target[section] = below
+        target = below
+    try:
+        target[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: {value!r} is not a YAML value") from None
+
+
+def _sentence(detail: dict[str, Any]) -> str:
+    location = [str(part) for part in detail["loc"]]
+    name = ".".join(location)
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _fields_at(location[:-1])
+        return f"{name} is not a field{_nearest(location[-1], known, '.'.join(location[:-1]))}"
+    if detail["type"] == "missing":
+        return f"{name} is missing and has no default"
+    message = detail["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    if detail["type"] == "value_error":
+        return f"{name}: {message}"
+    return f"{name} = {detail['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _nearest(word: str, known, section: str = "") -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {section + '.' if section else ''}{close[0]}?"
+    if section or not known:
+        return f"; known are {', '.join(known)}" if known else ""
+    elsewhere = [name for name, *_ in _walk(Recipe) if name.split(".")[-1] == word]
+    return f"; did you mean {elsewhere[0]}?" if elsewhere else ""
+
+
+def _nearest_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f": the folder {path.parent} does not exist"
+    siblings = sorted(p.name for p in path.parent.glob("*.yaml"))
+    close = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.5)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
+def _model_of(annotation: Any) -> type | None:
+    """The settings class inside a field's annotation, such as DataSettings in `DataSettings | None`."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and (issubclass(candidate, BaseModel) or dataclasses.is_dataclass(candidate)):
+            return candidate
+    return None
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    model: type | None = Recipe
+    for part in location:
+        children = {name: sub for name, _, _, _, sub in _children(model)} if model else {}
+        model = children.get(part)
+    return [name for name, *_ in _children(model)] if model else []
+
+
+def _children(model: type):
+    """(name, type text, default text, meaning, nested model) of each field."""
+    if dataclasses.is_dataclass(model):
+        for f in dataclasses.fields(model):
+            yield f.name, str(f.type), f"default {f.default}", f.metadata["help"], None
+        return
+    for name, info in model.model_fields.items():
+        default = "required" if info.is_required() else f"default {_show(info.default)}"
+        yield name, _type_text(info.annotation), default, info.description or "", _model_of(info.annotation)
+
+
+def _walk(model: type, prefix: str = ""):
+    for name, kind, default, meaning, nested in _children(model):
+        if nested is None:
+            yield prefix + name, kind, default, meaning
+        else:
+            yield from _walk(nested, f"{prefix}{name}.")
+
+
+def _show(default: Any) -> str:
+    return "null" if default is None else str(default)
+
+
+def _type_text(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _type_text(get_args(annotation)[0])
+    if origin is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if origin in (Union, types.UnionType):
+        return " | ".join(_type_text(a) for a in get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    return getattr(annotation, "__name__", str(annotation))

@@ -1,0 +1,104 @@
+"""The records that pass between the stages of an iteration, axes named.
+
+Axes: B completions, T completion tokens (padded on the right), L prompt and completion tokens together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem. messages: the chat before the answer, as (role, content) pairs; answer: the gold answer."""
+
+    id: str
+    messages: tuple[tuple[str, str], ...]
+    answer: str
+
+    def chat(self) -> list[dict[str, str]]:
+        return [{"role": role, "content": content} for role, content in self.messages]
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt with its place in the data, which sampling is seeded by, and its token ids."""
+
+    index: int
+    prompt: Prompt
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion; the tensors are on the CPU, [T] each, T being its own length, stop token included.
+
+    base_logp, entropy: of the policy at the base temperature, nats. sampling_logp: under the distribution the token was
+    drawn from, at its own temperature. truncated: it ended at the length limit, not at a stop token.
+    """
+
+    prompt: EncodedPrompt
+    sample: int
+    ids: Tensor
+    text: str
+    truncated: bool
+    sampling_logp: Tensor
+    base_logp: Tensor
+    entropy: Tensor
+    temperature: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[0]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A micro-batch, right-padded. ids: [B, L]; prompt_lengths, lengths: [B]; mask: bool [B, T], true on real tokens.
+
+    The mask comes from lengths alone: a token's value never decides whether it counts.
+    """
+
+    ids: Tensor
+    prompt_lengths: Tensor
+    lengths: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, completions: Sequence[Completion], device: torch.device | str = "cpu") -> Sequences:
+        rows = [torch.cat([torch.tensor(c.prompt.ids, dtype=torch.long), c.ids]) for c in completions]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([c.length for c in completions])
+        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        prompt_lengths = torch.tensor([len(c.prompt.ids) for c in completions])
+        return cls(ids.to(device), prompt_lengths.to(device), lengths.to(device), mask.to(device))
+
+
+def pad(rows: Sequence[Tensor], device: torch.device | str = "cpu") -> Tensor:
+    """[T_i] tensors -> [B, T], zeros on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)
+
+
+@dataclass(frozen=True)
+class TokenOutcome:
+    """What one update did to one completion: [T] tensors on the CPU, and its advantage before redistribution.
+
+    old_logp, entropy: of the policy before the iteration's first update, at the base temperature, nats. logp: at the
+    moment of the update. h: entropy signal. credit: advantage after redistribution. lower, upper: bounds on the ratio.
+    """
+
+    advantage: float
+    old_logp: Tensor
+    entropy: Tensor
+    h: Tensor
+    logp: Tensor
+    ratio: Tensor
+    credit: Tensor
+    lower: Tensor
+    upper: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor

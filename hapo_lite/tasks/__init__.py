@@ -1,0 +1,1 @@
+"""Tasks: data sets become prompts with gold answers; graders and reward functions turn completions into rewards."""
