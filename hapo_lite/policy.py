@@ -1,0 +1,209 @@
+"""The policy: a causal language model with a frozen base (NF4 4-bit or full precision) and a LoRA adapter.
+
+Axes: B sequences, T completion tokens, N tokens flattened, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hapo_lite.errors import UserError
+from hapo_lite.head import token_logprobs
+from hapo_lite.recipe import ModelSettings
+from hapo_lite.records import Sequences
+
+TINY_MODEL = Path(__file__).parent / "tiny" / "model"
+"""The bundled model's folder, which `model.name: tiny` stands for."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """model: the base with its adapter; stop_ids: any of them ends a completion; context: longest sequence, tokens."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    context: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by name, in a fixed order."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def encode(self, chat: list[dict[str, str]]) -> list[int]:
+        """Token ids of a chat up to where the assistant begins to write."""
+        if self.tokenizer.chat_template is None:
+            text = "\n\n".join(message["content"] for message in chat) + "\n\n"
+            return self.tokenizer.encode(text)
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def completion_logprobs(self, batch: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of every completion token, [B, T] each, fp32; 0 beyond a completion's length.
+
+        Right padding needs no attention mask: under causal attention no real token sees what comes after it.
+        """
+        base = self.model.get_base_model()
+        hidden = base.get_decoder()(input_ids=batch.ids, use_cache=False).last_hidden_state
+        rows, columns = batch.mask.nonzero(as_tuple=True)
+        # The state at a position predicts the next token, so completion token t is predicted at prompt + t - 1.
+        states = hidden[rows, batch.prompt_lengths[rows] + columns - 1]
+        targets = batch.ids[rows, batch.prompt_lengths[rows] + columns]
+        logp, entropy = token_logprobs(states, base.get_output_embeddings().weight, targets, temperature)
+        blank = logp.new_zeros(batch.mask.shape)
+        return blank.index_put((rows, columns), logp), blank.index_put((rows, columns), entropy)
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[PreTrainedModel]:
+        """The model in evaluation mode without gradients; training mode comes back whatever happens inside."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            self.model.train(was_training)
+
+
+def load_policy(settings: ModelSettings, seed: int, device: torch.device | str) -> Policy:
+    """Load the base from a hub name or folder, quantise it, and put a fresh adapter on it.
+
+    Only safetensors weights are read and no code of the model's repository is run. The adapter's initial weights depend
+    on `seed` alone. Raises UserError if there is no such model or it does not fit the settings.
+    """
+    name = str(TINY_MODEL) if settings.name == "tiny" else settings.name
+    device = torch.device(device)
+    dtype = resolve_dtype(settings.dtype, device)
+    source = {"revision": settings.revision} if settings.revision else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False, **source)
+        base = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=settings.attention,
+            quantization_config=_nf4(dtype) if settings.quantization == "nf4" else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **source,
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(_loading_problem(settings.name, error)) from error
+    keep_weights_unpacked(base)
+    stop_ids = find_stop_ids(base, tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = stop_ids[0]
+    # A model's own generation settings (top_k, repetition_penalty, ...) would silently change the sampled distribution.
+    base.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=list(stop_ids))
+    if settings.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.manual_seed(seed)
+    lora = settings.lora
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    try:
+        model = get_peft_model(
+            base,
+            LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=targets,
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise UserError(f"model.lora.targets = {lora.targets!r} does not fit {settings.name}: {error}") from error
+    model.train()
+    context = getattr(base.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return Policy(model, tokenizer, stop_ids, int(context))
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bf16 where the GPU computes in it, else fp16; fp32 on CPU."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    if device.type != "cuda":
+        return torch.float32
+    # A T4 emulates bf16 and reports it as supported unless emulation is left out.
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token id that ends a completion: of the model, its generation settings, its tokenizer and its chat
+    template.
+
+    Qwen2.5's base models name <|endoftext|> as their end, while their chat template closes a turn with <|im_end|>.
+    """
+    found: list[int] = []
+    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        found += ids if isinstance(ids, list) else [ids]
+    if tokenizer.chat_template is not None:
+        answer = "answer"
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}], tokenize=False
+        )
+        after = tokenizer.encode(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)
+        found += [i for i in after[:1] if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]
+    stop_ids = tuple(dict.fromkeys(i for i in found if i is not None))
+    if not stop_ids:
+        raise UserError("the model names no end-of-sequence token: set eos_token_id in its generation_config.json")
+    return stop_ids
+
+
+def keep_weights_unpacked(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
+
+    Its first forward in evaluation mode repacks a Linear4bit for inference and never undoes it; training on the
+    repacked weights then fails or, in layers without a bias, gives wrong gradients (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _loading_problem(name: str, error: Exception) -> str:
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            return f"model.name = {name} is a folder without a config.json: give a folder that save_pretrained wrote"
+        return f"model.name = {name} cannot be loaded: {_first_line(error)}"
+    if folder.is_absolute() or name.startswith((".", "~")):
+        return f"model.name = {name} is not a folder: give a folder that save_pretrained wrote, or a hub name"
+    return (
+        f"model.name = {name} is neither a folder here nor a model that the hub gives: check the name and the network "
+        f"({_first_line(error)})"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

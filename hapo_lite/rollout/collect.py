@@ -1,0 +1,127 @@
+"""From a stream of prompts to graded groups of completions, with DAPO's dynamic sampling as an option.
+
+Axes: P prompts per iteration, G completions per prompt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from hapo_lite.records import Completion, EncodedPrompt
+from hapo_lite.rollout.sampling import AdaptiveTemperature
+from hapo_lite.rollout.transformers_engine import Request, TransformersEngine
+from hapo_lite.tasks.rewards import Score, Scorer
+
+
+class PromptStream:
+    """The training prompts without end: every epoch a new order, fixed by (seed, epoch)."""
+
+    def __init__(self, prompts: Sequence[EncodedPrompt], seed: int) -> None:
+        self.prompts, self.seed = prompts, seed
+
+    def take(self, start: int, count: int) -> list[EncodedPrompt]:
+        """Prompts at positions start .. start + count; each carries its position, which its sampling is seeded by."""
+        return [self._at(position) for position in range(start, start + count)]
+
+    def _at(self, position: int) -> EncodedPrompt:
+        epoch, place = divmod(position, len(self.prompts))
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.prompts))
+        chosen = self.prompts[order[place]]
+        return EncodedPrompt(position, chosen.prompt, chosen.ids)
+
+
+@dataclass
+class Collected:
+    """Graded completions, group by group, and what it took to get them. seconds: per stage."""
+
+    completions: list[Completion] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+    prompts_used: int = 0
+    groups_sampled: int = 0
+    groups_equal: int = 0
+    groups_discarded: int = 0
+    tokens_sampled: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"rollout": 0.0, "grade": 0.0})
+
+
+class Collector:
+    """Samples, grades and gathers over all processes; every process ends up with the same groups."""
+
+    def __init__(self, engine: TransformersEngine, scorer: Scorer, accelerator: Accelerator) -> None:
+        self.engine, self.scorer, self.accelerator = engine, scorer, accelerator
+
+    def graded(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        samples: int,
+        processor: AdaptiveTemperature,
+        seed: int,
+        stage: int,
+        iteration: int,
+        seconds: dict[str, float],
+    ) -> tuple[list[Completion], list[Score]]:
+        """`samples` completions of each prompt, in the prompts' order, whichever process wrote them."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        started = time.perf_counter()
+        requests = [Request(prompt, sample) for prompt in prompts[rank::world] for sample in range(samples)]
+        mine = self.engine.sample(requests, processor, seed, stage, iteration)
+        rolled = time.perf_counter()
+        scores = self.scorer.score(
+            [c.prompt.prompt for c in mine],
+            [c.text for c in mine],
+            [c.length for c in mine],
+            [c.truncated for c in mine],
+        )
+        together = list(zip(mine, scores, strict=True))
+        if world > 1:
+            together = gather_object(together)
+            place = {prompt.index: i for i, prompt in enumerate(prompts)}
+            together.sort(key=lambda pair: (place[pair[0].prompt.index], pair[0].sample))
+        seconds["rollout"] = seconds.get("rollout", 0.0) + rolled - started
+        seconds["grade"] = seconds.get("grade", 0.0) + time.perf_counter() - rolled
+        return [c for c, _ in together], [s for _, s in together]
+
+    def collect(
+        self,
+        stream: PromptStream,
+        cursor: int,
+        groups: int,
+        samples: int,
+        processor: AdaptiveTemperature,
+        seed: int,
+        iteration: int,
+        token_budget: int | None,
+        progress: Callable[[], None] = lambda: None,
+    ) -> Collected:
+        """`groups` graded groups of `samples` completions, from position `cursor` of the stream on.
+
+        token_budget: None takes the groups as they come. A number switches dynamic sampling on: groups whose rewards
+        are all equal are dropped and others sampled, until there are enough or so many completion tokens have been
+        sampled.
+        """
+        out = Collected()
+        while (missing := groups - len(out.completions) // samples) > 0:
+            prompts = stream.take(cursor + out.prompts_used, missing)
+            completions, scores = self.graded(prompts, samples, processor, seed, 0, iteration, out.seconds)
+            out.prompts_used += len(prompts)
+            out.groups_sampled += len(prompts)
+            out.tokens_sampled += sum(c.length for c in completions)
+            for start in range(0, len(completions), samples):
+                group = slice(start, start + samples)
+                equal = len({s.reward for s in scores[group]}) == 1
+                out.groups_equal += equal
+                if equal and token_budget is not None:
+                    out.groups_discarded += 1
+                else:
+                    out.completions += completions[group]
+                    out.scores += scores[group]
+            progress()
+            if token_budget is None or out.tokens_sampled >= token_budget:
+                break
+        return out

@@ -1,0 +1,367 @@
+"""One run from its folder to its summary: prepare, resume, train, evaluate, save, report.
+
+What a run leaves in `runs/NAME/`: recipe.yaml, metrics.jsonl, traces/, checkpoints/, adapter/, summary.json,
+curves.png.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from tqdm.auto import tqdm
+
+import hapo_lite
+from hapo_lite.checkpoint import (
+    TrainState,
+    disk_problem,
+    file_hash,
+    list_checkpoints,
+    load_checkpoint,
+    newest_good,
+    save_adapter,
+    save_checkpoint,
+)
+from hapo_lite.errors import UserError
+from hapo_lite.interrupt import Interrupted, Interrupts
+from hapo_lite.loop import Loop
+from hapo_lite.metrics import MetricsFile
+from hapo_lite.policy import Policy, load_policy, resolve_dtype
+from hapo_lite.recipe import DataSettings, Recipe
+from hapo_lite.records import EncodedPrompt, Prompt
+from hapo_lite.report import closing_table, draw_curves
+from hapo_lite.rollout.collect import Collector, PromptStream
+from hapo_lite.rollout.transformers_engine import TransformersEngine
+from hapo_lite.tasks.data import load_prompts, split_held_out
+from hapo_lite.tasks.rewards import Scorer
+from hapo_lite.trace import drop_traces_after, write_traces
+
+MAY_CHANGE = ("output_dir", "training.iterations", "checkpoint", "logging", "evaluation.every")
+"""What a resumed run may have changed in its recipe without ceasing to be the same run."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> MetricsFile:
+        return MetricsFile(self.path / "metrics.jsonl")
+
+    @property
+    def traces(self) -> Path:
+        return self.path / "traces"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Run `recipe` to its end, or on from its newest checkpoint, and return the summary.
+
+    Raises UserError for what the user can mend, and Interrupted after a checkpoint has been written for a signal.
+    """
+    accelerator = make_accelerator(recipe)
+    folder = RunFolder(recipe.run_dir)
+    say = accelerator.print
+    check_same_run(folder, recipe)
+    train_data, held_out_data = load_data(recipe, say)
+    policy = load_policy(recipe.model, recipe.seed, accelerator.device)
+    encoded = encode_prompts(train_data, policy, recipe.data, recipe.rollout.max_new_tokens, say)
+    held_out = encode_prompts(held_out_data, policy, recipe.data, recipe.rollout.max_new_tokens, say)
+    if accelerator.is_main_process:
+        open_folder(folder, recipe)
+    accelerator.wait_for_everyone()
+    for note in recipe.advice():
+        say(f"note: {note}")
+    if recipe.logging.report_to != "none":
+        accelerator.init_trackers("hapo_lite", config=flatten(recipe.model_dump(mode="json")))
+    engine = TransformersEngine(policy, recipe.rollout.batch_size, recipe.rollout.max_new_tokens)
+    with Scorer(recipe.reward, recipe.rollout.max_new_tokens) as scorer:
+        loop = Loop(
+            recipe,
+            policy,
+            Collector(engine, scorer, accelerator),
+            PromptStream(encoded, recipe.seed),
+            held_out,
+            accelerator,
+        )
+        state = resume(folder, recipe, loop, say)
+        summary = run_iterations(folder, recipe, loop, state)
+    if recipe.logging.report_to != "none":
+        accelerator.end_training()
+    return summary
+
+
+def run_iterations(folder: RunFolder, recipe: Recipe, loop: Loop, state: TrainState) -> dict[str, Any]:
+    """Iterate from `state` to the recipe's last iteration; on a signal, save what is whole and raise Interrupted."""
+    accelerator, last = loop.accelerator, recipe.training.iterations
+    recorder = Recorder(folder, recipe, loop)
+    interrupts = Interrupts(deferred=accelerator.num_processes > 1)
+    shown = recipe.logging.progress and accelerator.is_main_process
+    with interrupts.listening(), tqdm(total=last, initial=state.iteration, disable=not shown, unit="it") as bar:
+        try:
+            if state.iteration == 0:
+                recorder.record({"iteration": 0}, [], evaluate=recorder.evaluates)
+            while state.iteration < last:
+                started = time.perf_counter()
+                after, metrics, traces = loop.step(state, commit=interrupts.shield)
+                due = recipe.evaluation.every and after.iteration % recipe.evaluation.every == 0
+                metrics["seconds/iteration"] = time.perf_counter() - started
+                recorder.record(metrics, traces, evaluate=recorder.evaluates and bool(due or after.iteration == last))
+                state = replace(after, seconds=state.seconds + metrics["seconds/iteration"])
+                every = recipe.checkpoint.every
+                if state.iteration == last or (every and state.iteration % every == 0):
+                    recorder.save(state)
+                bar.update()
+                bar.set_postfix(recorder.headline())
+                interrupts.unshield()
+                if someone_wants_to_stop(accelerator, interrupts):
+                    raise Interrupted(interrupts.pending or signal.SIGTERM)
+        except Interrupted:
+            recorder.save(state)
+            raise
+    return recorder.finish(state)
+
+
+class Recorder:
+    """Everything a run writes, by the main process."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, loop: Loop) -> None:
+        self.folder, self.recipe, self.loop = folder, recipe, loop
+        self.main = loop.accelerator.is_main_process
+        self.lines = folder.metrics.read() if self.main else []
+
+    @property
+    def evaluates(self) -> bool:
+        return bool(self.loop.held_out)
+
+    def record(self, metrics: dict[str, float], traces: list, evaluate: bool) -> None:
+        """Add an iteration's line to metrics.jsonl and its traces, after an evaluation if one is due."""
+        if evaluate:
+            evaluation = self.loop.evaluate(int(metrics["iteration"]))
+            metrics = metrics | evaluation.metrics
+            traces = traces + evaluation.traces
+        self.lines.append(metrics)
+        if not self.main:
+            return
+        try:
+            write_traces(self.folder.traces, int(metrics["iteration"]), traces)
+            self.folder.metrics.append(metrics)
+        except OSError as error:
+            raise UserError(f"{self.folder.path} cannot be written: {disk_problem(error)}") from error
+        if self.recipe.logging.report_to != "none":
+            self.loop.accelerator.log(metrics, step=int(metrics["iteration"]))
+
+    def save(self, state: TrainState) -> None:
+        if self.main and state.iteration:
+            loop, keep = self.loop, self.recipe.checkpoint.keep
+            save_checkpoint(self.folder.checkpoints, loop.policy, loop.optimizer, loop.scheduler, state, keep)
+
+    def headline(self) -> dict[str, str]:
+        line = self.lines[-1]
+        shown = {"reward": line["reward/mean"], "entropy": line.get("entropy/all_mean", 0.0)}
+        accuracies = [x["eval/accuracy"] for x in self.lines if "eval/accuracy" in x]
+        if accuracies:
+            shown[f"avg@{self.recipe.evaluation.samples}"] = accuracies[-1]
+        return {key: f"{value:.3f}" for key, value in shown.items()}
+
+    def finish(self, state: TrainState) -> dict[str, Any]:
+        """Write adapter/, summary.json and curves.png, and print the closing table."""
+        self.loop.accelerator.wait_for_everyone()
+        if not self.main:
+            return {}
+        try:
+            save_adapter(self.loop.policy, self.folder.adapter)
+            summary = self._summary(state)
+            self.folder.summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            draw_curves(self.lines, self.folder.curves, title=self.recipe.name)
+        except OSError as error:
+            raise UserError(f"{self.folder.path} cannot be written: {disk_problem(error)}") from error
+        print(closing_table(self.lines, self.recipe.evaluation.samples))
+        print(f"{self.folder.path}: adapter/, curves.png, summary.json, metrics.jsonl, traces/")
+        return summary
+
+    def _summary(self, state: TrainState) -> dict[str, Any]:
+        evaluated = [line for line in self.lines if "eval/accuracy" in line]
+        return {
+            "name": self.recipe.name,
+            "method": self.recipe.method.preset,
+            "seed": self.recipe.seed,
+            "iterations": state.iteration,
+            "updates": state.updates,
+            "sampled_tokens": state.tokens,
+            "training_seconds": round(state.seconds, 2),
+            "evaluation": {
+                "prompts": len(self.loop.held_out),
+                "samples": self.recipe.evaluation.samples,
+                "before": evaluated[0] if evaluated and evaluated[0]["iteration"] == 0 else None,
+                "after": evaluated[-1] if evaluated else None,
+            },
+            "adapter_sha256": file_hash(self.folder.adapter / "adapter_model.safetensors"),
+            "versions": {"hapo_lite": hapo_lite.__version__, "torch": torch.__version__},
+            "machine": {
+                "device": str(self.loop.accelerator.device),
+                "processes": self.loop.accelerator.num_processes,
+                "cpu": platform.processor() or platform.machine(),
+                "cores": os.cpu_count(),
+            },
+        }
+
+
+def someone_wants_to_stop(accelerator: Accelerator, interrupts: Interrupts) -> bool:
+    """Whether any process has a signal pending; asked at the same place by all of them."""
+    if accelerator.num_processes == 1:
+        return interrupts.pending is not None
+    flag = torch.tensor(float(interrupts.pending is not None), device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum") > 0)
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Devices, mixed precision and trackers. Raises UserError where the machine or a package is lacking."""
+    tracker = recipe.logging.report_to
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise UserError(f"logging.report_to = {tracker} needs a package that is not installed: pip install {tracker}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    if dtype == torch.float16 and device.type == "cpu":
+        raise UserError("model.dtype = fp16 needs a GPU; use auto, fp32 or bf16 on a CPU")
+    precision = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}[dtype]
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=device.type == "cpu",
+        log_with=None if tracker == "none" else tracker,
+        project_dir=str(recipe.run_dir),
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError(
+            "hapo_lite shares the work over processes by itself: launch it with plain multi-GPU or multi-CPU"
+        )
+    return accelerator
+
+
+def load_data(recipe: Recipe, say) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """Training prompts and held-out prompts, disjoint."""
+    wanted = recipe.evaluation.prompts
+    found = load_prompts(recipe.data)
+    for reason, count in found.skipped.items():
+        say(f"data: {count} rows left out: {reason}")
+    own = recipe.evaluation.data
+    if own is None and recipe.data.source == "tiny":
+        own = recipe.data.model_copy(update={"split": "test", "limit": None})
+    if wanted == 0:
+        return found.prompts, ()
+    if own is None:
+        return split_held_out(found.prompts, wanted, recipe.seed)
+    return found.prompts, load_prompts(own).prompts[:wanted]
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt], policy: Policy, data: DataSettings, max_new_tokens: int, say
+) -> list[EncodedPrompt]:
+    """Tokenise, and leave out what exceeds data.max_prompt_tokens. Raises UserError if a completion would not fit."""
+    encoded = [EncodedPrompt(i, p, tuple(policy.encode(p.chat()))) for i, p in enumerate(prompts)]
+    kept = [e for e in encoded if len(e.ids) <= data.max_prompt_tokens]
+    if encoded and not kept:
+        shortest = min(len(e.ids) for e in encoded)
+        raise UserError(
+            f"every prompt is longer than data.max_prompt_tokens = {data.max_prompt_tokens}: "
+            f"the shortest has {shortest} tokens"
+        )
+    if len(kept) < len(encoded):
+        say(f"data: {len(encoded) - len(kept)} prompts left out: longer than {data.max_prompt_tokens} tokens")
+    longest = max(kept, key=lambda e: len(e.ids), default=None)
+    if longest is not None and len(longest.ids) + max_new_tokens > policy.context:
+        raise UserError(
+            f"prompt {longest.prompt.id} has {len(longest.ids)} tokens, which with rollout.max_new_tokens = "
+            f"{max_new_tokens} exceeds the model's context of {policy.context}: lower data.max_prompt_tokens or "
+            "rollout.max_new_tokens"
+        )
+    return kept
+
+
+def open_folder(folder: RunFolder, recipe: Recipe) -> None:
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the run folder {folder.path} cannot be written: {disk_problem(error)}") from error
+
+
+def check_same_run(folder: RunFolder, recipe: Recipe) -> None:
+    """Refuse to continue a run under a recipe that would have made another one of it."""
+    if not list_checkpoints(folder.checkpoints):
+        return
+    if recipe.checkpoint.resume == "never":
+        raise UserError(f"{folder.path} holds a run already: choose another name=, or checkpoint.resume=auto")
+    try:
+        before = flatten(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{folder.recipe}, which the run is to be continued from, cannot be read: {error}") from None
+    now = flatten(yaml.safe_load(recipe.to_yaml()))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
+            raise UserError(
+                f"{folder.path} was made with {key} = {before.get(key)}, the recipe now says {now.get(key)}: "
+                "choose another name= to start a new run"
+            )
+
+
+def resume(folder: RunFolder, recipe: Recipe, loop: Loop, say) -> TrainState:
+    """The state to go on from, with weights, optimiser and schedule put back; a fresh one if there is no checkpoint."""
+    newest, complaints = newest_good(folder.checkpoints)
+    for complaint in complaints:
+        say(f"note: {complaint}; an older one is used")
+    if newest is None and complaints:
+        raise UserError(f"no checkpoint in {folder.checkpoints} is whole: move the folder away to start over")
+    state = TrainState()
+    if newest is not None:
+        state = load_checkpoint(newest, loop.policy, loop.optimizer, loop.scheduler)
+        say(f"resuming {folder.path} after iteration {state.iteration}")
+    if loop.accelerator.is_main_process:
+        if newest is None:
+            folder.metrics.path.unlink(missing_ok=True)
+        elif folder.metrics.path.is_file():
+            folder.metrics.keep_up_to(state.iteration)
+        drop_traces_after(folder.traces, state.iteration if newest else -1)
+    return state
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists become text."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, (int, float, str, bool)) or value is None else str(value)
+    return flat

@@ -1,0 +1,154 @@
+"""Per-token records of a few completions: written by the loop, read by the inspector, known to nobody else.
+
+One JSON object a line, one line a completion, in `traces/000010.jsonl`. Every list under "tokens" has one entry a
+token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hapo_lite.algo.signal import EntropySignal
+from hapo_lite.errors import UserError
+from hapo_lite.policy import Policy
+from hapo_lite.records import Completion, TokenOutcome
+from hapo_lite.tasks.rewards import Score
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One completion. stage: train or eval. signal: this iteration's; sampling_signal: what set the temperatures.
+
+    tokens: id, text, logp_sampling, logp_base (the sampler's, at the base temperature), entropy (nats), temperature;
+    and in training also logp_old, logp_new, h, ratio, advantage (before redistribution), credit (after), lower,
+    upper, and clipped ("", "low" or "high"), all at the moment of the update that used the completion.
+    """
+
+    stage: str
+    iteration: int
+    prompt_id: str
+    sample: int
+    messages: list[list[str]]
+    gold: str
+    text: str
+    reward: float
+    outcome: str
+    truncated: bool
+    tokens: dict[str, list[Any]]
+    signal: EntropySignal | None = None
+    sampling_signal: EntropySignal | None = None
+    version: int = VERSION
+
+
+def make_trace(
+    policy: Policy,
+    stage: str,
+    iteration: int,
+    completion: Completion,
+    score: Score,
+    sampling_signal: EntropySignal | None,
+    signal: EntropySignal | None = None,
+    outcome: TokenOutcome | None = None,
+) -> Trace:
+    """Put one completion's record together; `outcome` is what the update did to it."""
+    ids = completion.ids.tolist()
+    tokens: dict[str, list[Any]] = {
+        "id": ids,
+        "text": policy.tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=False),
+        "logp_sampling": _short(completion.sampling_logp),
+        "logp_base": _short(completion.base_logp),
+        "entropy": _short(completion.entropy),
+        "temperature": _short(completion.temperature),
+    }
+    if outcome is not None:
+        tokens |= {
+            "logp_old": _short(outcome.old_logp),
+            "logp_new": _short(outcome.logp),
+            "entropy": _short(outcome.entropy),
+            "h": _short(outcome.h),
+            "ratio": _short(outcome.ratio),
+            "advantage": [_digits(outcome.advantage)] * len(ids),
+            "credit": _short(outcome.credit),
+            "lower": _short(outcome.lower),
+            "upper": _short(outcome.upper),
+            "clipped": [
+                "low" if low else "high" if high else ""
+                for low, high in zip(outcome.clipped_low.tolist(), outcome.clipped_high.tolist(), strict=True)
+            ],
+        }
+    return Trace(
+        stage=stage,
+        iteration=iteration,
+        prompt_id=completion.prompt.prompt.id,
+        sample=completion.sample,
+        messages=[list(message) for message in completion.prompt.prompt.messages],
+        gold=completion.prompt.prompt.answer,
+        text=completion.text,
+        reward=score.reward,
+        outcome=score.outcome,
+        truncated=completion.truncated,
+        tokens=tokens,
+        signal=signal,
+        sampling_signal=sampling_signal,
+    )
+
+
+def write_traces(folder: Path, iteration: int, traces: Sequence[Trace]) -> None:
+    """Write an iteration's file in one go; it is whole or absent."""
+    if not traces:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".writing-{iteration:06d}"
+    aside.write_text("".join(json.dumps(dataclasses.asdict(t), ensure_ascii=False) + "\n" for t in traces), "utf-8")
+    os.replace(aside, folder / f"{iteration:06d}.jsonl")
+
+
+def read_traces(path: Path) -> list[Trace]:
+    """All traces of one file. Raises UserError naming file and line of the first that is broken or foreign."""
+    traces = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                traces.append(_parse(line, f"{path}:{number}"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return traces
+
+
+def drop_traces_after(folder: Path, iteration: int) -> None:
+    """Remove what a resumed run will write again."""
+    for file in folder.glob("[0-9]*.jsonl"):
+        if file.stem.isdigit() and int(file.stem) > iteration:
+            file.unlink()
+
+
+def _parse(line: str, where: str) -> Trace:
+    try:
+        fields = json.loads(line)
+        if fields["version"] != VERSION:
+            raise UserError(f"{where}: trace version {fields['version']}; this program reads {VERSION}")
+        for name in ("signal", "sampling_signal"):
+            fields[name] = EntropySignal(**fields[name]) if fields[name] else None
+        trace = Trace(**fields)
+        if len({len(values) for values in trace.tokens.values()}) > 1:
+            raise UserError(f"{where}: the token lists differ in length")
+        return trace
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: not a trace of hapo_lite ({type(error).__name__}: {error})") from None
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.7g}")
+
+
+def _short(values) -> list[float]:
+    """Seven significant digits: all that fp32 holds, and small entropies keep theirs."""
+    return [_digits(v) for v in values.tolist()]

@@ -1,0 +1,83 @@
+"""Shared pieces: small recipes on the bundled model, and a loop built the way `run.train` builds it."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from hapo_lite import run
+from hapo_lite.cli import quiet_libraries
+from hapo_lite.loop import Loop
+from hapo_lite.policy import load_policy
+from hapo_lite.recipe import Recipe, load_recipe
+from hapo_lite.rollout.collect import Collector, PromptStream
+from hapo_lite.rollout.transformers_engine import TransformersEngine
+from hapo_lite.tasks.rewards import Scorer
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "recipes" / "tiny_cpu.yaml"
+
+quiet_libraries()
+# Two threads on small matrices wait for each other, for seconds if another program has one of the cores.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_recipe(tmp_path):
+    """make_recipe("section.key=value", ...): the tiny recipe, smaller, in a folder of its own."""
+
+    def make(*overrides: str) -> Recipe:
+        small = [
+            f"output_dir={tmp_path / 'runs'}",
+            "rollout.prompts_per_iteration=4",
+            "rollout.completions_per_prompt=4",
+            "training.iterations=3",
+            "training.updates_per_iteration=2",
+            "evaluation.prompts=0",
+            "checkpoint.every=0",
+            "logging.progress=false",
+            "reward.workers=1",
+        ]
+        return load_recipe(TINY, [*small, *overrides])
+
+    return make
+
+
+@pytest.fixture
+def make_loop():
+    """make_loop(recipe): the moving parts of a run without its folder; graders are closed at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def make(recipe: Recipe) -> Loop:
+            accelerator = run.make_accelerator(recipe)
+            train, held_out = run.load_data(recipe, say=lambda text: None)
+            policy = load_policy(recipe.model, recipe.seed, accelerator.device)
+            limit = recipe.rollout.max_new_tokens
+            encoded = run.encode_prompts(train[:256], policy, recipe.data, limit, say=lambda text: None)
+            scorer = stack.enter_context(Scorer(recipe.reward, limit))
+            return Loop(
+                recipe,
+                policy,
+                Collector(TransformersEngine(policy, recipe.rollout.batch_size, limit), scorer, accelerator),
+                PromptStream(encoded, recipe.seed),
+                run.encode_prompts(held_out, policy, recipe.data, limit, say=lambda text: None),
+                accelerator,
+            )
+
+        yield make
+
+
+@pytest.fixture
+def write_recipe(tmp_path):
+    """write_recipe(text or mapping) -> path of a recipe file."""
+
+    def write(content) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+        return path
+
+    return write

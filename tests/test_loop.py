@@ -1,0 +1,222 @@
+"""The properties of the training loop that peers broke, on the bundled model in 4-bit."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hapo_lite.algo.signal import EntropySignal
+from hapo_lite.checkpoint import TrainState
+from hapo_lite.loop import advantages
+
+SIGNAL = EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)
+
+
+def digest(tensors) -> str:
+    return hashlib.sha256(
+        b"".join(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
+    ).hexdigest()
+
+
+def adapter_digest(loop) -> str:
+    return digest(loop.policy.trainable().values())
+
+
+def run_steps(loop, count):
+    state, lines = TrainState(), []
+    for _ in range(count):
+        state, metrics, _ = loop.step(state)
+        lines.append(metrics)
+    return state, lines
+
+
+def gradient_of_first_update(loop, collected, budget):
+    """The summed gradient of the first optimiser step, before clipping."""
+    loop.recipe = loop.recipe.model_copy(
+        update={"training": loop.recipe.training.model_copy(update={"micro_batch_tokens": budget})}
+    )
+    advantage = advantages(collected, loop.recipe.method)
+    plan = loop.plan(collected.completions, advantage, [], iteration=1)
+    scored = loop.score(collected.completions, plan)
+    members, batches = plan.members[0], plan.updates[0]
+    denominator = float(sum(collected.completions[i].length for i in members))
+    for p in loop.parameters:
+        p.grad = None
+    for batch in batches:
+        loss, _ = loop._micro_batch(batch, collected.completions, advantage, scored, denominator)
+        loss.backward()
+    return torch.cat([p.grad.flatten() for p in loop.parameters]), len(batches)
+
+
+@pytest.mark.parametrize("method", ["hapo", "dapo", "grpo"])
+def test_gradient_does_not_depend_on_micro_batches(make_recipe, make_loop, method):
+    loop = make_loop(make_recipe(f"method={method}", "rollout.prompts_per_iteration=8"))
+    run_steps(loop, 1)  # so that LoRA's B is not zero and every factor has a gradient
+    collected = loop.rollout(TrainState(signal=SIGNAL), iteration=2)
+    whole, count = gradient_of_first_update(loop, collected, budget=100_000)
+    assert count == 1
+    for budget in (1, 100, 200):
+        cut, count = gradient_of_first_update(loop, collected, budget)
+        assert count > 1
+        assert float((cut - whole).norm() / whole.norm()) < 2e-5
+
+
+@pytest.mark.parametrize("signal", [None, SIGNAL], ids=["base temperature", "adaptive temperature"])
+def test_ratio_is_one_to_the_last_bit_before_the_first_update(make_recipe, make_loop, signal):
+    loop = make_loop(make_recipe("training.micro_batch_tokens=150", "logging.traces_per_iteration=0"))
+    run_steps(loop, 1)
+    collected = loop.rollout(TrainState(signal=signal), iteration=2)
+    advantage = advantages(collected, loop.recipe.method)
+    plan = loop.plan(collected.completions, advantage, [], iteration=2)
+    scored = loop.score(collected.completions, plan)
+    outcomes, _ = loop.update(collected.completions, advantage, scored, plan)
+    first = [outcomes[i] for i in plan.members[0] if i in outcomes]
+    later = [outcomes[i] for part in plan.members[1:] for i in part if i in outcomes]
+    assert first and later
+    assert all(torch.equal(o.ratio, torch.ones_like(o.ratio)) for o in first)
+    assert not all(torch.equal(o.ratio, torch.ones_like(o.ratio)) for o in later)
+
+
+def test_completions_without_advantage_may_rest(make_recipe, make_loop):
+    """Leaving them out of the backward changes no gradient, and their tokens still count in the denominator."""
+    loop = make_loop(make_recipe("rollout.completions_per_prompt=2", "rollout.prompts_per_iteration=8"))
+    run_steps(loop, 1)
+    collected = loop.rollout(TrainState(), iteration=2)
+    advantage = advantages(collected, loop.recipe.method)
+    resting = (advantage == 0).nonzero().squeeze(1).tolist()
+    assert 0 < len(resting) < len(advantage)
+    gradients = []
+    for traced in ([], resting):  # traced completions always take part
+        plan = loop.plan(collected.completions, advantage, traced, iteration=2)
+        scored = loop.score(collected.completions, plan)
+        for p in loop.parameters:
+            p.grad = None
+        for batch in plan.updates[0]:
+            loop._micro_batch(batch, collected.completions, advantage, scored, 100.0)[0].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in loop.parameters]))
+    assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < 2e-5
+
+
+BARE_HAPO = (
+    "method={preset: hapo, adaptive_temperature: false, token_level_advantage: false, redistribution: false, "
+    "adaptive_clip: false}"
+)
+BARE_DAPO = "method={preset: dapo, eps_high: 0.2, dual_clip: null, loss_average: sequence}"
+
+
+@pytest.mark.parametrize(("left", "right"), [(BARE_HAPO, "method=dapo"), (BARE_DAPO, "method=grpo")])
+def test_methods_contain_one_another_to_the_last_bit(make_recipe, make_loop, left, right):
+    digests = []
+    for method in (left, right):
+        loop = make_loop(make_recipe(method))
+        run_steps(loop, 2)
+        digests.append(adapter_digest(loop))
+    assert digests[0] == digests[1]
+
+
+def test_hapo_differs_from_dapo(make_recipe, make_loop):
+    loops = [make_loop(make_recipe(f"method={m}")) for m in ("hapo", "dapo")]
+    for loop in loops:
+        run_steps(loop, 2)
+    assert adapter_digest(loops[0]) != adapter_digest(loops[1])
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_every_adapter_weight_moves_and_no_base_weight_does(make_recipe, make_loop, quantization):
+    loop = make_loop(make_recipe(f"model.quantization={quantization}"))
+    frozen = [p for p in loop.policy.model.parameters() if not p.requires_grad]
+    before = digest(frozen)
+    start = {name: p.detach().clone() for name, p in loop.policy.trainable().items()}
+    run_steps(loop, 2)
+    assert digest(frozen) == before
+    for name, p in loop.policy.trainable().items():
+        assert not torch.equal(p, start[name]), name
+
+
+def test_the_next_rollout_uses_the_last_signal(make_recipe, make_loop):
+    loop = make_loop(make_recipe())
+    _, lines = run_steps(loop, 2)
+    assert lines[0]["temperature/min"] == lines[0]["temperature/max"] == 1.0
+    assert lines[1]["temperature/min"] == pytest.approx(0.95, abs=1e-6)  # the most certain token: h = -1
+    assert 1.0 < lines[1]["temperature/max"] <= 1.05 + 1e-6
+
+
+def test_old_logprobs_may_be_the_samplers(make_recipe, make_loop):
+    loop = make_loop(make_recipe("rollout.old_logprobs=sampled"))
+    _, lines = run_steps(loop, 2)
+    assert lines[1]["sampler/gap_max"] == 0.0
+    exact = make_loop(make_recipe())
+    _, expected = run_steps(exact, 2)
+    assert 0.0 < expected[0]["sampler/gap_max"] < 1e-4
+    assert lines[1]["update/loss"] == pytest.approx(expected[1]["update/loss"], abs=1e-3)
+
+
+def test_an_iteration_without_any_signal_is_survived(make_recipe, make_loop):
+    """All groups equal: no gradient, but a state that goes on, and metrics that say why."""
+    loop = make_loop(make_recipe("rollout.dynamic_sampling=true", "rollout.token_budget=1"))
+    loop.collector.scorer = _EqualScorer()
+    state, lines = run_steps(loop, 1)
+    assert lines[0]["groups/discarded"] == lines[0]["groups/sampled"] == 4
+    assert state.iteration == 1 and state.updates == 0 and state.cursor == 4
+
+
+class _EqualScorer:
+    """A task on which every completion is worth the same."""
+
+    def score(self, prompts, completions, lengths, truncated):
+        from hapo_lite.tasks.rewards import Score
+
+        return [Score(reward=0.5, correct=False, outcome="wrong", answer=None) for _ in prompts]
+
+
+def test_dynamic_sampling_fills_the_iteration_and_counts_what_it_dropped(make_recipe, make_loop):
+    loop = make_loop(make_recipe("rollout.dynamic_sampling=true", "rollout.completions_per_prompt=2"))
+    collected = loop.rollout(TrainState(), iteration=1)
+    groups = [collected.scores[i : i + 2] for i in range(0, len(collected.scores), 2)]
+    assert len(groups) == 4
+    assert all(len({s.reward for s in group}) > 1 for group in groups)
+    assert collected.groups_discarded == collected.groups_sampled - 4 > 0
+    assert collected.prompts_used == collected.groups_sampled
+
+
+def test_dynamic_sampling_stops_at_its_budget(make_recipe, make_loop):
+    recipe = make_recipe("rollout.dynamic_sampling=true", "rollout.token_budget=1", "rollout.completions_per_prompt=2")
+    collected = make_loop(recipe).rollout(TrainState(), iteration=1)
+    assert collected.groups_sampled == 4
+
+
+def test_learning_rate_warms_up_and_is_the_one_that_was_used(make_recipe, make_loop):
+    loop = make_loop(make_recipe("training.warmup_updates=4", "training.learning_rate=1e-3"))
+    _, lines = run_steps(loop, 3)
+    # Updates 2, 4 and 6 of a warm-up over 4 from 0: 1/4, 3/4 and all of the peak.
+    assert [line["update/learning_rate"] for line in lines] == pytest.approx([0.25e-3, 0.75e-3, 1e-3])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_training_raises_the_reward(make_recipe, make_loop, optimizer):
+    recipe = make_recipe(
+        f"training.optimizer={optimizer}",
+        "rollout.prompts_per_iteration=12",
+        "rollout.completions_per_prompt=8",
+        "training.updates_per_iteration=4",
+    )
+    _, lines = run_steps(make_loop(recipe), 8)
+    assert lines[0]["reward/mean"] < 0.5
+    assert lines[-1]["reward/mean"] > lines[0]["reward/mean"] + 0.15
+
+
+def test_traces_hold_what_the_update_did(make_recipe, make_loop):
+    loop = make_loop(make_recipe("logging.traces_per_iteration=3"))
+    state = replace(TrainState(), signal=SIGNAL)
+    _, _, traces = loop.step(state)
+    assert len(traces) == 3
+    for trace in traces:
+        assert len({len(values) for values in trace.tokens.values()}) == 1
+        assert trace.sampling_signal == SIGNAL
+        t = {name: torch.tensor(values) for name, values in trace.tokens.items() if name not in ("text", "clipped")}
+        assert torch.allclose(t["ratio"], (t["logp_new"] - t["logp_old"]).exp(), atol=1e-4)
+        assert torch.allclose(t["h"], trace.signal.normalize(t["entropy"]), atol=1e-4)
+        assert "".join(trace.tokens["text"]).startswith(trace.text)
