@@ -7,7 +7,6 @@ the counters, the signal, and a hash of every file. Nothing in it is unpickled.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -18,10 +17,11 @@ from typing import Any
 
 import torch
 from peft import set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hapo_lite.algo.signal import EntropySignal
-from hapo_lite.errors import UserError
+from hapo_lite.errors import UserError, disk_problem
 from hapo_lite.policy import Policy
 
 VERSION = 1
@@ -58,7 +58,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/NNNNNN`, drop all but the newest `keep`. Raises UserError if the disk refuses; older ones stay."""
     final = folder / f"{state.iteration:06d}"
-    if (final / STATE).is_file():
+    if is_whole(final):
         return final
     aside = folder / f".writing-{final.name}"
     try:
@@ -75,7 +75,7 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
         _flush(folder)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"the checkpoint {final} could not be written: {disk_problem(error)}") from error
     for old in list_checkpoints(folder)[:-keep]:
@@ -127,6 +127,15 @@ def read_state(path: Path) -> TrainState:
         raise UserError(f"the checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is there and undamaged."""
+    try:
+        read_state(path)
+    except UserError:
+        return False
+    return True
+
+
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and a sentence about each newer one that is not."""
     complaints = []
@@ -142,15 +151,6 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 def file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def disk_problem(error: BaseException) -> str:
-    """One clause about why a file could not be written."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full; free some space and run the same command again"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}; check the folder and run the same command again"
-    return f"{str(error).splitlines()[0]} (is the disk full?); run the same command again"
 
 
 def _flush(path: Path) -> None:

@@ -1,4 +1,11 @@
-"""The one exception whose message is meant for the user."""
+"""Errors whose message is meant for the user."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -6,3 +13,21 @@ class UserError(Exception):
 
     The command lines print it without a traceback and exit with code 2.
     """
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {disk_problem(error)}") from error
+
+
+def disk_problem(error: BaseException) -> str:
+    """One clause about why a file could not be written."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; free some space and run the same command again"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}; check the folder and run the same command again"
+    return f"{str(error).splitlines()[0]} (is the disk full?); run the same command again"

@@ -133,7 +133,7 @@ def load_policy(settings: ModelSettings, seed: int, device: torch.device | str) 
             ),
         )
     except ValueError as error:
-        raise UserError(f"model.lora.targets = {lora.targets!r} does not fit {settings.name}: {error}") from error
+        raise UserError(f"model.lora.targets = {targets!r} does not fit {settings.name}: {error}") from error
     model.train()
     context = getattr(base.config, "max_position_embeddings", None) or tokenizer.model_max_length
     return Policy(model, tokenizer, stop_ids, int(context))

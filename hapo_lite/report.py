@@ -65,12 +65,13 @@ def draw_curves(lines: Lines, path: Path, title: str) -> None:
     _panel(
         next(panels),
         lines,
-        "share of tokens clipped or redistributed",
+        "share of tokens clipped, or amplified by redistribution",
         {
             "clip/low_certain_share": "clipped low, h <= 0",
+            "clip/low_uncertain_share": "clipped low, h > 0",
+            "clip/high_certain_share": "clipped high, h <= 0",
             "clip/high_uncertain_share": "clipped high, h > 0",
             "credit/amplified_share": "amplified",
-            "credit/suppressed_share": "suppressed",
         },
         bottom=0.0,
     )

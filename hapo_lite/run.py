@@ -26,7 +26,6 @@ from tqdm.auto import tqdm
 import hapo_lite
 from hapo_lite.checkpoint import (
     TrainState,
-    disk_problem,
     file_hash,
     list_checkpoints,
     load_checkpoint,
@@ -34,7 +33,7 @@ from hapo_lite.checkpoint import (
     save_adapter,
     save_checkpoint,
 )
-from hapo_lite.errors import UserError
+from hapo_lite.errors import UserError, writing
 from hapo_lite.interrupt import Interrupted, Interrupts
 from hapo_lite.loop import Loop
 from hapo_lite.metrics import MetricsFile
@@ -101,10 +100,12 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if accelerator.is_main_process:
         open_folder(folder, recipe)
     accelerator.wait_for_everyone()
+    say(describe(recipe, policy, encoded, held_out, accelerator))
     for note in recipe.advice():
         say(f"note: {note}")
     if recipe.logging.report_to != "none":
-        accelerator.init_trackers("hapo_lite", config=flatten(recipe.model_dump(mode="json")))
+        settings = flatten(recipe.model_dump(mode="json"))
+        accelerator.init_trackers("hapo_lite", config={k: "null" if v is None else v for k, v in settings.items()})
     engine = TransformersEngine(policy, recipe.rollout.batch_size, recipe.rollout.max_new_tokens)
     with Scorer(recipe.reward, recipe.rollout.max_new_tokens) as scorer:
         loop = Loop(
@@ -174,11 +175,9 @@ class Recorder:
         self.lines.append(metrics)
         if not self.main:
             return
-        try:
+        with writing(self.folder.path):
             write_traces(self.folder.traces, int(metrics["iteration"]), traces)
             self.folder.metrics.append(metrics)
-        except OSError as error:
-            raise UserError(f"{self.folder.path} cannot be written: {disk_problem(error)}") from error
         if self.recipe.logging.report_to != "none":
             self.loop.accelerator.log(metrics, step=int(metrics["iteration"]))
 
@@ -200,13 +199,11 @@ class Recorder:
         self.loop.accelerator.wait_for_everyone()
         if not self.main:
             return {}
-        try:
+        with writing(self.folder.path):
             save_adapter(self.loop.policy, self.folder.adapter)
             summary = self._summary(state)
             self.folder.summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
             draw_curves(self.lines, self.folder.curves, title=self.recipe.name)
-        except OSError as error:
-            raise UserError(f"{self.folder.path} cannot be written: {disk_problem(error)}") from error
         print(closing_table(self.lines, self.recipe.evaluation.samples))
         print(f"{self.folder.path}: adapter/, curves.png, summary.json, metrics.jsonl, traces/")
         return summary
@@ -269,6 +266,22 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
+def describe(
+    recipe: Recipe,
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    held_out: Sequence[EncodedPrompt],
+    accelerator: Accelerator,
+) -> str:
+    """The line a run begins with: what is trained, on what, where."""
+    adapter = sum(p.numel() for p in policy.trainable().values())
+    return (
+        f"{recipe.name}: {recipe.method.preset} on {recipe.model.name}, base {recipe.model.quantization}, "
+        f"adapter {adapter / 1e6:.2f} M; {len(prompts):,} prompts, {len(held_out)} held out; "
+        f"{accelerator.num_processes} x {accelerator.device}"
+    )
+
+
 def load_data(recipe: Recipe, say) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
     """Training prompts and held-out prompts, disjoint."""
     wanted = recipe.evaluation.prompts
@@ -310,11 +323,9 @@ def encode_prompts(
 
 
 def open_folder(folder: RunFolder, recipe: Recipe) -> None:
-    try:
+    with writing(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the run folder {folder.path} cannot be written: {disk_problem(error)}") from error
 
 
 def check_same_run(folder: RunFolder, recipe: Recipe) -> None:
@@ -348,11 +359,9 @@ def resume(folder: RunFolder, recipe: Recipe, loop: Loop, say) -> TrainState:
         state = load_checkpoint(newest, loop.policy, loop.optimizer, loop.scheduler)
         say(f"resuming {folder.path} after iteration {state.iteration}")
     if loop.accelerator.is_main_process:
-        if newest is None:
-            folder.metrics.path.unlink(missing_ok=True)
-        elif folder.metrics.path.is_file():
-            folder.metrics.keep_up_to(state.iteration)
-        drop_traces_after(folder.traces, state.iteration if newest else -1)
+        with writing(folder.path):
+            folder.metrics.keep_up_to(state.iteration if newest else -1)
+            drop_traces_after(folder.traces, state.iteration if newest else -1)
     return state
 
 

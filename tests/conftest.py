@@ -35,6 +35,7 @@ def make_recipe(tmp_path):
             f"output_dir={tmp_path / 'runs'}",
             "rollout.prompts_per_iteration=4",
             "rollout.completions_per_prompt=4",
+            "rollout.old_logprobs=recomputed",
             "training.iterations=3",
             "training.updates_per_iteration=2",
             "evaluation.prompts=0",

@@ -1,0 +1,157 @@
+"""Seconds per iteration on the bundled task: HAPO beside DAPO and, if it is installed, TRL's GRPOTrainer.
+
+    python benchmarks/iteration.py [--iterations 20] [--trl]
+
+128 completions and 2 updates an iteration, 4-bit and LoRA r = 16, the learning rate so small that every iteration does
+the work of the first. HAPO and DAPO take turns, so that what disturbs the machine disturbs both. Medians; the ratio is
+the median of the pairs' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from hapo_lite import run  # noqa: E402
+from hapo_lite.checkpoint import TrainState  # noqa: E402
+from hapo_lite.cli import keep_freed_memory, quiet_libraries  # noqa: E402
+from hapo_lite.loop import Loop  # noqa: E402
+from hapo_lite.policy import load_policy  # noqa: E402
+from hapo_lite.recipe import Recipe, load_recipe  # noqa: E402
+from hapo_lite.rollout.collect import Collector, PromptStream  # noqa: E402
+from hapo_lite.rollout.transformers_engine import TransformersEngine  # noqa: E402
+from hapo_lite.tasks.rewards import Scorer  # noqa: E402
+
+STAGES = ("rollout", "grade", "score", "update", "iteration")
+RATE = 1e-12
+
+
+def recipe_for(method: str, overrides: list[str]) -> Recipe:
+    fixed = [f"method={method}", "training.updates_per_iteration=2", f"training.learning_rate={RATE}"]
+    return load_recipe(ROOT / "recipes" / "tiny_cpu.yaml", [*fixed, "logging.traces_per_iteration=0", *overrides])
+
+
+def build_loop(recipe: Recipe, scorer: Scorer, accelerator: Accelerator) -> Loop:
+    limit = recipe.rollout.max_new_tokens
+    policy = load_policy(recipe.model, recipe.seed, accelerator.device)
+    prompts, _ = run.load_data(recipe, say=lambda text: None)
+    encoded = run.encode_prompts(prompts[:1024], policy, recipe.data, limit, say=lambda text: None)
+    engine = TransformersEngine(policy, recipe.rollout.batch_size, limit)
+    return Loop(
+        recipe, policy, Collector(engine, scorer, accelerator), PromptStream(encoded, recipe.seed), [], accelerator
+    )
+
+
+def measure_ours(iterations: int, overrides: list[str]) -> None:
+    recipes = {method: recipe_for(method, overrides) for method in ("hapo", "dapo")}
+    accelerator = run.make_accelerator(recipes["hapo"])
+    with Scorer(recipes["hapo"].reward, recipes["hapo"].rollout.max_new_tokens) as scorer:
+        loops = {method: build_loop(recipe, scorer, accelerator) for method, recipe in recipes.items()}
+        states = dict.fromkeys(loops, TrainState())
+        rows: dict[str, list[dict[str, float]]] = {method: [] for method in loops}
+        for turn in range(iterations + 2):
+            for method in sorted(loops, reverse=bool(turn % 2)):
+                started = time.perf_counter()
+                states[method], metrics, _ = loops[method].step(states[method])
+                metrics["seconds/iteration"] = time.perf_counter() - started
+                rows[method].append(metrics)
+    for method, found in rows.items():
+        medians = (statistics.median(m[f"seconds/{stage}"] for m in found[2:]) for stage in STAGES)
+        length = statistics.mean(m["length/mean"] for m in found[2:])
+        split = ", ".join(f"{stage} {value:.3f}" for stage, value in zip(STAGES, medians, strict=True))
+        print(f"{method}: {split} s; {length:.1f} tokens per completion")
+    pairs = zip(rows["hapo"][2:], rows["dapo"][2:], strict=True)
+    ratios = [a["seconds/iteration"] / b["seconds/iteration"] for a, b in pairs]
+    print(f"hapo / dapo: {statistics.median(ratios):.3f}")
+
+
+def measure_trl(iterations: int) -> None:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from hapo_lite.policy import TINY_MODEL, keep_weights_unpacked
+    from hapo_lite.tasks.verify import grade
+    from hapo_lite.tiny.task import problems
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32, quantization_config=quantization)
+    keep_weights_unpacked(model)
+    rows = [
+        {"prompt": [{"role": "user", "content": p.prompt}], "answer": str(p.answer)} for p in problems("train")[:2048]
+    ]
+    moments: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            moments.append(time.perf_counter())
+
+    def reward(completions, answer, **_):
+        return [float(grade(c[0]["content"], gold).correct) for c, gold in zip(completions, answer, strict=True)]
+
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=AutoTokenizer.from_pretrained(TINY_MODEL, padding_side="left"),
+        reward_funcs=reward,
+        args=GRPOConfig(
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=64,
+            steps_per_generation=2,
+            num_generations=8,
+            max_completion_length=32,
+            max_steps=2 * (iterations + 2),
+            learning_rate=RATE,
+            temperature=1.0,
+            beta=0.0,
+            loss_type="dapo",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    ends = moments[1::2]
+    seconds = [b - a for a, b in itertools.pairwise(ends[1:])]
+    print(f"TRL GRPOTrainer: iteration {statistics.median(seconds):.3f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--trl", action="store_true", help="measure TRL's trainer too (pip install trl==1.16.0)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_args()
+    keep_freed_memory()
+    quiet_libraries()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    measure_ours(args.iterations, args.overrides)
+    if args.trl:
+        measure_trl(args.iterations)
+
+
+if __name__ == "__main__":
+    main()

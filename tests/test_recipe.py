@@ -1,0 +1,121 @@
+"""Recipes: every shipped one loads, and every mistake gets one sentence that names the place and the way out."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from hapo_lite.algo.objective import PRESETS
+from hapo_lite.errors import UserError
+from hapo_lite.recipe import Recipe, describe_fields, load_recipe
+from tests.conftest import ROOT, TINY
+
+SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
+MINIMAL = {"model": {"name": "tiny"}, "data": {"source": "tiny"}, "training": {"iterations": 1}}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_shipped_recipe_loads_and_survives_a_round_trip(path, write_recipe):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert load_recipe(write_recipe(recipe.to_yaml())) == recipe
+    assert not recipe.advice()
+
+
+def test_there_are_recipes_to_load():
+    assert {p.stem for p in SHIPPED} >= {"tiny_cpu", "qwen1_5b_lora", "qwen7b_lora"}
+
+
+def test_overrides_reach_every_depth(write_recipe):
+    path = write_recipe(MINIMAL)
+    recipe = load_recipe(
+        path, ["seed=7", "model.lora.rank=4", "data.system_prompt=null", "training.learning_rate=1e-4"]
+    )
+    assert (recipe.seed, recipe.model.lora.rank, recipe.data.system_prompt) == (7, 4, None)
+    assert recipe.training.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_may_be_named_or_altered(write_recipe, name):
+    path = write_recipe({**MINIMAL, "method": name})
+    assert load_recipe(path).method == PRESETS[name]
+    altered = load_recipe(path, ["method.tau=0.1"]).method
+    assert altered.tau == 0.1 and altered.preset == name
+    assert altered.adaptive_clip == PRESETS[name].adaptive_clip
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.temprature=1", r"rollout\.temprature is not a field; did you mean rollout\.temperature\?"),
+        ("model.lora.rnk=1", r"did you mean model\.lora\.rank\?"),
+        ("method.adaptive_clipp=true", r"did you mean method\.adaptive_clip\?"),
+        ("learning_rate=1", r"did you mean training\.learning_rate\?"),
+        ("rollout.temperature=hot", r"rollout\.temperature = 'hot': input should be a valid number"),
+        ("training.iterations=1.5", r"training\.iterations = 1\.5"),
+        ("training.iterations=0", r"training\.iterations = 0: input should be greater than or equal to 1"),
+        ("model.dtype=int8", r"model\.dtype = 'int8': input should be 'auto', 'bf16'"),
+        ("method=happo", r"method: preset 'happo' is not one of hapo, dapo, grpo; did you mean hapo\?"),
+        ("method.tau=3", r"method: tau = 3\.0 is out of range"),
+        ("name=../elsewhere", "name: must be one folder name"),
+        ("rollout.completions_per_prompt=1", "a group of one has no advantage"),
+        ("rollout.token_budget=5", "no effect without rollout.dynamic_sampling"),
+        ("model.lora.dropout=0.1", "the ratio differs from 1"),
+        ("reward.correct=0", "wrong answers are what is learned"),
+        ("training.updates_per_iteration=9999", "some updates would be empty"),
+        ("reward.overlong_buffer=99999", "every completion is overlong"),
+        ("seed", "is not an override: write section.key=value"),
+        ("seed.deeper=1", "seed.* is a single value, not a section"),
+        ("seed=[1", "is not a YAML value"),
+    ],
+)
+def test_mistakes_in_overrides(write_recipe, override, message):
+    path = write_recipe({**MINIMAL, "seed": 0})
+    with pytest.raises(UserError, match=message) as error:
+        load_recipe(path, [override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "recipe.yaml:1: not valid YAML"),
+        ("- a\n- b", "a recipe is a mapping of sections"),
+        ("seed: 1\nseed: 2", "recipe.yaml:2: not valid YAML: the key 'seed' stands twice"),
+        ("model: {name: tiny}\ndata: {source: tiny}", r"training is missing"),
+        ("model: {name: tiny}\ndata: {}\ntraining: {iterations: 1}", r"data\.source is missing"),
+        ("a: &a [*a]", "recipe.yaml"),
+        ("!!python/object/apply:os.system [ls]", "not valid YAML"),
+        ("[" * 5000, "recipe.yaml"),
+    ],
+)
+def test_mistakes_in_files(write_recipe, text, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe(write_recipe(text))
+
+
+def test_missing_file_names_its_nearest_neighbour(tmp_path):
+    with pytest.raises(UserError, match=r"no recipe at .*tiny_cpuu\.yaml; did you mean .*tiny_cpu\.yaml\?"):
+        load_recipe(TINY.parent / "tiny_cpuu.yaml")
+    with pytest.raises(UserError, match="does not exist"):
+        load_recipe(tmp_path / "nowhere" / "r.yaml")
+
+
+def test_one_update_is_warned_of(write_recipe):
+    [note] = load_recipe(write_recipe(MINIMAL), ["training.updates_per_iteration=1"]).advice()
+    assert "every ratio is 1" in note
+
+
+def test_help_lists_every_field_with_a_meaning():
+    listed = {line.strip().split(" ")[0]: line.partition("): ")[2] for line in describe_fields().splitlines()[1:]}
+
+    def leaves(tree, prefix=""):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key
+
+    fields = set(leaves(yaml.safe_load(Recipe.model_validate(MINIMAL | {"name": "x"}).to_yaml())))
+    assert fields - {"evaluation.data"} <= set(listed)
+    assert all(listed.values())

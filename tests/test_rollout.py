@@ -1,0 +1,139 @@
+"""Sampling: the right distribution, independent of the batch, with records that are true."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+
+from hapo_lite.algo.signal import EntropySignal
+from hapo_lite.algo.temperature import adaptive_temperature
+from hapo_lite.policy import Policy, load_policy
+from hapo_lite.recipe import LoraSettings, ModelSettings
+from hapo_lite.records import EncodedPrompt, Prompt, Sequences
+from hapo_lite.rollout.sampling import AdaptiveTemperature, inverse_cdf, uniforms
+from hapo_lite.rollout.transformers_engine import Request, TransformersEngine
+from hapo_lite.tiny.task import problems
+
+SIGNAL = EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_policy(ModelSettings(name="tiny", lora=LoraSettings(rank=4, alpha=8.0)), 0, "cpu")
+
+
+@pytest.fixture(scope="module")
+def prompts(policy):
+    texts = [p.prompt for p in problems("train")[:5]] + ["1", "What is the value of 12+3*4=? Think well."]
+    return [
+        EncodedPrompt(i, Prompt(str(i), (("user", t),), "0"), tuple(policy.encode([{"role": "user", "content": t}])))
+        for i, t in enumerate(texts)
+    ]
+
+
+def sample(policy, requests, batch_size=64, signal=SIGNAL, base=1.0, limit=24, seed=0, iteration=1):
+    engine = TransformersEngine(policy, batch_size, limit)
+    return engine.sample(requests, AdaptiveTemperature(signal, base), seed, 0, iteration)
+
+
+@pytest.fixture(scope="module")
+def requests(prompts):
+    return [Request(prompt, g) for prompt in prompts for g in range(4)]
+
+
+def test_a_completion_does_not_depend_on_its_batch(policy, requests):
+    together = sample(policy, requests)
+    assert len({c.length for c in together}) > 3  # rows did leave the batch at different times
+    for batch_size in (1, 5):
+        backwards = sample(policy, requests[::-1], batch_size=batch_size)[::-1]
+        assert all(torch.equal(a.ids, b.ids) for a, b in zip(together, backwards, strict=True))
+
+
+def test_a_completion_is_a_function_of_seed_iteration_prompt_and_sample(policy, requests):
+    first = sample(policy, requests)
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(first, sample(policy, requests), strict=True))
+    for change in ({"seed": 1}, {"iteration": 2}):
+        assert any(
+            not torch.equal(a.ids, b.ids) for a, b in zip(first, sample(policy, requests, **change), strict=True)
+        )
+    assert len({tuple(c.ids.tolist()) for c in first[:4]}) > 1
+
+
+def test_records_are_those_of_a_naive_pass(policy, requests):
+    base = 0.9
+    completions = sample(policy, requests, base=base)
+    with torch.no_grad():
+        logp, entropy = policy.completion_logprobs(Sequences.of(completions), base)
+    for i, c in enumerate(completions):
+        ids = torch.tensor([*c.prompt.ids, *c.ids.tolist()])[None]
+        with torch.no_grad():
+            logits = policy.model(ids).logits[0, len(c.prompt.ids) - 1 : -1].float()
+        temperature = adaptive_temperature(entropy[i, : c.length], SIGNAL, base)
+        at_own_temperature = (logits / temperature[:, None]).log_softmax(-1).gather(1, c.ids[:, None]).squeeze(1)
+        assert torch.allclose(c.base_logp, logp[i, : c.length], atol=2e-5)
+        assert torch.allclose(c.entropy, entropy[i, : c.length], atol=2e-5)
+        assert torch.allclose(c.temperature, temperature, atol=1e-4)
+        assert torch.allclose(c.sampling_logp, at_own_temperature, atol=1e-4)
+
+
+def test_rows_stop_at_any_stop_id_and_only_there(policy, requests):
+    stops = set(policy.stop_ids)
+    for c in sample(policy, requests, limit=24):
+        inside = set(c.ids[:-1].tolist())
+        assert not inside & stops
+        assert c.truncated == (int(c.ids[-1]) not in stops)
+        assert c.length <= 24 and (c.length == 24 or not c.truncated)
+
+
+def test_without_a_stop_id_every_row_runs_to_the_limit(policy, requests):
+    endless = Policy(policy.model, policy.tokenizer, (383,), policy.context)  # an id beyond the tokenizer's
+    assert all(c.truncated and c.length == 9 for c in sample(endless, requests, limit=9))
+
+
+def test_the_signal_widens_uncertain_tokens_and_narrows_certain_ones(policy, requests):
+    flat = sample(policy, requests, signal=None)
+    assert all(bool((c.temperature == 1.0).all()) for c in flat)
+    temperature = torch.cat([c.temperature for c in sample(policy, requests)])
+    entropy = torch.cat([c.entropy for c in sample(policy, requests)])
+    above = entropy.log() > SIGNAL.pivot
+    assert bool((temperature[above] > 1.0).all()) and bool((temperature[~above] <= 1.0).all())
+
+
+def test_the_processor_works_with_plain_generate(policy, prompts):
+    """It is a logits processor like any other: any batch, any decoding loop."""
+    processor = AdaptiveTemperature(SIGNAL)
+    ids = torch.tensor(prompts[0].ids)[None].repeat(3, 1)
+    with policy.sampling() as model:
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=GenerationConfig(max_new_tokens=5, do_sample=True, top_k=0, pad_token_id=0),
+            logits_processor=LogitsProcessorList([processor]),
+        )
+    assert out.shape[0] == 3 and processor.temperature.shape == (3,)
+
+
+def test_inverse_cdf_draws_from_the_distribution():
+    logits = torch.tensor([0.0, 1.0, float("-inf"), 2.0, -3.0])
+    n = 40_000
+    u = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(inverse_cdf(logits.expand(n, 5), u), minlength=5) / n
+    assert torch.allclose(counts, logits.softmax(-1), atol=0.01)
+    assert counts[2] == 0.0
+
+
+@pytest.mark.parametrize("u", [0.0, 1.0 - 2**-53])
+def test_inverse_cdf_never_draws_an_impossible_token(u):
+    logits = torch.tensor([[float("-inf"), 1.0, 2.0, float("-inf")]])
+    assert int(inverse_cdf(logits, torch.tensor([u], dtype=torch.float64))) == (1 if u == 0.0 else 2)
+
+
+def test_uniforms_differ_in_every_argument():
+    reference = uniforms(0, 0, 1, 2, 3, 8)
+    assert torch.equal(reference, uniforms(0, 0, 1, 2, 3, 8))
+    assert torch.equal(reference[:5], uniforms(0, 0, 1, 2, 3, 5))
+    for change in range(5):
+        arguments = [0, 0, 1, 2, 3, 8]
+        arguments[change] += 1
+        assert not torch.equal(reference, uniforms(*arguments))

@@ -1,0 +1,280 @@
+"""Whole runs through the command line: what they leave, how they resume, what they say when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hapo_lite.checkpoint import is_whole
+from hapo_lite.metrics import MetricsFile
+from hapo_lite.policy import TINY_MODEL
+from hapo_lite.trace import read_traces
+from tests.conftest import ROOT, TINY
+
+SMALL = [
+    "rollout.prompts_per_iteration=4",
+    "rollout.completions_per_prompt=4",
+    "rollout.old_logprobs=recomputed",
+    "training.iterations=6",
+    "training.updates_per_iteration=2",
+    "evaluation.prompts=4",
+    "evaluation.samples=2",
+    "evaluation.every=3",
+    "checkpoint.every=2",
+    "reward.workers=1",
+    "logging.traces_per_iteration=2",
+]
+# One thread and no spinning: the suite may share its cores, and sums are in one order.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+def command(folder: Path, *overrides: str, recipe: Path | str = TINY, launcher: tuple[str, ...] = ()) -> list[str]:
+    start = [*launcher] if launcher else [sys.executable]
+    return [*start, "-m", "hapo_lite.train", str(recipe), f"output_dir={folder}", *SMALL, *overrides]
+
+
+def train(folder: Path, *overrides: str, **options) -> subprocess.CompletedProcess:
+    cwd = options.pop("cwd", ROOT)
+    return subprocess.run(
+        command(folder, *overrides, **options), capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd, timeout=240
+    )
+
+
+def timeless(line: dict) -> dict:
+    """A metrics line without what depends on the clock or the process."""
+    return {k: v for k, v in line.items() if not k.startswith(("seconds/", "tokens_per_second/", "memory/"))}
+
+
+def remains(run: Path) -> tuple[bytes, list[dict], dict[str, str]]:
+    """What must be the same however often a run was interrupted: adapter, metrics, traces."""
+    return (
+        (run / "adapter" / "adapter_model.safetensors").read_bytes(),
+        [timeless(line) for line in MetricsFile(run / "metrics.jsonl").read()],
+        {p.name: p.read_text() for p in sorted((run / "traces").iterdir())},
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, str]:
+    """An uninterrupted run of six iterations, and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = train(folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "tiny_cpu", done.stdout
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    run, printed = finished
+    assert {p.name for p in run.iterdir()} == {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "traces",
+        "checkpoints",
+        "adapter",
+        "summary.json",
+        "curves.png",
+    }
+    lines = MetricsFile(run / "metrics.jsonl").read()
+    assert [line["iteration"] for line in lines] == list(range(7))
+    assert [line["iteration"] for line in lines if "eval/accuracy" in line] == [0, 3, 6]
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["000004", "000006"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["iterations"] == 6 and summary["updates"] == 12
+    assert summary["evaluation"]["after"]["eval/accuracy"] == lines[-1]["eval/accuracy"]
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"held-out accuracy, avg@2 +0\.\d+ +0\.\d+", printed)
+    for path in (run / "traces").iterdir():
+        traces = read_traces(path)
+        assert traces and all(t.iteration == int(path.stem) for t in traces)
+    assert {t.stage for t in read_traces(run / "traces" / "000003.jsonl")} == {"train", "eval"}
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert recipe["training"]["iterations"] == 6 and recipe["method"]["tau"] == 0.05
+
+
+def test_every_metric_is_defined(finished):
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    defined = set()
+    for cell in re.findall(r"^\| (`[^|]*) \|", text, flags=re.MULTILINE):
+        first = ""
+        for name in re.findall(r"`([^`]+)`", cell):
+            # `reward/mean`, `/std` and `entropy/all_mean`, `_q20` are short for the group of the first.
+            if name.startswith("/"):
+                name = first.rsplit("/", 1)[0] + name
+            elif name.startswith("_"):
+                name = first.rsplit("_", 1)[0] + name
+            else:
+                first = name
+            defined.add(name)
+    patterns = [re.compile(re.escape(name).replace(r"\*", ".*")) for name in defined]
+    measured = {key for line in MetricsFile(finished[0] / "metrics.jsonl").read() for key in line}
+    assert not {key for key in measured if not any(p.fullmatch(key) for p in patterns)}
+    always = {name for name in defined if "*" not in name}
+    assert not always - measured
+
+
+def test_the_adapter_loads_with_plain_peft_and_is_the_one_that_was_trained(finished):
+    run, _ = finished
+    base = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, run / "adapter")
+    saved = load_file(run / "checkpoints" / "000006" / "adapter_model.safetensors")
+    loaded = {k.replace(".default", ""): v for k, v in model.state_dict().items() if "lora_" in k}
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[k], saved[k]) for k in saved)
+    assert any(v.any() for k, v in saved.items() if "lora_B" in k)
+
+
+def test_the_same_command_twice_gives_the_same_bytes(finished, tmp_path):
+    assert train(tmp_path).returncode == 0
+    assert remains(tmp_path / "tiny_cpu") == remains(finished[0])
+
+
+def kill_at(folder: Path, seconds: float, number: int) -> int:
+    process = subprocess.Popen(
+        command(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd=ROOT
+    )
+    metrics = folder / "tiny_cpu" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(number)
+    process.communicate(timeout=120)
+    return process.returncode
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_the_same(finished, tmp_path):
+    moments = random.Random(int(time.time()))
+    for _ in range(3):
+        kill_at(tmp_path, moments.uniform(0.0, 2.5), signal.SIGKILL)
+    done = train(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert remains(tmp_path / "tiny_cpu") == remains(finished[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_saves_and_continues(finished, tmp_path, number):
+    code = kill_at(tmp_path, 1.2, number)
+    run = tmp_path / "tiny_cpu"
+    assert code == 128 + number
+    done = len(MetricsFile(run / "metrics.jsonl").read()) - 1
+    assert 0 < done < 6
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    assert newest.name == f"{done:06d}"  # nothing that was finished is lost
+    again = train(tmp_path)
+    assert again.returncode == 0 and f"after iteration {done}" in again.stdout
+    assert remains(run) == remains(finished[0])
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "tiny_cpu")
+    weights = tmp_path / "tiny_cpu" / "checkpoints" / "000006" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    done = train(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "000006 is damaged: adapter_model.safetensors has changed" in done.stdout
+    assert "after iteration 4" in done.stdout
+    assert is_whole(weights.parent)  # it has been written anew
+    assert remains(tmp_path / "tiny_cpu") == remains(finished[0])
+
+
+def test_a_finished_run_is_left_alone_and_may_be_prolonged(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "tiny_cpu")
+    assert train(tmp_path).returncode == 0
+    assert remains(tmp_path / "tiny_cpu") == remains(finished[0])
+    longer = train(tmp_path, "training.iterations=7")
+    assert longer.returncode == 0, longer.stderr
+    lines = MetricsFile(tmp_path / "tiny_cpu" / "metrics.jsonl").read()
+    assert [line["iteration"] for line in lines] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.learning_rate=0.5", "was made with training.learning_rate = 0.0005, the recipe now says 0.5"),
+        ("checkpoint.resume=never", "holds a run already"),
+    ],
+)
+def test_another_recipe_does_not_continue_the_run(finished, tmp_path, override, message):
+    shutil.copytree(finished[0], tmp_path / "tiny_cpu")
+    done = train(tmp_path, override)
+    assert done.returncode == 2 and message in done.stderr
+    assert remains(tmp_path / "tiny_cpu") == remains(finished[0])
+
+
+def test_two_processes_learn_what_one_does(finished, tmp_path):
+    """The signal, the groups and the denominator are global: two CPU processes give the loss curve of one."""
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    launcher = (accelerate, "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    done = train(tmp_path, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    one = MetricsFile(finished[0] / "metrics.jsonl").read()
+    two = MetricsFile(tmp_path / "tiny_cpu" / "metrics.jsonl").read()
+    assert len(one) == len(two)
+    for left, right in zip(one, two, strict=True):
+        assert timeless(left).keys() == timeless(right).keys()
+        for key, value in timeless(left).items():
+            assert right[key] == pytest.approx(value, abs=1e-5, rel=1e-4), (left["iteration"], key)
+
+
+QWEN_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 151_936,
+    "max_position_embeddings": 4096,
+    "eos_token_id": 2,
+}
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the maths data sets are not beside the checkout")
+def test_the_path_of_a_gpu_user(tmp_path):
+    """recipes/qwen1_5b_lora.yaml on a small model of Qwen's shape and vocabulary, with GSM8K, in 4-bit."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(**QWEN_SHAPE)).save_pretrained(tmp_path / "qwen")
+    AutoTokenizer.from_pretrained(TINY_MODEL).save_pretrained(tmp_path / "qwen")
+    arguments = [
+        sys.executable,
+        "-m",
+        "hapo_lite.train",
+        str(ROOT / "recipes" / "qwen1_5b_lora.yaml"),
+        f"output_dir={tmp_path}",
+        f"model.name={tmp_path / 'qwen'}",
+        f"data.source={SHARED / 'gsm8k_train.parquet'}",
+        "training.iterations=2",
+        "rollout.prompts_per_iteration=2",
+        "rollout.completions_per_prompt=2",
+        "rollout.max_new_tokens=12",
+        "rollout.token_budget=null",
+        "rollout.dynamic_sampling=false",
+        "reward.function=tests.rewards:every_other",
+        "evaluation.prompts=2",
+        "evaluation.samples=2",
+    ]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=240)
+    assert done.returncode == 0, done.stderr
+    lines = MetricsFile(tmp_path / "qwen1_5b_lora" / "metrics.jsonl").read()
+    assert len(lines) == 3 and lines[-1]["updates"] == 8
+    assert lines[-1]["entropy/all_mean"] > 5  # a random model over 152k tokens
+    adapter = load_file(tmp_path / "qwen1_5b_lora" / "adapter" / "adapter_model.safetensors")
+    assert all(v.any() for v in adapter.values())
