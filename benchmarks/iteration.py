@@ -1,10 +1,10 @@
 """Seconds per iteration on the bundled task: HAPO beside DAPO and, if it is installed, TRL's GRPOTrainer.
 
-    python benchmarks/iteration.py [--iterations 20] [--trl]
+    python benchmarks/iteration.py [--iterations 20] [--trl] [--default-malloc] [section.key=value ...]
 
-128 completions and 2 updates an iteration, 4-bit and LoRA r = 16, the learning rate so small that every iteration does
-the work of the first. HAPO and DAPO take turns, so that what disturbs the machine disturbs both. Medians; the ratio is
-the median of the pairs' ratios.
+128 completions and 2 updates an iteration, 4-bit and LoRA, the learning rate so small that every iteration does the
+work of the first. HAPO and DAPO take turns on the same model, so that what disturbs the machine disturbs both. Medians;
+the ratio is the median of the pairs' ratios.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hapo_lite.checkpoint import TrainState  # noqa: E402
 from hapo_lite.cli import keep_freed_memory, quiet_libraries  # noqa: E402
 from hapo_lite.loop import Loop  # noqa: E402
 from hapo_lite.policy import load_policy  # noqa: E402
-from hapo_lite.recipe import Recipe, load_recipe  # noqa: E402
+from hapo_lite.recipe import LoraSettings, Recipe, load_recipe  # noqa: E402
 from hapo_lite.rollout.collect import Collector, PromptStream  # noqa: E402
 from hapo_lite.rollout.transformers_engine import TransformersEngine  # noqa: E402
 from hapo_lite.tasks.rewards import Scorer  # noqa: E402
@@ -57,13 +57,14 @@ def measure_ours(iterations: int, overrides: list[str]) -> None:
     recipes = {method: recipe_for(method, overrides) for method in ("hapo", "dapo")}
     accelerator = run.make_accelerator(recipes["hapo"])
     with Scorer(recipes["hapo"].reward, recipes["hapo"].rollout.max_new_tokens) as scorer:
-        loops = {method: build_loop(recipe, scorer, accelerator) for method, recipe in recipes.items()}
-        states = dict.fromkeys(loops, TrainState())
-        rows: dict[str, list[dict[str, float]]] = {method: [] for method in loops}
+        loop = build_loop(recipes["hapo"], scorer, accelerator)
+        states = dict.fromkeys(recipes, TrainState())
+        rows: dict[str, list[dict[str, float]]] = {method: [] for method in recipes}
         for turn in range(iterations + 2):
-            for method in sorted(loops, reverse=bool(turn % 2)):
+            for method in sorted(recipes, reverse=bool(turn % 2)):
+                loop.recipe = recipes[method]
                 started = time.perf_counter()
-                states[method], metrics, _ = loops[method].step(states[method])
+                states[method], metrics, _ = loop.step(states[method])
                 metrics["seconds/iteration"] = time.perf_counter() - started
                 rows[method].append(metrics)
     for method, found in rows.items():
@@ -76,7 +77,7 @@ def measure_ours(iterations: int, overrides: list[str]) -> None:
     print(f"hapo / dapo: {statistics.median(ratios):.3f}")
 
 
-def measure_trl(iterations: int) -> None:
+def measure_trl(iterations: int, lora: LoraSettings) -> None:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
@@ -130,7 +131,7 @@ def measure_trl(iterations: int) -> None:
             gradient_checkpointing=False,
         ),
         train_dataset=Dataset.from_list(rows),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[Clock()],
     )
     trainer.train()
@@ -143,14 +144,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--trl", action="store_true", help="measure TRL's trainer too (pip install trl==1.16.0)")
+    parser.add_argument("--default-malloc", action="store_true", help="let glibc hand freed pages back")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
-    keep_freed_memory()
+    if not args.default_malloc:
+        keep_freed_memory()
     quiet_libraries()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     measure_ours(args.iterations, args.overrides)
     if args.trl:
-        measure_trl(args.iterations)
+        measure_trl(args.iterations, recipe_for("hapo", args.overrides).model.lora)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -65,7 +66,10 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         save_adapter(policy, aside)
-        torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, aside / OPTIMIZER)
+        # Through memory, so that a full disk is an OSError and not one of torch's own.
+        buffer = io.BytesIO()
+        torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, buffer)
+        (aside / OPTIMIZER).write_bytes(buffer.getbuffer())
         hashes = {f.name: file_hash(f) for f in sorted(aside.iterdir())}
         (aside / STATE).write_text(
             json.dumps({"version": VERSION, "files": hashes, "state": state.to_json()}, indent=1)
@@ -75,7 +79,7 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
         _flush(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"the checkpoint {final} could not be written: {disk_problem(error)}") from error
     for old in list_checkpoints(folder)[:-keep]:

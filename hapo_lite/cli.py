@@ -65,7 +65,7 @@ def quiet_libraries() -> None:
 def keep_freed_memory() -> None:
     """Let glibc reuse freed tensors instead of handing their pages back, to be faulted in again at the next layer.
 
-    On a CPU this takes a quarter off an iteration of the bundled recipe (docs/measurements.md). Elsewhere a no-op.
+    On a CPU this takes a tenth off an iteration of the bundled recipe (docs/measurements.md). Elsewhere a no-op.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +27,10 @@ def writing(path: Path) -> Iterator[None]:
 
 def disk_problem(error: BaseException) -> str:
     """One clause about why a file could not be written."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    # safetensors has an error of its own, with the system's text inside.
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+    if full:
         return "the disk is full; free some space and run the same command again"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}; check the folder and run the same command again"
-    return f"{str(error).splitlines()[0]} (is the disk full?); run the same command again"
+    return f"{str(error).splitlines()[0]}; check the folder and run the same command again"

@@ -20,6 +20,35 @@ ROWS = (
 )
 
 
+STAGES = ("rollout", "grade", "score", "update")
+PANELS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("reward and held-out accuracy", {"reward/mean": "training reward", "eval/accuracy": "held-out accuracy"}),
+    (
+        "entropy, nats",
+        {"entropy/correct_mean": "correct", "entropy/wrong_mean": "not correct", "entropy/all_q80": "80 % quantile"},
+    ),
+    (
+        "sampling temperature",
+        {"temperature/max": "highest", "temperature/mean": "mean", "temperature/min": "lowest"},
+    ),
+    (
+        "share of tokens clipped, or amplified by redistribution",
+        {
+            "clip/low_certain_share": "clipped low, h <= 0",
+            "clip/low_uncertain_share": "clipped low, h > 0",
+            "clip/high_certain_share": "clipped high, h <= 0",
+            "clip/high_uncertain_share": "clipped high, h > 0",
+            "credit/amplified_share": "amplified",
+        },
+    ),
+    (
+        "completion length, tokens",
+        {"length/mean": "all", "length/correct_mean": "correct", "length/wrong_mean": "not correct"},
+    ),
+    ("seconds per iteration", {f"seconds/{stage}": stage for stage in STAGES}),
+)
+
+
 def closing_table(lines: Lines, samples: int) -> str:
     """First against last value of the numbers that matter, as text."""
     rows = []
@@ -36,71 +65,22 @@ def closing_table(lines: Lines, samples: int) -> str:
 
 
 def draw_curves(lines: Lines, path: Path, title: str) -> None:
-    """Six panels over iterations: accuracy and reward, entropy, temperature, clipping, length, seconds by stage."""
+    """The panels of PANELS over iterations, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6.6), layout="constrained")
     figure.suptitle(title)
-    panels = figure.subplots(2, 3).flat
-    _panel(
-        next(panels),
-        lines,
-        "reward and held-out accuracy",
-        {"reward/mean": "training reward", "eval/accuracy": "held-out accuracy"},
-        bottom=0.0,
-    )
-    _panel(
-        next(panels),
-        lines,
-        "entropy, nats",
-        {"entropy/correct_mean": "correct", "entropy/wrong_mean": "not correct", "entropy/all_q80": "80 % quantile"},
-        bottom=0.0,
-    )
-    _panel(
-        next(panels),
-        lines,
-        "sampling temperature",
-        {"temperature/max": "highest", "temperature/mean": "mean", "temperature/min": "lowest"},
-    )
-    _panel(
-        next(panels),
-        lines,
-        "share of tokens clipped, or amplified by redistribution",
-        {
-            "clip/low_certain_share": "clipped low, h <= 0",
-            "clip/low_uncertain_share": "clipped low, h > 0",
-            "clip/high_certain_share": "clipped high, h <= 0",
-            "clip/high_uncertain_share": "clipped high, h > 0",
-            "credit/amplified_share": "amplified",
-        },
-        bottom=0.0,
-    )
-    _panel(
-        next(panels),
-        lines,
-        "completion length, tokens",
-        {"length/mean": "all", "length/correct_mean": "correct", "length/wrong_mean": "not correct"},
-        bottom=0.0,
-    )
-    _panel(
-        next(panels),
-        lines,
-        "seconds per iteration",
-        {f"seconds/{stage}": stage for stage in ("rollout", "grade", "score", "update")},
-        bottom=0.0,
-    )
+    for axes, (heading, series) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        axes.set_title(heading, fontsize=10)
+        for key, label in series.items():
+            points = [(line["iteration"], line[key]) for line in lines if key in line]
+            if points:
+                marker = "o" if len(points) < 12 else None
+                axes.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.4)
+        if axes.lines:
+            axes.legend(fontsize=8, frameon=False)
+        if "temperature" not in heading:
+            axes.set_ylim(bottom=0.0)
+        axes.set_xlabel("iteration", fontsize=8)
+        axes.grid(alpha=0.25)
     figure.savefig(path, dpi=110)
-
-
-def _panel(axes, lines: Lines, title: str, series: dict[str, str], bottom: float | None = None) -> None:
-    axes.set_title(title, fontsize=10)
-    for key, label in series.items():
-        points = [(line["iteration"], line[key]) for line in lines if key in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 12 else None, linewidth=1.4)
-    if axes.lines:
-        axes.legend(fontsize=8, frameon=False)
-    if bottom is not None:
-        axes.set_ylim(bottom=bottom)
-    axes.set_xlabel("iteration", fontsize=8)
-    axes.grid(alpha=0.25)

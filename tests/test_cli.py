@@ -42,7 +42,10 @@ SHORT = ["training.iterations=1", "evaluation.prompts=0", "logging.progress=fals
         (["logging.report_to=wandb"], "pip install wandb"),
         (["model.dtype=fp16"], "needs a GPU"),
         (["data.split=dev"], "'train' and 'test'"),
-        (["data.source={folder}/rows.jsonl", "evaluation.prompts=64"], "64 prompts are to be held out and there are only 4"),
+        (
+            ["data.source={folder}/rows.jsonl", "evaluation.prompts=64"],
+            "64 prompts are to be held out and there are only 4",
+        ),
         (["output_dir={folder}/rows.jsonl"], "cannot be written"),
     ],
 )
@@ -68,7 +71,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(capsys, tmp_path, monkeypatc
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.torch, "save", full)
+    monkeypatch.setattr(checkpoint, "save_adapter", full)
     line = complaint(capsys, [TINY, runs, *SHORT, "training.iterations=2"])
     assert "000002 could not be written: the disk is full" in line
     folder = tmp_path / "tiny_cpu" / "checkpoints"
