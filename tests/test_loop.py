@@ -64,6 +64,17 @@ def test_gradient_does_not_depend_on_micro_batches(make_recipe, make_loop, metho
         assert float((cut - whole).norm() / whole.norm()) < 2e-5
 
 
+def test_a_whole_update_does_not_depend_on_micro_batches(make_recipe, make_loop):
+    def first_update(budget):
+        _, [line] = run_steps(make_loop(make_recipe(f"training.micro_batch_tokens={budget}")), 1)
+        return line["update/loss"], line["update/grad_norm"]
+
+    whole = first_update(100_000)
+    assert whole[0] != 0.0
+    for budget in (1, 150):
+        assert first_update(budget) == pytest.approx(whole, rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize("signal", [None, SIGNAL], ids=["base temperature", "adaptive temperature"])
 def test_ratio_is_one_to_the_last_bit_before_the_first_update(make_recipe, make_loop, signal):
     loop = make_loop(make_recipe("training.micro_batch_tokens=150", "logging.traces_per_iteration=0"))

@@ -143,23 +143,25 @@ def test_the_same_command_twice_gives_the_same_bytes(finished, tmp_path):
     assert remains(tmp_path / "tiny_cpu") == remains(finished[0])
 
 
-def kill_at(folder: Path, seconds: float, number: int) -> int:
+def kill_at(folder: Path, lines: int, number: int, delay: float = 0.0) -> int:
+    """Send a signal once metrics.jsonl has so many lines, and return the exit code."""
     process = subprocess.Popen(
         command(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd=ROOT
     )
     metrics = folder / "tiny_cpu" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
-        time.sleep(0.01)
-    time.sleep(seconds)
+    while process.poll() is None and not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= lines):
+        time.sleep(0.002)
+    time.sleep(delay)
     process.send_signal(number)
     process.communicate(timeout=120)
     return process.returncode
 
 
 def test_killed_at_any_moment_and_resumed_it_ends_the_same(finished, tmp_path):
-    moments = random.Random(int(time.time()))
-    for _ in range(3):
-        kill_at(tmp_path, moments.uniform(0.0, 2.5), signal.SIGKILL)
+    moments = random.Random()
+    # In iteration 2, before there is a checkpoint; in 4, after that of 2; while 6 is being finished.
+    for lines in (2, 4, 6):
+        kill_at(tmp_path, lines, signal.SIGKILL, moments.uniform(0.0, 0.1))
     done = train(tmp_path)
     assert done.returncode == 0, done.stderr
     assert remains(tmp_path / "tiny_cpu") == remains(finished[0])
@@ -167,7 +169,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_the_same(finished, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop_it_saves_and_continues(finished, tmp_path, number):
-    code = kill_at(tmp_path, 1.2, number)
+    code = kill_at(tmp_path, 4, number)
     run = tmp_path / "tiny_cpu"
     assert code == 128 + number
     done = len(MetricsFile(run / "metrics.jsonl").read()) - 1
@@ -219,10 +221,10 @@ def test_another_recipe_does_not_continue_the_run(finished, tmp_path, override, 
 
 def test_two_processes_learn_what_one_does(finished, tmp_path):
     """The signal, the groups and the denominator are global: two CPU processes give the loss curve of one."""
-    accelerate = str(Path(sys.executable).with_name("accelerate"))
-    launcher = (accelerate, "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     done = train(tmp_path, launcher=launcher)
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "tiny_cpu" / "summary.json").read_text())["machine"]["processes"] == 2
     one = MetricsFile(finished[0] / "metrics.jsonl").read()
     two = MetricsFile(tmp_path / "tiny_cpu" / "metrics.jsonl").read()
     assert len(one) == len(two)

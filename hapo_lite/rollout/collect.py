@@ -24,6 +24,7 @@ class PromptStream:
 
     def __init__(self, prompts: Sequence[EncodedPrompt], seed: int) -> None:
         self.prompts, self.seed = prompts, seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def take(self, start: int, count: int) -> list[EncodedPrompt]:
         """Prompts at positions start .. start + count; each carries its position, which its sampling is seeded by."""
@@ -31,8 +32,10 @@ class PromptStream:
 
     def _at(self, position: int) -> EncodedPrompt:
         epoch, place = divmod(position, len(self.prompts))
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.prompts))
-        chosen = self.prompts[order[place]]
+        if epoch != self._epoch:
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.prompts))
+            self._epoch = epoch
+        chosen = self.prompts[self._order[place]]
         return EncodedPrompt(position, chosen.prompt, chosen.ids)
 
 
