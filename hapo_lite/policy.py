@@ -127,7 +127,7 @@ def load_policy(settings: ModelSettings, seed: int, device: torch.device | str) 
             LoraConfig(
                 r=lora.rank,
                 lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
+                lora_dropout=0.0,  # with dropout the ratio would differ from 1 before anything has been learned
                 target_modules=targets,
                 task_type="CAUSAL_LM",
             ),

@@ -32,9 +32,6 @@ class Section(BaseModel):
 class LoraSettings(Section):
     rank: Positive = Field(32, description="Rank of the adapter matrices")
     alpha: Annotated[float, Field(gt=0)] = Field(64.0, description="Scale: the adapter's output is times alpha / rank")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="Must stay 0 for ratio = 1 before the first update; kept as a field so that a recipe says so"
-    )
     targets: str | tuple[str, ...] = Field(
         "all-linear", description="Layers to adapt: all-linear (all but the head), or a list of module names"
     )
@@ -197,10 +194,6 @@ class Recipe(Section):
                 self.training.updates_per_iteration
                 > self.rollout.prompts_per_iteration * self.rollout.completions_per_prompt,
                 "training.updates_per_iteration exceeds the completions of an iteration: some updates would be empty",
-            ),
-            (
-                self.model.lora.dropout > 0,
-                "model.lora.dropout must be 0: with dropout the ratio differs from 1 before anything has been learned",
             ),
             (
                 self.reward.function is None and self.reward.correct <= self.reward.wrong,

@@ -60,7 +60,6 @@ def test_a_preset_may_be_named_or_altered(write_recipe, name):
         ("name=../elsewhere", "name: must be one folder name"),
         ("rollout.completions_per_prompt=1", "a group of one has no advantage"),
         ("rollout.token_budget=5", "no effect without rollout.dynamic_sampling"),
-        ("model.lora.dropout=0.1", "the ratio differs from 1"),
         ("reward.correct=0", "wrong answers are what is learned"),
         ("training.updates_per_iteration=9999", "some updates would be empty"),
         ("reward.overlong_buffer=99999", "every completion is overlong"),
