@@ -1,12 +1,13 @@
 """The language-model head without N x V logits: hidden states to log-probability and entropy, with an exact gradient.
 
-Axes: N tokens, D hidden, V vocabulary. Tokens are taken in chunks; of a chunk's logits only one log-probability, one
-entropy and, when a gradient is wanted, one row of the Jacobian
+Axes: N tokens, D hidden, V vocabulary. The vocabulary is read once, tile by tile, as attention with query h and
+keys = values = W: an online softmax keeps, for each token, the largest logit, two sums for the entropy, and, when a
+gradient is wanted, the running row of
 
     d logp / d hidden = (W[y] - softmax(z) W) / T
 
-survive. The loss reaches the hidden states only through logp, so backward is one scaling of those rows: no logits are
-kept, and none are computed twice unless the head itself is trained.
+in fp32. The loss reaches the hidden states only through logp, so backward is one scaling of those rows: 4NDV flops for
+both directions, no logits kept, and none computed twice unless the head itself is trained.
 """
 
 from __future__ import annotations
@@ -14,28 +15,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits held at once, at most: 64 MiB in fp32."""
+TILES = {"cpu": (512, 4096), "cuda": (2048, 4096)}
+"""Tokens x vocabulary entries of one tile, by device type. A CPU tile stays in its last-level cache; both leave the
+buffers (one tile in fp32, one in the dtype of the weight, one product) under 64 MiB at a hidden size of 3,584."""
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each next-token distribution at `temperature`.
 
-    hidden: [N, D]; weight: [V, D]; targets: [N] integer ids. Returns logp [N], differentiable in `hidden` (and in
-    `weight` where it requires a gradient), and entropy [N], detached; nats; fp32, or fp64 for fp64 input.
+    hidden: [N, D]; weight: [V, D]; targets: [N] integer ids; temperature: a number, or [N] for one a token. Returns
+    logp [N], differentiable in `hidden` (and in `weight` where it requires a gradient), and entropy [N], detached;
+    nats; fp32, or fp64 for fp64 input. Under `torch.no_grad` the product that makes the gradient is left out.
     Raises ValueError on shapes that do not fit, an id outside [0, V) or a temperature that is not positive.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [N, D] and [V, D]")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {tuple(targets.shape)} must be [{hidden.shape[0]}], one a token")
-    if not temperature > 0:
+    if isinstance(temperature, Tensor) and temperature.shape not in (hidden.shape[:1], ()):
+        raise ValueError(f"temperature {tuple(temperature.shape)} must be a number or [{hidden.shape[0]}], one a token")
+    if not (bool((temperature > 0).all()) if isinstance(temperature, Tensor) else temperature > 0):
         raise ValueError(f"temperature must be positive, not {temperature}")
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < weight.shape[0]:
         raise ValueError(
             f"targets lie in [{int(targets.min())}, {int(targets.max())}], outside the vocabulary of {weight.shape[0]}"
         )
-    return _Head.apply(hidden, weight, targets, temperature)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    scale = torch.as_tensor(temperature, dtype=dtype, device=hidden.device).reciprocal().expand(hidden.shape[0])
+    if not torch.is_grad_enabled():
+        # A custom function is told that its input wants a gradient even where none is recorded.
+        hidden, weight = hidden.detach(), weight.detach()
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _Head.apply(hidden, weight, targets, scale)
 
 
 def logits_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,40 +58,176 @@ def logits_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
     H = log1p(s) + sum(exp(z - m) (m - z)) / (1 + s). Every term is non-negative, so nothing cancels: the relative error
     stays near 1e-7 in fp32 where logsumexp(z) - sum(p z) has lost every digit.
     """
-    top, others, _, entropy = _fold(logits)
-    return top + others.log1p(), entropy
-
-
-def _fold(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Largest logit m [...], sum of the other exponentials s [...], exp(z - m) [..., V], entropy [...]."""
-    top, where = logits.max(dim=-1, keepdim=True)
+    softmax = _Softmax(logits[..., 0].reshape(-1))
     # A masked logit is -inf; a finite distance keeps 0 * inf out of the entropy.
-    distance = (top - logits).clamp_max_(torch.finfo(logits.dtype).max)
-    exponentials = distance.neg().exp_()
-    exponentials.scatter_(-1, where, 0.0)
-    others = exponentials.sum(dim=-1)
-    weighted = distance.mul_(exponentials).sum(dim=-1)
-    exponentials.scatter_(-1, where, 1.0)
-    return top.squeeze(-1), others, exponentials, others.log1p() + weighted / (1.0 + others)
+    rows = logits.reshape(-1, logits.shape[-1]).clamp(min=torch.finfo(logits.dtype).min / 4)
+    softmax.fold(rows, torch.empty_like(rows))
+    return softmax.logsumexp().view(logits.shape[:-1]), softmax.entropy().view(logits.shape[:-1])
+
+
+class _Softmax:
+    """A softmax over [n, V] that arrives in tiles of the vocabulary.
+
+    top: the largest logit m so far; others: sum of exp(z - m) over every entry but that one; weighted: sum of
+    exp(z - m) (m - z). All [n]; `total` = 1 + others.
+    """
+
+    def __init__(self, like: Tensor):
+        self.top = torch.full_like(like, torch.finfo(like.dtype).min / 2)
+        # The initial 'largest logit' stands for no entry: its exponential is 1 until a real one replaces it with 0.
+        self.others = torch.zeros_like(like)
+        self.weighted = torch.zeros_like(like)
+
+    def fold(self, logits: Tensor, exponentials: Tensor) -> Tensor:
+        """Take in a tile [n, v]: `exponentials` becomes exp(z - m) with the new m, `logits` is used up. Returns the
+        factor [n] that turns sums over earlier tiles into sums relative to the new m."""
+        tile_top, where = _max(logits)
+        top = torch.maximum(self.top, tile_top)
+        rise = top - self.top
+        factor = rise.neg().exp_()
+        distance = torch.sub(top[:, None], logits, out=logits)
+        torch.neg(distance, out=exponentials).exp_()
+        exponentials.scatter_(1, where, 0.0)
+        tile_others = exponentials.sum(dim=1)
+        # The smaller of the two tops is from now on one of the others.
+        second = (self.top - tile_top).abs_().neg_().exp_()
+        tile_share = (tile_top - top).exp_()
+        exponentials.scatter_(1, where, tile_share[:, None])
+        tile_weighted = distance.mul_(exponentials).sum(dim=1)
+        self.weighted = factor * (self.weighted + rise * (1.0 + self.others)) + tile_weighted
+        self.others = factor * self.others + tile_others + second
+        self.top = top
+        return factor
+
+    @property
+    def total(self) -> Tensor:
+        return 1.0 + self.others
+
+    def logsumexp(self) -> Tensor:
+        return self.top + self.others.log1p()
+
+    def entropy(self) -> Tensor:
+        return self.others.log1p() + self.weighted / self.total
+
+
+def _max(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest entry [n] of each row of [n, v] and its place [n, 1].
+
+    In two steps, the vectorised maximum of blocks and the place within one of them: a maximum with its index is not
+    vectorised on CPUs.
+    """
+    n, v = rows.shape
+    if v % 64 or not rows.is_contiguous():
+        top, where = rows.max(dim=1, keepdim=True)
+        return top.squeeze(1), where
+    blocks = rows.view(n, v // 64, 64)
+    block = blocks.amax(dim=2).argmax(dim=1)
+    top, inside = blocks[torch.arange(n, device=rows.device), block].max(dim=1)
+    return top, (block * 64 + inside)[:, None]
+
+
+class _Tiles:
+    """Logits of [n] tokens, a tile of the vocabulary at a time, in buffers that are allocated once."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, scale: Tensor):
+        dtype = scale.dtype
+        rows, columns = TILES.get(hidden.device.type, TILES["cuda"])
+        self.rows, self.columns = min(rows, max(1, hidden.shape[0])), min(columns, weight.shape[0])
+        self.weight, self.dtype = weight, dtype
+        self._scaled = bool((scale != 1.0).any())
+        # fp16 products are slow or absent on CPUs, and a mixed pair has no product: such weights are cast tile by tile.
+        native = (dtype, torch.bfloat16) if weight.device.type == "cpu" else (dtype, torch.bfloat16, torch.float16)
+        self.product_dtype = weight.dtype if weight.dtype in native else dtype
+        self.rounds = self.product_dtype != dtype
+        size = self.rows * self.columns
+        self._logits = hidden.new_empty(size, dtype=dtype)
+        self._exponentials = hidden.new_empty(size, dtype=dtype)
+        self._narrow = hidden.new_empty(size, dtype=self.product_dtype) if self.rounds else None
+        self._product = hidden.new_empty(self.rows * hidden.shape[1], dtype=self.product_dtype) if self.rounds else None
+
+    def token_slices(self, count: int) -> list[slice]:
+        return [slice(start, min(start + self.rows, count)) for start in range(0, count, self.rows)]
+
+    def vocabulary_slices(self) -> list[slice]:
+        total = self.weight.shape[0]
+        return [slice(start, min(start + self.columns, total)) for start in range(0, total, self.columns)]
+
+    def weight_tile(self, columns: slice) -> Tensor:
+        return self.weight[columns].to(self.product_dtype)
+
+    def logits(self, hidden: Tensor, tile: Tensor, reference: Tensor, scale: Tensor) -> Tensor:
+        """z / T [n, v] of `hidden` [n, D], already in the dtype of the products.
+
+        A product in bf16 is rounded once, when it is stored. `reference` [n], near the largest z, is subtracted before
+        that, so that the likely entries, which lie close to it, keep small absolute errors.
+        """
+        n, v = hidden.shape[0], tile.shape[0]
+        out = self._logits[: n * v].view(n, v)
+        if not self.rounds:
+            torch.mm(hidden, tile.T, out=out)
+        elif hidden.is_cuda:
+            out = torch.mm(hidden, tile.T, out_dtype=self.dtype)
+        else:
+            narrow = self._narrow[: n * v].view(n, v)
+            narrow.copy_(reference.neg()[:, None].expand(n, v))
+            torch.addmm(narrow, hidden, tile.T, out=narrow)
+            torch.add(narrow, reference[:, None], out=out)
+        return out.mul_(scale[:, None]) if self._scaled else out
+
+    def exponentials(self, n: int, v: int) -> Tensor:
+        return self._exponentials[: n * v].view(n, v)
+
+    def add_product(self, total: Tensor, left: Tensor, tile: Tensor) -> None:
+        """total [n, D] += left [n, v] @ tile [v, D]; the sum over tiles stays in `dtype`."""
+        n, v = left.shape
+        if not self.rounds:
+            total.addmm_(left, tile)
+        elif left.is_cuda:
+            total.add_(torch.mm(left.to(tile.dtype), tile, out_dtype=self.dtype))
+        else:
+            product = self._product[: n * total.shape[1]].view(n, -1)
+            torch.mm(self._narrow[: n * v].view(n, v).copy_(left), tile, out=product)
+            total.add_(product)
 
 
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float):
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logp = hidden.new_empty(hidden.shape[0], dtype=dtype)
-        entropy = torch.empty_like(logp)
-        jacobian = hidden.new_empty(hidden.shape, dtype=dtype) if wants_hidden else None
-        for rows in _chunks(hidden, weight):
-            logp[rows], entropy[rows], slope = _chunk(
-                hidden[rows], weight, targets[rows], temperature, dtype, slope=wants_hidden
-            )
+        dtype = scale.dtype
+        tiles = _Tiles(hidden, weight, scale)
+        logp, entropy, normaliser = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3))
+        jacobian = hidden.new_zeros(hidden.shape, dtype=dtype) if wants_hidden else None
+        for rows in tiles.token_slices(hidden.shape[0]):
+            states, factor = hidden[rows].to(tiles.product_dtype), scale[rows]
+            target_rows = weight[targets[rows]].to(dtype)
+            target_logit = _target_logits(hidden[rows], target_rows)
+            reference = target_logit.to(tiles.product_dtype).to(dtype)
+            softmax = _Softmax(factor)
+            row = jacobian[rows] if wants_hidden else None
+            for columns in tiles.vocabulary_slices():
+                tile = tiles.weight_tile(columns)
+                logits = tiles.logits(states, tile, reference, factor)
+                place, inside = _place(targets[rows], columns)
+                # The target's own logit is known without rounding.
+                _put(logits, place, inside, target_logit * factor)
+                exponentials = tiles.exponentials(*logits.shape)
+                earlier = softmax.fold(logits, exponentials)
+                if wants_hidden:
+                    # Without the target, whose share 1 - p(y) comes from `others`: near p(y) = 1 the row would cancel.
+                    _put(exponentials, place, inside, torch.zeros_like(factor))
+                    tiles.add_product(row.mul_(earlier[:, None]), exponentials, tile)
+            scaled = target_logit * factor
+            logp[rows] = (scaled - softmax.top) - softmax.others.log1p()
+            entropy[rows] = softmax.entropy()
+            normaliser[rows] = softmax.logsumexp()
             if wants_hidden:
-                jacobian[rows] = _matmul(slope, weight)
-        ctx.temperature, ctx.wants_weight = temperature, wants_weight
-        ctx.hidden_dtype, ctx.dtype = hidden.dtype, dtype
-        ctx.save_for_backward(jacobian, *((hidden, weight, targets) if wants_weight else ()))
+                total = softmax.total
+                share = (scaled - softmax.top).exp_()
+                rest = torch.where(share == 1.0, softmax.others, total - share) / total
+                row.mul_((factor / total).neg_()[:, None]).addcmul_((rest * factor)[:, None], target_rows)
+        ctx.wants_weight, ctx.hidden_dtype = wants_weight, hidden.dtype
+        ctx.save_for_backward(jacobian, *((hidden, weight, targets, scale, normaliser) if wants_weight else ()))
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
@@ -89,41 +238,41 @@ class _Head(torch.autograd.Function):
         if jacobian is not None:
             grad_hidden = (grad_logp[:, None] * jacobian).to(ctx.hidden_dtype)
         if ctx.wants_weight:
-            hidden, weight, targets = rest
-            total = torch.zeros_like(weight, dtype=ctx.dtype)
-            for rows in _chunks(hidden, weight):
-                *_, slope = _chunk(hidden[rows], weight, targets[rows], ctx.temperature, ctx.dtype, slope=True)
-                total += _matmul((slope * grad_logp[rows, None]).T, hidden[rows])
-            grad_weight = total.to(weight.dtype)
+            grad_weight = _weight_gradient(grad_logp, *rest)
         return grad_hidden, grad_weight, None, None
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
+def _weight_gradient(grad_logp: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, lse: Tensor):
+    """[V, D]: the sum over tokens of g (onehot(y) - p) h / T, with p recomputed from the saved logsumexp [N]."""
+    tiles = _Tiles(hidden, weight, scale)
+    gradient = torch.zeros_like(weight)
+    for columns in tiles.vocabulary_slices():
+        tile = tiles.weight_tile(columns)
+        total = torch.zeros_like(tile, dtype=scale.dtype)
+        for rows in tiles.token_slices(hidden.shape[0]):
+            states, factor = hidden[rows].to(tiles.product_dtype), scale[rows]
+            logits = tiles.logits(states, tile, lse[rows] / factor, factor)
+            probability = logits.sub_(lse[rows, None]).exp_()
+            place, inside = _place(targets[rows], columns)
+            slope = probability.neg_()
+            slope[torch.arange(len(factor), device=slope.device), place] += inside.to(slope.dtype)
+            slope.mul_((grad_logp[rows] * factor)[:, None])
+            total.addmm_(slope.T, hidden[rows].to(scale.dtype))
+        gradient[columns] = total.to(weight.dtype)
+    return gradient
 
 
-def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in the dtype of `right`, returned in the dtype of `left`."""
-    with torch.autocast(right.device.type, enabled=False):
-        return (left.to(right.dtype) @ right).to(left.dtype)
+def _target_logits(hidden: Tensor, target_rows: Tensor) -> Tensor:
+    return (hidden.to(target_rows.dtype) * target_rows).sum(dim=1)
 
 
-def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, dtype: torch.dtype, slope: bool):
-    """logp [n], entropy [n] and, if wanted, d logp / d logits [n, V] of a chunk, including the factor 1 / T."""
-    logits = _matmul(hidden.to(dtype), weight.T)
-    if temperature != 1.0:
-        logits = logits / temperature
-    top, others, exponentials, entropy = _fold(logits)
-    index = targets[:, None]
-    target_logit = logits.gather(1, index).squeeze(1)
-    logp = (target_logit - top) - others.log1p()
-    if not slope:
-        return logp, entropy, None
-    total = 1.0 + others
-    target_share = exponentials.gather(1, index).squeeze(1)
-    # 1 - p(y), which is s / (1 + s) for the most likely token: taken from s, or it would round to 0 when p(y) is near
-    # 1.
-    rest = torch.where(target_share == 1.0, others, total - target_share) / total
-    coefficients = exponentials.div_(total[:, None]).neg_().scatter_(1, index, rest[:, None])
-    return logp, entropy, coefficients.div_(temperature)
+def _place(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Where each target lies in a tile of the vocabulary [n] (0 where it does not), and whether it does [n]."""
+    inside = (targets >= columns.start) & (targets < columns.stop)
+    return torch.where(inside, targets - columns.start, 0), inside
+
+
+def _put(tile: Tensor, place: Tensor, inside: Tensor, values: Tensor) -> None:
+    """tile[i, place[i]] = values[i] for the rows that are `inside`."""
+    index = place[:, None]
+    tile.scatter_(1, index, torch.where(inside[:, None], values[:, None], tile.gather(1, index)))

@@ -22,14 +22,14 @@ def inputs(n=37, d=24, v=301, dtype=torch.float32, scale=1.0):
     )
 
 
-@pytest.fixture(params=[1 << 24, 1000])
-def chunk(request, monkeypatch):
-    """All tokens at once, and three at a time."""
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", request.param)
+@pytest.fixture(params=[(512, 4096), (3, 64), (7, 50)])
+def tiles(request, monkeypatch):
+    """One tile for everything; many, whose width the blocks of the maximum divide; many, where they don't."""
+    monkeypatch.setitem(head.TILES, "cpu", request.param)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_values_and_gradient_equal_naive(chunk, temperature):
+def test_values_and_gradient_equal_naive(tiles, temperature):
     hidden, weight, targets = inputs()
     g = torch.linspace(-1, 1, len(targets))
     fast = hidden.clone().requires_grad_()
@@ -38,13 +38,13 @@ def test_values_and_gradient_equal_naive(chunk, temperature):
     slow = hidden.double().requires_grad_()
     expected, expected_entropy = naive(slow, weight, targets, temperature)
     (expected * g.double()).sum().backward()
-    assert float((logp - expected).abs().max()) <= 1e-5
+    assert float((logp - expected).detach().abs().max()) <= 1e-5
     assert float((entropy / expected_entropy - 1).abs().max()) <= 1e-4
     assert float((fast.grad - slow.grad).norm() / slow.grad.norm()) <= 1e-5
     assert not entropy.requires_grad
 
 
-def test_gradcheck_with_respect_to_states_and_weight(chunk):
+def test_gradcheck_with_respect_to_states_and_weight(tiles):
     hidden, weight, targets = inputs(5, 4, 9, torch.float64)
     weight.requires_grad_()
     assert torch.autograd.gradcheck(
@@ -122,3 +122,41 @@ def test_bad_calls_are_refused(change, message):
     hidden, weight, targets = inputs()
     with pytest.raises(ValueError, match=message):
         token_logprobs(**{"hidden": hidden, "weight": weight, "targets": targets} | change)
+
+
+def test_temperature_per_token(tiles):
+    hidden, weight, targets = inputs()
+    temperature = torch.linspace(0.5, 1.5, len(targets))
+    together = hidden.clone().requires_grad_()
+    logp, entropy = token_logprobs(together, weight, targets, temperature)
+    logp.sum().backward()
+    for i, value in enumerate(temperature.tolist()):
+        alone = hidden[i : i + 1].clone().requires_grad_()
+        one, one_entropy = token_logprobs(alone, weight, targets[i : i + 1], value)
+        one.sum().backward()
+        assert torch.allclose(one, logp[i : i + 1], atol=1e-5)
+        assert torch.allclose(one_entropy, entropy[i : i + 1], rtol=1e-4)
+        assert torch.allclose(alone.grad[0], together.grad[i], atol=1e-5)
+
+
+def test_rounding_bf16_products_keeps_the_gradient_within_2e_3():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 256, generator=generator).bfloat16()
+    weight = (0.12 * torch.randn(20_000, 256, generator=generator)).bfloat16()
+    targets = torch.randint(20_000, (64,), generator=generator)
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        states = hidden.to(dtype, copy=True).requires_grad_()
+        token_logprobs(states, weight.to(dtype), targets)[0].sum().backward()
+        gradients.append(states.grad.float())
+    rounded, exact = gradients
+    assert float((rounded - exact).norm() / exact.norm()) <= 2e-3
+
+
+def test_no_gradient_no_second_product(tiles, monkeypatch):
+    hidden, weight, targets = inputs()
+    expected = token_logprobs(hidden.clone().requires_grad_(), weight, targets)
+    monkeypatch.setattr(head._Tiles, "add_product", None)
+    with torch.no_grad():
+        logp, entropy = token_logprobs(hidden.clone().requires_grad_(), weight, targets)
+    assert torch.equal(logp, expected[0]) and torch.equal(entropy, expected[1])
