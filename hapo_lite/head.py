@@ -1,8 +1,8 @@
 """The language-model head without N x V logits: hidden states to log-probability and entropy, with an exact gradient.
 
-Axes: N tokens, D hidden, V vocabulary. The vocabulary is read once, tile by tile, as attention with query h and
-keys = values = W: an online softmax keeps, for each token, the largest logit, two sums for the entropy, and, when a
-gradient is wanted, the running row of
+Axes: N tokens, D hidden, V vocabulary. Each tile of tokens reads the vocabulary once, tile by tile, as attention with
+query h and keys = values = W: an online softmax keeps, for each token, the largest logit, two sums for the entropy,
+and, when a gradient is wanted, the running row of
 
     d logp / d hidden = (W[y] - softmax(z) W) / T
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 TILES = {"cpu": (512, 4096), "cuda": (2048, 4096)}
-"""Tokens x vocabulary entries of one tile, by device type. A CPU tile stays in its last-level cache; both leave the
-buffers (one tile in fp32, one in the dtype of the weight, one product) under 64 MiB at a hidden size of 3,584."""
+"""Tokens x vocabulary entries of one tile, by device type. In fp32 a CPU tile is 8 MiB, to stay in a last-level cache;
+two such tiles are held, and for products in bf16 one tile and one [tokens, D] product in that dtype."""
 
 
 def token_logprobs(
@@ -34,16 +34,17 @@ def token_logprobs(
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [N, D] and [V, D]")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {tuple(targets.shape)} must be [{hidden.shape[0]}], one a token")
-    if isinstance(temperature, Tensor) and temperature.shape not in (hidden.shape[:1], ()):
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    temperature = torch.as_tensor(temperature, dtype=dtype, device=hidden.device)
+    if temperature.shape not in (hidden.shape[:1], ()):
         raise ValueError(f"temperature {tuple(temperature.shape)} must be a number or [{hidden.shape[0]}], one a token")
-    if not (bool((temperature > 0).all()) if isinstance(temperature, Tensor) else temperature > 0):
-        raise ValueError(f"temperature must be positive, not {temperature}")
+    if not bool((temperature > 0).all()):
+        raise ValueError(f"temperature must be positive, not {float(temperature.min())}")
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < weight.shape[0]:
         raise ValueError(
             f"targets lie in [{int(targets.min())}, {int(targets.max())}], outside the vocabulary of {weight.shape[0]}"
         )
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    scale = torch.as_tensor(temperature, dtype=dtype, device=hidden.device).reciprocal().expand(hidden.shape[0])
+    scale = temperature.reciprocal().expand(hidden.shape[0])
     if not torch.is_grad_enabled():
         # A custom function is told that its input wants a gradient even where none is recorded.
         hidden, weight = hidden.detach(), weight.detach()
@@ -73,8 +74,8 @@ class _Softmax:
     """
 
     def __init__(self, like: Tensor):
+        # No entry yet: finite, so that no inf - inf arises, and far enough below any logit that its exponential is 0.
         self.top = torch.full_like(like, torch.finfo(like.dtype).min / 2)
-        # The initial 'largest logit' stands for no entry: its exponential is 1 until a real one replaces it with 0.
         self.others = torch.zeros_like(like)
         self.weighted = torch.zeros_like(like)
 
@@ -139,11 +140,15 @@ class _Tiles:
         native = (dtype, torch.bfloat16) if weight.device.type == "cpu" else (dtype, torch.bfloat16, torch.float16)
         self.product_dtype = weight.dtype if weight.dtype in native else dtype
         self.rounds = self.product_dtype != dtype
+        # CUDA multiplies bf16 into fp32, which comes in a tensor of its own.
+        self._widens = self.rounds and hidden.is_cuda
         size = self.rows * self.columns
-        self._logits = hidden.new_empty(size, dtype=dtype)
         self._exponentials = hidden.new_empty(size, dtype=dtype)
-        self._narrow = hidden.new_empty(size, dtype=self.product_dtype) if self.rounds else None
-        self._product = hidden.new_empty(self.rows * hidden.shape[1], dtype=self.product_dtype) if self.rounds else None
+        if not self._widens:
+            self._logits = hidden.new_empty(size, dtype=dtype)
+        if self.rounds and not self._widens:
+            self._narrow = hidden.new_empty(size, dtype=self.product_dtype)
+            self._product = hidden.new_empty(self.rows * hidden.shape[1], dtype=self.product_dtype)
 
     def token_slices(self, count: int) -> list[slice]:
         return [slice(start, min(start + self.rows, count)) for start in range(0, count, self.rows)]
@@ -158,20 +163,22 @@ class _Tiles:
     def logits(self, hidden: Tensor, tile: Tensor, reference: Tensor, scale: Tensor) -> Tensor:
         """z / T [n, v] of `hidden` [n, D], already in the dtype of the products.
 
-        A product in bf16 is rounded once, when it is stored. `reference` [n], near the largest z, is subtracted before
+        A product that is stored in bf16 is rounded then. `reference` [n], near the largest z, is subtracted before
         that, so that the likely entries, which lie close to it, keep small absolute errors.
         """
         n, v = hidden.shape[0], tile.shape[0]
-        out = self._logits[: n * v].view(n, v)
-        if not self.rounds:
-            torch.mm(hidden, tile.T, out=out)
-        elif hidden.is_cuda:
+        if self._widens:
             out = torch.mm(hidden, tile.T, out_dtype=self.dtype)
         else:
-            narrow = self._narrow[: n * v].view(n, v)
-            narrow.copy_(reference.neg()[:, None].expand(n, v))
-            torch.addmm(narrow, hidden, tile.T, out=narrow)
-            torch.add(narrow, reference[:, None], out=out)
+            out = self._logits[: n * v].view(n, v)
+            if self.rounds:
+                # Rounded first: what is added back must be what was subtracted.
+                reference = reference.to(self.product_dtype)[:, None]
+                narrow = self._narrow[: n * v].view(n, v).copy_(reference.neg())
+                torch.addmm(narrow, hidden, tile.T, out=narrow)
+                torch.add(narrow, reference.to(self.dtype), out=out)
+            else:
+                torch.mm(hidden, tile.T, out=out)
         return out.mul_(scale[:, None]) if self._scaled else out
 
     def exponentials(self, n: int, v: int) -> Tensor:
@@ -182,7 +189,7 @@ class _Tiles:
         n, v = left.shape
         if not self.rounds:
             total.addmm_(left, tile)
-        elif left.is_cuda:
+        elif self._widens:
             total.add_(torch.mm(left.to(tile.dtype), tile, out_dtype=self.dtype))
         else:
             product = self._product[: n * total.shape[1]].view(n, -1)
@@ -201,13 +208,12 @@ class _Head(torch.autograd.Function):
         for rows in tiles.token_slices(hidden.shape[0]):
             states, factor = hidden[rows].to(tiles.product_dtype), scale[rows]
             target_rows = weight[targets[rows]].to(dtype)
-            target_logit = _target_logits(hidden[rows], target_rows)
-            reference = target_logit.to(tiles.product_dtype).to(dtype)
+            target_logit = (hidden[rows].to(dtype) * target_rows).sum(dim=1)
             softmax = _Softmax(factor)
             row = jacobian[rows] if wants_hidden else None
             for columns in tiles.vocabulary_slices():
                 tile = tiles.weight_tile(columns)
-                logits = tiles.logits(states, tile, reference, factor)
+                logits = tiles.logits(states, tile, target_logit, factor)
                 place, inside = _place(targets[rows], columns)
                 # The target's own logit is known without rounding.
                 _put(logits, place, inside, target_logit * factor)
@@ -255,15 +261,11 @@ def _weight_gradient(grad_logp: Tensor, hidden: Tensor, weight: Tensor, targets:
             probability = logits.sub_(lse[rows, None]).exp_()
             place, inside = _place(targets[rows], columns)
             slope = probability.neg_()
-            slope[torch.arange(len(factor), device=slope.device), place] += inside.to(slope.dtype)
+            slope.scatter_add_(1, place[:, None], inside.to(slope.dtype)[:, None])
             slope.mul_((grad_logp[rows] * factor)[:, None])
             total.addmm_(slope.T, hidden[rows].to(scale.dtype))
         gradient[columns] = total.to(weight.dtype)
     return gradient
-
-
-def _target_logits(hidden: Tensor, target_rows: Tensor) -> Tensor:
-    return (hidden.to(target_rows.dtype) * target_rows).sum(dim=1)
 
 
 def _place(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:

@@ -160,3 +160,17 @@ def test_no_gradient_no_second_product(tiles, monkeypatch):
     with torch.no_grad():
         logp, entropy = token_logprobs(hidden.clone().requires_grad_(), weight, targets)
     assert torch.equal(logp, expected[0]) and torch.equal(entropy, expected[1])
+
+
+def test_weight_gradient_survives_bf16_products(tiles):
+    hidden, weight, _ = inputs(dtype=torch.bfloat16)
+    # Targets as a policy samples them: products are rounded relative to the target's logit.
+    probabilities = (hidden.float() @ weight.float().T).softmax(-1)
+    targets = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(0)).squeeze(1)
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        head_weight = weight.to(dtype, copy=True).requires_grad_()
+        token_logprobs(hidden.to(dtype), head_weight, targets)[0].sum().backward()
+        gradients.append(head_weight.grad.float())
+    rounded, exact = gradients
+    assert float((rounded - exact).norm() / exact.norm()) <= 3e-3
