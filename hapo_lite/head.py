@@ -7,31 +7,50 @@ and, when a gradient is wanted, the running row of
     d logp / d hidden = (W[y] - softmax(z) W) / T
 
 in fp32. The loss reaches the hidden states only through logp, so backward is one scaling of those rows: 4NDV flops for
-both directions, no logits kept, and none computed twice unless the head itself is trained.
+both directions, no logits kept, and none computed twice unless the head itself is trained. An entropy that takes part
+in the loss costs one product more, for a row of its own: d H / d hidden = -sum_v p_v (log p_v + H) W[v] / T.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-TILES = {"cpu": (512, 4096), "cuda": (2048, 4096)}
-"""Tokens x vocabulary entries of one tile, by device type. In fp32 a CPU tile is 8 MiB, to stay in a last-level cache;
-two such tiles are held, and for products in bf16 one tile and one [tokens, D] product in that dtype."""
+TILES = {"cpu": (512, 4096), "cuda": (1024, 4096)}
+"""Tokens x vocabulary entries of one tile, by device type. In fp32 a CPU tile is 8 MiB, to stay in a last-level cache.
+All buffers together stay below 64 MB up to D = 4096."""
+MASKED = -1e30
+"""What a logit of -inf counts as: its probability is 0, and no inf - inf or 0 * inf arises."""
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor = 1.0,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each next-token distribution at `temperature`.
 
-    hidden: [N, D]; weight: [V, D]; targets: [N] integer ids; temperature: a number, or [N] for one a token. Returns
-    logp [N], differentiable in `hidden` (and in `weight` where it requires a gradient), and entropy [N], detached;
-    nats; fp32, or fp64 for fp64 input. Under `torch.no_grad` the product that makes the gradient is left out.
-    Raises ValueError on shapes that do not fit, an id outside [0, V) or a temperature that is not positive.
+    hidden: [N, D]; weight: [V, D], of any floating dtype or a 4-bit parameter of bitsandbytes; targets: [N] integer
+    ids; temperature: a number, or [N] for one a token. The logits are z = cap(logit_scale (h W^T + bias)) / T with
+    cap(x) = soft_cap tanh(x / soft_cap) where one is given, and bias [V] a constant; -inf in it masks an entry.
+
+    Returns logp [N], differentiable in `hidden` (and in `weight` where it requires a gradient), and entropy [N],
+    detached unless `entropy_gradient`; nats; fp32, or fp64 for fp64 input. Under `torch.no_grad` the product that makes
+    the gradient is left out.
+    Raises ValueError on shapes that do not fit, an id outside [0, V), or a temperature or cap that is not positive.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [N, D] and [V, D]")
+    vocabulary = _FourBit(weight) if hasattr(weight, "quant_state") else _Dense(weight)
+    if hidden.dim() != 2 or len(vocabulary.shape) != 2 or hidden.shape[1] != vocabulary.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(vocabulary.shape)} must be [N, D] and [V, D]")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {tuple(targets.shape)} must be [{hidden.shape[0]}], one a token")
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -40,16 +59,27 @@ def token_logprobs(
         raise ValueError(f"temperature {tuple(temperature.shape)} must be a number or [{hidden.shape[0]}], one a token")
     if not bool((temperature > 0).all()):
         raise ValueError(f"temperature must be positive, not {float(temperature.min())}")
-    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < weight.shape[0]:
+    size = vocabulary.shape[0]
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < size:
         raise ValueError(
-            f"targets lie in [{int(targets.min())}, {int(targets.max())}], outside the vocabulary of {weight.shape[0]}"
+            f"targets lie in [{int(targets.min())}, {int(targets.max())}], outside the vocabulary of {size}"
         )
-    scale = temperature.reciprocal().expand(hidden.shape[0])
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap must be positive, not {soft_cap}")
+    if bias is not None:
+        if bias.shape != (size,):
+            raise ValueError(f"bias {tuple(bias.shape)} must be [{size}], one an entry of the vocabulary")
+        if soft_cap is not None and bool(torch.isneginf(bias).any()):
+            raise ValueError("a bias of -inf masks nothing under soft_cap, which bounds the logits")
+        bias = bias.detach().to(dtype).clamp_min(MASKED)
+    inverse = temperature.reciprocal().expand(hidden.shape[0])
     if not torch.is_grad_enabled():
         # A custom function is told that its input wants a gradient even where none is recorded.
         hidden, weight = hidden.detach(), weight.detach()
     with torch.autocast(hidden.device.type, enabled=False):
-        return _Head.apply(hidden, weight, targets, scale)
+        return _Head.apply(
+            hidden, weight, targets, inverse, _Logits(vocabulary, bias, logit_scale, soft_cap), entropy_gradient
+        )
 
 
 def logits_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,26 +109,28 @@ class _Softmax:
         self.others = torch.zeros_like(like)
         self.weighted = torch.zeros_like(like)
 
-    def fold(self, logits: Tensor, exponentials: Tensor) -> Tensor:
-        """Take in a tile [n, v]: `exponentials` becomes exp(z - m) with the new m, `logits` is used up. Returns the
-        factor [n] that turns sums over earlier tiles into sums relative to the new m."""
+    def fold(self, logits: Tensor, exponentials: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in a tile [n, v]: `exponentials` becomes exp(z - m) with the new m, `logits` exp(z - m) (z - m).
+
+        Returns by how much m rose, and the factor exp(-rise) that turns earlier sums into sums relative to the new m,
+        [n] each.
+        """
         tile_top, where = _max(logits)
         top = torch.maximum(self.top, tile_top)
         rise = top - self.top
         factor = rise.neg().exp_()
-        distance = torch.sub(top[:, None], logits, out=logits)
-        torch.neg(distance, out=exponentials).exp_()
+        below = logits.sub_(top[:, None])
+        torch.exp(below, out=exponentials)
         exponentials.scatter_(1, where, 0.0)
         tile_others = exponentials.sum(dim=1)
         # The smaller of the two tops is from now on one of the others.
         second = (self.top - tile_top).abs_().neg_().exp_()
-        tile_share = (tile_top - top).exp_()
-        exponentials.scatter_(1, where, tile_share[:, None])
-        tile_weighted = distance.mul_(exponentials).sum(dim=1)
-        self.weighted = factor * (self.weighted + rise * (1.0 + self.others)) + tile_weighted
+        exponentials.scatter_(1, where, (tile_top - top).exp_()[:, None])
+        tile_weighted = below.mul_(exponentials).sum(dim=1)
+        self.weighted = factor * (self.weighted + rise * (1.0 + self.others)) - tile_weighted
         self.others = factor * self.others + tile_others + second
         self.top = top
-        return factor
+        return rise, factor
 
     @property
     def total(self) -> Tensor:
@@ -127,143 +159,287 @@ def _max(rows: Tensor) -> tuple[Tensor, Tensor]:
     return top, (block * 64 + inside)[:, None]
 
 
-class _Tiles:
-    """Logits of [n] tokens, a tile of the vocabulary at a time, in buffers that are allocated once."""
+@functools.cache
+def _fold_kernel(device: str) -> Callable | None:
+    """The fold as one Triton kernel where there is Triton for the device, else None: `_Softmax.fold` in torch."""
+    if device != "cuda":
+        return None
+    try:
+        from hapo_lite.head_triton import fold
+    except ImportError:
+        return None
+    return fold
 
-    def __init__(self, hidden: Tensor, weight: Tensor, scale: Tensor):
-        dtype = scale.dtype
-        rows, columns = TILES.get(hidden.device.type, TILES["cuda"])
-        self.rows, self.columns = min(rows, max(1, hidden.shape[0])), min(columns, weight.shape[0])
-        self.weight, self.dtype = weight, dtype
-        self._scaled = bool((scale != 1.0).any())
+
+class _Dense:
+    """A weight [V, D]; indexing takes rows."""
+
+    def __init__(self, weight: Tensor):
+        self.shape, self.dtype, self._weight = weight.shape, weight.dtype, weight.detach()
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        return self._weight[rows]
+
+
+class _FourBit:
+    """A 4-bit parameter of bitsandbytes, [V, D] once unpacked; indexing unpacks rows."""
+
+    def __init__(self, weight: Tensor):
+        from bitsandbytes import functional
+
+        state = weight.quant_state
+        self.shape, self.dtype = state.shape, state.dtype
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError("this 4-bit weight was repacked for inference on a CPU; its rows cannot be read any more")
+        if len(state.shape) != 2 or state.shape[1] % state.blocksize:
+            raise ValueError(f"a 4-bit weight {tuple(state.shape)} needs rows of whole blocks of {state.blocksize}")
+        absmax = state.absmax
+        if state.nested:
+            absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
+        self._packed, self._absmax = weight.detach().view(self.shape[0], -1), absmax.view(self.shape[0], -1)
+        self._unpack = functools.partial(
+            functional.dequantize_4bit, blocksize=state.blocksize, quant_type=state.quant_type
+        )
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        packed, absmax = self._packed[rows], self._absmax[rows]
+        out = torch.empty(len(packed), self.shape[1], dtype=self.dtype, device=packed.device)
+        return self._unpack(packed.reshape(-1, 1), absmax=absmax.reshape(-1), out=out) if len(packed) else out
+
+
+class _Logits:
+    """From a product h W^T to the logits z, and how steeply z follows it. bias: [V] or None."""
+
+    def __init__(
+        self, vocabulary: _Dense | _FourBit, bias: Tensor | None, logit_scale: float, soft_cap: float | None
+    ) -> None:
+        self.vocabulary, self.bias, self.logit_scale, self.soft_cap = vocabulary, bias, logit_scale, soft_cap
+
+    def transform(
+        self, product: Tensor, entries: slice | Tensor, inverse: Tensor, slope: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """z, in the place of `product` [n, v], and d z / d product over logit_scale / T, or None where that is 1.
+
+        entries: the v entries of the vocabulary, or [n] with v = 1 one a token; inverse: 1 / T [n]; slope: a buffer.
+        """
+        if self.bias is not None:
+            offset = self.bias[entries]
+            product.add_(offset if isinstance(entries, slice) else offset[:, None])
+        if self.soft_cap is None:
+            return product.mul_((self.logit_scale * inverse)[:, None]), None
+        bent = product.mul_(self.logit_scale / self.soft_cap).tanh_()
+        slope = torch.mul(bent, bent, out=slope).neg_().add_(1.0)
+        return bent.mul_((self.soft_cap * inverse)[:, None]), slope
+
+
+class _Tiles:
+    """Tiles [n, v] of tokens times vocabulary, in buffers that are allocated once. inverse: 1 / T of each token [N]."""
+
+    def __init__(self, hidden: Tensor, inverse: Tensor, logits: _Logits) -> None:
+        dtype, device, vocabulary = inverse.dtype, hidden.device.type, logits.vocabulary
+        rows, columns = TILES.get(device, TILES["cuda"])
+        self.rows, self.columns = min(rows, max(1, hidden.shape[0])), min(columns, vocabulary.shape[0])
+        self.dtype, self._logits, self._vocabulary = dtype, logits, vocabulary
         # fp16 products are slow or absent on CPUs, and a mixed pair has no product: such weights are cast tile by tile.
-        native = (dtype, torch.bfloat16) if weight.device.type == "cpu" else (dtype, torch.bfloat16, torch.float16)
-        self.product_dtype = weight.dtype if weight.dtype in native else dtype
-        self.rounds = self.product_dtype != dtype
-        # CUDA multiplies bf16 into fp32, which comes in a tensor of its own.
-        self._widens = self.rounds and hidden.is_cuda
+        native = (dtype, torch.bfloat16) if device == "cpu" else (dtype, torch.bfloat16, torch.float16)
+        self.product_dtype = vocabulary.dtype if vocabulary.dtype in native else dtype
+        self._narrow = self.product_dtype != dtype
+        # CUDA multiplies bf16 into fp32; on a CPU the product is stored in bf16, that is, rounded.
+        self._rounds = self._narrow and device == "cpu"
+        self._unit = logits.bias is None and logits.soft_cap is None and logits.logit_scale == 1.0
+        self._unit = self._unit and bool((inverse == 1.0).all())
+        self._kernel = _fold_kernel(device)
         size = self.rows * self.columns
-        self._exponentials = hidden.new_empty(size, dtype=dtype)
-        if not self._widens:
-            self._logits = hidden.new_empty(size, dtype=dtype)
-        if self.rounds and not self._widens:
-            self._narrow = hidden.new_empty(size, dtype=self.product_dtype)
+        self._z = hidden.new_empty(size, dtype=dtype)
+        self._exponentials = hidden.new_empty(size, dtype=self.product_dtype if self._kernel else dtype)
+        self._slope = None if logits.soft_cap is None else hidden.new_empty(size, dtype=dtype)
+        if self._rounds:
+            self._rounded = hidden.new_empty(size, dtype=self.product_dtype)
             self._product = hidden.new_empty(self.rows * hidden.shape[1], dtype=self.product_dtype)
 
     def token_slices(self, count: int) -> list[slice]:
         return [slice(start, min(start + self.rows, count)) for start in range(0, count, self.rows)]
 
     def vocabulary_slices(self) -> list[slice]:
-        total = self.weight.shape[0]
+        total = self._vocabulary.shape[0]
         return [slice(start, min(start + self.columns, total)) for start in range(0, total, self.columns)]
 
-    def weight_tile(self, columns: slice) -> Tensor:
-        return self.weight[columns].to(self.product_dtype)
+    def weight(self, columns: slice) -> Tensor:
+        return self._vocabulary[columns].to(self.product_dtype)
 
-    def logits(self, hidden: Tensor, tile: Tensor, reference: Tensor, scale: Tensor) -> Tensor:
-        """z / T [n, v] of `hidden` [n, D], already in the dtype of the products.
+    def first_reference(self, states: Tensor, product: Tensor) -> Tensor:
+        """The largest of the target's product [n] and those of the first tile: what rounding is relative to at first.
 
-        A product that is stored in bf16 is rounded then. `reference` [n], near the largest z, is subtracted before
-        that, so that the likely entries, which lie close to it, keep small absolute errors.
+        Unless the target is likely, its own product would be a poor one.
         """
-        n, v = hidden.shape[0], tile.shape[0]
-        if self._widens:
-            out = torch.mm(hidden, tile.T, out_dtype=self.dtype)
-        else:
-            out = self._logits[: n * v].view(n, v)
-            if self.rounds:
-                # Rounded first: what is added back must be what was subtracted.
-                reference = reference.to(self.product_dtype)[:, None]
-                narrow = self._narrow[: n * v].view(n, v).copy_(reference.neg())
-                torch.addmm(narrow, hidden, tile.T, out=narrow)
-                torch.add(narrow, reference.to(self.dtype), out=out)
-            else:
-                torch.mm(hidden, tile.T, out=out)
-        return out.mul_(scale[:, None]) if self._scaled else out
+        if not self._rounds:
+            return product
+        tile = self.weight(self.vocabulary_slices()[0])
+        first = self._rounded[: states.shape[0] * tile.shape[0]].view(states.shape[0], -1)
+        return torch.maximum(product, torch.mm(states, tile.T, out=first).amax(dim=1).to(self.dtype))
 
-    def exponentials(self, n: int, v: int) -> Tensor:
-        return self._exponentials[: n * v].view(n, v)
+    def next_reference(self, reference: Tensor, top: Tensor, inverse: Tensor) -> Tensor:
+        if not self._rounds or self._logits.bias is not None or self._logits.soft_cap is not None:
+            return reference
+        return torch.maximum(reference, top / (self._logits.logit_scale * inverse))
+
+    def logits(
+        self, states: Tensor, tile: Tensor, columns: slice, reference: Tensor, inverse: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """z [n, v] and its slope, as `_Logits.transform` has them. states: [n, D] and tile: [v, D] in `product_dtype`.
+
+        A product that is stored in bf16 is rounded then. `reference` [n], near the largest product, is subtracted
+        before that, so that the likely entries, which lie close to it, keep small absolute errors.
+        """
+        n, v = states.shape[0], tile.shape[0]
+        out = self._z[: n * v].view(n, v)
+        if self._rounds:
+            # Rounded first: what is added back must be what was subtracted.
+            reference = reference.to(self.product_dtype)[:, None]
+            rounded = self._rounded[: n * v].view(n, v).copy_(reference.neg())
+            torch.addmm(rounded, states, tile.T, out=rounded)
+            torch.add(rounded, reference.to(self.dtype), out=out)
+        elif self._narrow:
+            torch.mm(states, tile.T, out_dtype=self.dtype, out=out)
+        else:
+            torch.mm(states, tile.T, out=out)
+        if self._unit:
+            return out, None
+        slope = None if self._slope is None else self._slope[: n * v].view(n, v)
+        return self._logits.transform(out, columns, inverse, slope)
+
+    def fold(self, softmax: _Softmax, logits: Tensor, target: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """`_Softmax.fold`, with the entry of each target then set to 0 in both tiles: exponentials, rise, factor."""
+        exponentials = self._exponentials[: logits.numel()].view_as(logits)
+        place, inside = target
+        if self._kernel:
+            return exponentials, *self._kernel(softmax, logits, exponentials, torch.where(inside, place, -1))
+        rise, factor = softmax.fold(logits, exponentials)
+        for tile in (logits, exponentials):
+            _put(tile, place, inside, torch.zeros_like(factor))
+        return exponentials, rise, factor
 
     def add_product(self, total: Tensor, left: Tensor, tile: Tensor) -> None:
         """total [n, D] += left [n, v] @ tile [v, D]; the sum over tiles stays in `dtype`."""
         n, v = left.shape
-        if not self.rounds:
+        if not self._narrow:
             total.addmm_(left, tile)
-        elif self._widens:
-            total.add_(torch.mm(left.to(tile.dtype), tile, out_dtype=self.dtype))
-        else:
+        elif self._rounds:
             product = self._product[: n * total.shape[1]].view(n, -1)
-            torch.mm(self._narrow[: n * v].view(n, v).copy_(left), tile, out=product)
+            torch.mm(self._rounded[: n * v].view(n, v).copy_(left), tile, out=product)
             total.add_(product)
+        else:
+            torch.addmm(total, left.to(tile.dtype), tile, out_dtype=self.dtype, out=total)
 
 
 class _Head(torch.autograd.Function):
+    """Accumulates, over the entries v other than the target y, with m the running maximum and s_v the slope of z_v,
+
+        row = sum exp(z_v - m) s_v W[v]        entropy_row = sum exp(z_v - m) (z_v - m) s_v W[v]
+
+    The target's share is put in at the end: near p(y) = 1 the sum with it would cancel.
+    """
+
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor):
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        dtype = scale.dtype
-        tiles = _Tiles(hidden, weight, scale)
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, inverse: Tensor, form: _Logits, entropy_gradient: bool
+    ):
+        wants_hidden, ctx.wants_weight = ctx.needs_input_grad[:2]
+        wants_entropy = wants_hidden and entropy_gradient
+        dtype = inverse.dtype
+        tiles = _Tiles(hidden, inverse, form)
         logp, entropy, normaliser = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(3))
         jacobian = hidden.new_zeros(hidden.shape, dtype=dtype) if wants_hidden else None
+        entropy_jacobian = torch.zeros_like(jacobian) if wants_entropy else None
         for rows in tiles.token_slices(hidden.shape[0]):
-            states, factor = hidden[rows].to(tiles.product_dtype), scale[rows]
-            target_rows = weight[targets[rows]].to(dtype)
-            target_logit = (hidden[rows].to(dtype) * target_rows).sum(dim=1)
-            softmax = _Softmax(factor)
+            states, inverse_rows = hidden[rows].to(tiles.product_dtype), inverse[rows]
+            target_rows = form.vocabulary[targets[rows]].to(dtype)
+            # The target's own logit is known without rounding.
+            target_product = (hidden[rows].to(dtype) * target_rows).sum(dim=1)
+            target_logit, target_slope = form.transform(target_product.clone()[:, None], targets[rows], inverse_rows)
+            target_logit = target_logit.squeeze(1)
+            reference = tiles.first_reference(states, target_product)
+            softmax = _Softmax(target_logit)
             row = jacobian[rows] if wants_hidden else None
+            entropy_row = entropy_jacobian[rows] if wants_entropy else None
             for columns in tiles.vocabulary_slices():
-                tile = tiles.weight_tile(columns)
-                logits = tiles.logits(states, tile, target_logit, factor)
-                place, inside = _place(targets[rows], columns)
-                # The target's own logit is known without rounding.
-                _put(logits, place, inside, target_logit * factor)
-                exponentials = tiles.exponentials(*logits.shape)
-                earlier = softmax.fold(logits, exponentials)
+                tile = tiles.weight(columns)
+                logits, slope = tiles.logits(states, tile, columns, reference, inverse_rows)
+                target = _place(targets[rows], columns)
+                _put(logits, *target, target_logit)
+                exponentials, rise, factor = tiles.fold(softmax, logits, target)
+                reference = tiles.next_reference(reference, softmax.top, inverse_rows)
+                if wants_entropy:
+                    entropy_row.addcmul_(row, rise[:, None], value=-1).mul_(factor[:, None])
+                    tiles.add_product(entropy_row, logits if slope is None else logits.mul_(slope), tile)
                 if wants_hidden:
-                    # Without the target, whose share 1 - p(y) comes from `others`: near p(y) = 1 the row would cancel.
-                    _put(exponentials, place, inside, torch.zeros_like(factor))
-                    tiles.add_product(row.mul_(earlier[:, None]), exponentials, tile)
-            scaled = target_logit * factor
-            logp[rows] = (scaled - softmax.top) - softmax.others.log1p()
+                    row.mul_(factor[:, None])
+                    tiles.add_product(row, exponentials if slope is None else exponentials.mul_(slope), tile)
+            total, below = softmax.total, target_logit - softmax.top
+            logp[rows] = below - softmax.others.log1p()
             entropy[rows] = softmax.entropy()
             normaliser[rows] = softmax.logsumexp()
+            step = form.logit_scale * inverse_rows
+            target_step = step if target_slope is None else step * target_slope.squeeze(1)
+            share = below.exp()
+            if wants_entropy:
+                mean = softmax.weighted / total
+                entropy_row.addcmul_(row, mean[:, None]).mul_((step / total).neg_()[:, None])
+                entropy_row.addcmul_((target_step * share / total * (-below - mean))[:, None], target_rows)
             if wants_hidden:
-                total = softmax.total
-                share = (scaled - softmax.top).exp_()
                 rest = torch.where(share == 1.0, softmax.others, total - share) / total
-                row.mul_((factor / total).neg_()[:, None]).addcmul_((rest * factor)[:, None], target_rows)
-        ctx.wants_weight, ctx.hidden_dtype = wants_weight, hidden.dtype
-        ctx.save_for_backward(jacobian, *((hidden, weight, targets, scale, normaliser) if wants_weight else ()))
-        ctx.mark_non_differentiable(entropy)
+                row.mul_((step / total).neg_()[:, None]).addcmul_((target_step * rest)[:, None], target_rows)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
+        ctx.form, ctx.hidden_dtype, ctx.entropy_gradient = form, hidden.dtype, entropy_gradient
+        saved = (hidden, weight, targets, inverse, normaliser, entropy) if ctx.wants_weight else ()
+        ctx.save_for_backward(jacobian, entropy_jacobian, *saved)
         return logp, entropy
 
     @staticmethod
-    def backward(ctx, grad_logp: Tensor, _: Tensor):
-        jacobian, *rest = ctx.saved_tensors
+    def backward(ctx, grad_logp: Tensor, grad_entropy: Tensor):
+        jacobian, entropy_jacobian, *saved = ctx.saved_tensors
         grad_hidden = grad_weight = None
         if jacobian is not None:
-            grad_hidden = (grad_logp[:, None] * jacobian).to(ctx.hidden_dtype)
+            grad_hidden = torch.empty_like(jacobian, dtype=ctx.hidden_dtype)
+            torch.mul(jacobian, grad_logp[:, None], out=grad_hidden)
+        if entropy_jacobian is not None:
+            grad_hidden += grad_entropy[:, None] * entropy_jacobian
         if ctx.wants_weight:
-            grad_weight = _weight_gradient(grad_logp, *rest)
-        return grad_hidden, grad_weight, None, None
+            grad_weight = _weight_gradient(ctx.form, grad_logp, grad_entropy if ctx.entropy_gradient else None, *saved)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
-def _weight_gradient(grad_logp: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, lse: Tensor):
-    """[V, D]: the sum over tokens of g (onehot(y) - p) h / T, with p recomputed from the saved logsumexp [N]."""
-    tiles = _Tiles(hidden, weight, scale)
+def _weight_gradient(
+    form: _Logits,
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    inverse: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+) -> Tensor:
+    """[V, D]: the sum over tokens of (g (onehot(y) - p) - g_H p (log p + H)) dz/d(product) h, p from logsumexp [N]."""
+    tiles = _Tiles(hidden, inverse, form)
     gradient = torch.zeros_like(weight)
     for columns in tiles.vocabulary_slices():
-        tile = tiles.weight_tile(columns)
-        total = torch.zeros_like(tile, dtype=scale.dtype)
+        tile = tiles.weight(columns)
+        total = torch.zeros_like(tile, dtype=inverse.dtype)
         for rows in tiles.token_slices(hidden.shape[0]):
-            states, factor = hidden[rows].to(tiles.product_dtype), scale[rows]
-            logits = tiles.logits(states, tile, lse[rows] / factor, factor)
-            probability = logits.sub_(lse[rows, None]).exp_()
+            states, inverse_rows = hidden[rows].to(tiles.product_dtype), inverse[rows]
+            # Only rounding sees the reference: any value near the largest product will do.
+            reference = lse[rows] / (form.logit_scale * inverse_rows)
+            logits, slope = tiles.logits(states, tile, columns, reference, inverse_rows)
+            logp = logits.sub_(lse[rows, None])
+            force = logp.exp().mul_(-grad_logp[rows, None])
+            if grad_entropy is not None:
+                force.sub_(logp.exp().mul_(logp + entropy[rows, None]).mul_(grad_entropy[rows, None]))
             place, inside = _place(targets[rows], columns)
-            slope = probability.neg_()
-            slope.scatter_add_(1, place[:, None], inside.to(slope.dtype)[:, None])
-            slope.mul_((grad_logp[rows] * factor)[:, None])
-            total.addmm_(slope.T, hidden[rows].to(scale.dtype))
+            force.scatter_add_(1, place[:, None], (inside * grad_logp[rows])[:, None])
+            force.mul_((form.logit_scale * inverse_rows)[:, None])
+            total.addmm_((force if slope is None else force.mul_(slope)).T, hidden[rows].to(inverse.dtype))
         gradient[columns] = total.to(weight.dtype)
     return gradient
 
