@@ -197,14 +197,21 @@ class _FourBit:
         if state.nested:
             absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
         self._packed, self._absmax = weight.detach().view(self.shape[0], -1), absmax.view(self.shape[0], -1)
-        self._unpack = functools.partial(
-            functional.dequantize_4bit, blocksize=state.blocksize, quant_type=state.quant_type
-        )
+        self._state, self._functional = state, functional
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
         packed, absmax = self._packed[rows], self._absmax[rows]
-        out = torch.empty(len(packed), self.shape[1], dtype=self.dtype, device=packed.device)
-        return self._unpack(packed.reshape(-1, 1), absmax=absmax.reshape(-1), out=out) if len(packed) else out
+        if not len(packed):
+            return torch.empty(0, self.shape[1], dtype=self.dtype, device=packed.device)
+        state = self._functional.QuantState(
+            absmax=absmax.reshape(-1),
+            shape=torch.Size((len(packed), self.shape[1])),
+            code=self._state.code,
+            blocksize=self._state.blocksize,
+            quant_type=self._state.quant_type,
+            dtype=self.dtype,
+        )
+        return self._functional.dequantize_4bit(packed.reshape(-1, 1), state)
 
 
 class _Logits:

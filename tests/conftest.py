@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+
+if not torch.cuda.is_available():
+    # Triton reads it when it is first imported, which a library may do; kernels then run on tensors of the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from hapo_lite import run
 from hapo_lite.cli import quiet_libraries
