@@ -1,36 +1,61 @@
 """Time and peak memory of the language-model head, forward and backward with a frozen head, beside other ways.
 
-    python benchmarks/head.py [--tokens 512] [--hidden 1536] [--vocabulary 151936] [--dtype float32] [--trl] [--memory]
+    python benchmarks/head.py                                    # one shape: --tokens --hidden --vocabulary --dtype
+    python benchmarks/head.py --memory                           # peak memory over vocabularies, in fresh processes
+    python benchmarks/head.py --write docs/measurements.md       # both, at the shapes of Qwen2.5-Math-1.5B and 7B
 
-Rows: the two bare products, tile by tile (the lower bound); naive logits with log_softmax and entropy; ours; and with
---trl the function that TRL 1.16 trains with. All in turn in one process, medians of 5. --memory measures instead the
-peak resident memory that each way adds, in a fresh process each.
+Rows: the two bare products, tile by tile (the lower bound); naive logits with log_softmax and entropy; ours; and, where
+requirements-bench.txt is installed, the functions that TRL 1.16 and Liger 0.8.5 train with (Liger's has no entropy).
+Times are medians of 5, all ways in turn in one process. Memory is the peak resident memory of a fresh process beyond
+the inputs and the gradient that it returns; on a GPU, the allocator's peak.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
-from hapo_lite.head import TILES, token_logprobs
+from hapo_lite.head import TILES, token_logprobs  # noqa: E402
 
 REPEATS = 5
-Way = Callable[[Tensor, Tensor, Tensor], object]
+MODELS = {"Qwen2.5-Math-1.5B": (1536, 151_936), "Qwen2.5-Math-7B": (3584, 152_064)}
+VOCABULARIES = (32_000, 64_000, 128_000, 262_144)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Way = Callable[[Tensor, Tensor, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Shape:
+    tokens: int
+    hidden: int
+    vocabulary: int
+    dtype: str
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        torch.manual_seed(0)
+        dtype = getattr(torch, self.dtype)
+        hidden = torch.randn(self.tokens, self.hidden, device=DEVICE).to(dtype)
+        weight = torch.empty(self.vocabulary, self.hidden, dtype=dtype, device=DEVICE).normal_(std=self.hidden**-0.5)
+        return hidden, weight, torch.randint(self.vocabulary, (self.tokens,), device=DEVICE)
 
 
 def bare(hidden: Tensor, weight: Tensor, _: Tensor) -> None:
-    rows, columns = TILES["cpu"]
+    rows, columns = TILES[DEVICE]
     logits = hidden.new_empty(rows, columns)
     for tokens in hidden.split(rows):
         total = torch.zeros_like(tokens)
@@ -40,19 +65,22 @@ def bare(hidden: Tensor, weight: Tensor, _: Tensor) -> None:
             total.addmm_(out, tile)
 
 
-def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     states = hidden.clone().requires_grad_()
     logp = (states @ weight.T).float().log_softmax(-1)
     with torch.no_grad():
         -(logp.exp() * logp).sum(-1)
     logp.gather(1, targets[:, None]).sum().backward()
+    return states.grad
 
 
-def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    token_logprobs(hidden.clone().requires_grad_(), weight, targets)[0].sum().backward()
+def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    states = hidden.clone().requires_grad_()
+    token_logprobs(states, weight, targets)[0].sum().backward()
+    return states.grad
 
 
-def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
     states = hidden.clone().requires_grad_()
@@ -60,39 +88,156 @@ def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
         states, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",)
     )
     logp.sum().backward()
+    return states.grad
 
 
-def inputs(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(0)
-    dtype = getattr(torch, options.dtype)
-    hidden = torch.randn(options.tokens, options.hidden).to(dtype)
-    weight = torch.empty(options.vocabulary, options.hidden, dtype=dtype).normal_(std=options.hidden**-0.5)
-    return hidden, weight, torch.randint(options.vocabulary, (options.tokens,))
+def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from liger_kernel.chunked_loss import fused_linear_ppo
+
+    states = hidden.clone().requires_grad_()
+    chunk = fused_linear_ppo._SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE
+    fused_linear_ppo._ChunkedSelectiveLogProbFunction.apply(states, weight, targets, None, 1.0, chunk).sum().backward()
+    return states.grad
 
 
-def times(ways: dict[str, Way], options: argparse.Namespace) -> None:
-    tensors = inputs(options)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
+def ways() -> dict[str, Way]:
+    found: dict[str, Way] = {"bare": bare, "naive": naive, "ours": ours}
+    if importlib.util.find_spec("trl"):
+        found["TRL"] = trl
+    if importlib.util.find_spec("liger_kernel"):
+        found["Liger"] = liger
+    return found
+
+
+def _wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def times(shape: Shape) -> dict[str, float]:
+    """Median seconds of each way."""
+    tensors = shape.inputs()
+    seconds: dict[str, list[float]] = {name: [] for name in ways()}
+    for way in ways().values():
         way(*tensors)
     for _ in range(REPEATS):
-        for name, way in ways.items():
+        for name, way in ways().items():
+            _wait()
             start = time.perf_counter()
             way(*tensors)
+            _wait()
             seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print("| | seconds | / bare |\n|---|---|---|")
-    for name, value in medians.items():
-        print(f"| {name} | {value:.2f} | {value / medians['bare']:.2f} |")
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def memory(ways: dict[str, Way], options: argparse.Namespace) -> None:
-    print("| | extra MiB at the peak |\n|---|---|")
-    for name in ways:
-        result = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--way", name], capture_output=True, text=True, check=True
-        )
-        print(f"| {name} | {result.stdout.strip()} |", flush=True)
+def peak(name: str, shape: Shape) -> float:
+    """MiB that one way adds at its peak to its inputs and the gradient it returns; meant for a fresh process."""
+    tensors = shape.inputs()
+    # A first product, so that the libraries' own start-up is not counted.
+    torch.mm(tensors[0][:1], tensors[1][:1].T)
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = _peak_bytes()
+    gradient = ways()[name](*tensors)
+    returned = 0 if gradient is None else gradient.nbytes
+    return (_peak_bytes() - before - returned) / 2**20
+
+
+def _peak_bytes() -> int:
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peaks(shape: Shape) -> dict[str, float]:
+    """MiB at the peak of each way, each in a fresh process."""
+    found = {}
+    for name in ways():
+        command = [sys.executable, __file__, "--way", name, "--dtype", shape.dtype, "--tokens", str(shape.tokens)]
+        command += ["--hidden", str(shape.hidden), "--vocabulary", str(shape.vocabulary)]
+        found[name] = float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return found
+
+
+def time_table(shapes: list[Shape]) -> list[str]:
+    names = list(ways())
+    lines = [f"| N | D | V | dtype | {' | '.join(names)} | ours / bare | TRL / ours | Liger / ours |"]
+    lines.append("|---" * (len(names) + 7) + "|")
+    print(*lines, sep="\n", flush=True)
+    for shape in shapes:
+        found = times(shape)
+        cells = [str(shape.tokens), str(shape.hidden), str(shape.vocabulary), shape.dtype]
+        cells += [f"{found[name]:.3g}" for name in names]
+        cells.append(f"{found['ours'] / found['bare']:.2f}")
+        cells += [f"{found[peer] / found['ours']:.2f}" if peer in found else "" for peer in ("TRL", "Liger")]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def memory_table(shapes: list[Shape]) -> tuple[list[str], list[dict[str, float]]]:
+    names = [name for name in ways() if name != "bare"]
+    lines = [f"| N | D | V | dtype | {' | '.join(names)} | N x D in fp32 |", "|---" * (len(names) + 5) + "|"]
+    rows = []
+    print(*lines, sep="\n", flush=True)
+    for shape in shapes:
+        rows.append(peaks(shape))
+        cells = [str(shape.tokens), str(shape.hidden), str(shape.vocabulary), shape.dtype]
+        cells += [f"{rows[-1][name]:.0f}" for name in names] + [f"{shape.tokens * shape.hidden * 4 / 2**20:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    return lines, rows
+
+
+def plot(rows: list[dict[str, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.4), layout="constrained")
+    for name, marker in (("naive", "s"), ("TRL", "^"), ("Liger", "D"), ("ours", "o")):
+        if name in rows[0]:
+            axes.plot(VOCABULARIES, [row[name] for row in rows], marker=marker, label=name)
+    axes.set_xlabel("vocabulary")
+    axes.set_ylabel("extra memory at the peak, MiB")
+    axes.set_yscale("log")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def write(path: Path) -> None:
+    """Put both tables and the plot between the markers in `path`."""
+    shapes = [
+        Shape(tokens, *size, dtype)
+        for size in MODELS.values()
+        for dtype in ("float32", "bfloat16")
+        for tokens in (512, 128)
+    ]
+    timed = time_table(shapes)
+    sizes = [Shape(512, 1536, vocabulary, "float32") for vocabulary in VOCABULARIES]
+    large = [Shape(4096, hidden, vocabulary, "bfloat16") for hidden, vocabulary in MODELS.values()]
+    measured, rows = memory_table(sizes + large)
+    image = path.parent / "images" / "head_memory.png"
+    plot(rows[: len(sizes)], image)
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} threads"
+    text = "\n".join(
+        [
+            f"torch {torch.__version__}, {platform.machine()}, {device}. Seconds, medians of {REPEATS}:",
+            "",
+            *timed,
+            "",
+            "MiB at the peak beyond the inputs and the gradient returned, a fresh process each:",
+            "",
+            *measured,
+            "",
+            f"![Peak memory against vocabulary, 512 tokens, hidden size 1,536, fp32](images/{image.name})",
+        ]
+    )
+    before, rest = path.read_text(encoding="utf-8").split("<!-- head -->\n")
+    _, after = rest.split("<!-- /head -->\n")
+    path.write_text(f"{before}<!-- head -->\n{text}\n<!-- /head -->\n{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -101,18 +246,19 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1536)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--trl", action="store_true", help="needs pip install trl==1.16.0")
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="a Markdown file with <!-- head --> markers")
+    parser.add_argument("--way", choices=tuple(ways()), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    ways: dict[str, Way] = {"bare": bare, "naive": naive, "ours": ours} | ({"trl": trl} if options.trl else {})
+    shape = Shape(options.tokens, options.hidden, options.vocabulary, options.dtype)
     if options.way:
-        tensors = inputs(options)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        ways[options.way](*tensors)
-        print(round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+        print(peak(options.way, shape))
+    elif options.write:
+        write(options.write)
+    elif options.memory:
+        memory_table([Shape(shape.tokens, shape.hidden, size, shape.dtype) for size in VOCABULARIES])
     else:
-        (memory if options.memory else times)(ways, options)
+        time_table([shape])
 
 
 if __name__ == "__main__":
