@@ -14,6 +14,7 @@ in the loss costs one product more, for a row of its own: d H / d hidden = -sum_
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 TILES = {"cpu": (512, 4096), "cuda": (1024, 4096)}
 """Tokens x vocabulary entries of one tile, by device type. In fp32 a CPU tile is 8 MiB, to stay in a last-level cache.
 All buffers together stay below 64 MB up to D = 4096."""
+LOG2_E = 1.0 / math.log(2.0)
 MASKED = -1e30
 """What a logit of -inf counts as: its probability is 0, and no inf - inf or 0 * inf arises."""
 
@@ -120,7 +122,8 @@ class _Softmax:
         rise = top - self.top
         factor = rise.neg().exp_()
         below = logits.sub_(top[:, None])
-        torch.exp(below, out=exponentials)
+        # Three times as fast as `exp` on a CPU, and off by 1e-6 where it is 1e-13.
+        torch.mul(below, LOG2_E, out=exponentials).exp2_()
         exponentials.scatter_(1, where, 0.0)
         tile_others = exponentials.sum(dim=1)
         # The smaller of the two tops is from now on one of the others.
@@ -275,13 +278,13 @@ class _Tiles:
         return self._vocabulary[columns].to(self.product_dtype)
 
     def first_reference(self, states: Tensor, product: Tensor) -> Tensor:
-        """The largest of the target's product [n] and those of the first tile: what rounding is relative to at first.
+        """The largest of the target's product [n] and some others: what rounding is relative to in the first tile.
 
-        Unless the target is likely, its own product would be a poor one.
+        Where the target is unlikely, its own product would be a poor one.
         """
         if not self._rounds:
             return product
-        tile = self.weight(self.vocabulary_slices()[0])
+        tile = self.weight(slice(0, min(512, self.columns)))
         first = self._rounded[: states.shape[0] * tile.shape[0]].view(states.shape[0], -1)
         return torch.maximum(product, torch.mm(states, tile.T, out=first).amax(dim=1).to(self.dtype))
 
@@ -305,7 +308,7 @@ class _Tiles:
             reference = reference.to(self.product_dtype)[:, None]
             rounded = self._rounded[: n * v].view(n, v).copy_(reference.neg())
             torch.addmm(rounded, states, tile.T, out=rounded)
-            torch.add(rounded, reference.to(self.dtype), out=out)
+            out.copy_(rounded).add_(reference.to(self.dtype))
         elif self._narrow:
             torch.mm(states, tile.T, out_dtype=self.dtype, out=out)
         else:
