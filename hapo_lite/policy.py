@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -70,7 +71,9 @@ class Policy:
         # The state at a position predicts the next token, so completion token t is predicted at prompt + t - 1.
         states = hidden[rows, batch.prompt_lengths[rows] + columns - 1]
         targets = batch.ids[rows, batch.prompt_lengths[rows] + columns]
-        logp, entropy = token_logprobs(states, base.get_output_embeddings().weight, targets, temperature)
+        logp, entropy = token_logprobs(
+            states, base.get_output_embeddings().weight, targets, temperature, **head_options(base)
+        )
         blank = logp.new_zeros(batch.mask.shape)
         return blank.index_put((rows, columns), logp), blank.index_put((rows, columns), entropy)
 
@@ -169,6 +172,20 @@ def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     if not stop_ids:
         raise UserError("the model names no end-of-sequence token: set eos_token_id in its generation_config.json")
     return stop_ids
+
+
+def head_options(model: PreTrainedModel) -> dict[str, Any]:
+    """What a model does to its logits after the product with its head, as options of `token_logprobs`.
+
+    Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma 2 and 3 cap, Phi adds a bias.
+    """
+    config = model.config
+    scale = getattr(config, "logit_scale", None) or 1.0
+    return {
+        "bias": getattr(model.get_output_embeddings(), "bias", None),
+        "logit_scale": float(scale) / float(getattr(config, "logits_scaling", None) or 1.0),
+        "soft_cap": getattr(config, "final_logit_softcapping", None),
+    }
 
 
 def keep_weights_unpacked(model: nn.Module) -> None:

@@ -1,10 +1,16 @@
 """The head against naive logits in float64: values, gradients, and the entropies that cancellation destroys."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from hapo_lite import head
 from hapo_lite.head import logits_statistics, token_logprobs
+
+ROOT = Path(__file__).parents[1]
 
 
 def naive(hidden, weight, targets, temperature):
@@ -297,3 +303,15 @@ def test_an_fp16_weight_is_cast_as_it_is_read(tiles):
     half = weight.half()
     found, expected = token_logprobs(hidden, half, targets), token_logprobs(hidden, half.float(), targets)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_is_the_jacobian_and_64_mb_whatever_the_vocabulary(dtype):
+    """As the benchmark measures it: a fresh process, beyond the inputs and the gradient returned."""
+    found = []
+    for vocabulary in (32_768, 131_072):
+        command = [sys.executable, str(ROOT / "benchmarks" / "head.py"), "--way", "ours", "--dtype", dtype]
+        command += ["--tokens", "1024", "--hidden", "512", "--vocabulary", str(vocabulary)]
+        found.append(float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout) * 2**20)
+    assert max(found) <= 1024 * 512 * 4 + 64e6  # the N x V logits alone would be 537e6
+    assert abs(found[1] - found[0]) <= 8e6

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hapo_lite import policy as policy_module
@@ -179,3 +180,41 @@ def test_unknown_lora_targets_are_named():
 
 def test_the_bundled_model_is_small():
     assert sum(f.stat().st_size for f in policy_module.TINY_MODEL.iterdir()) < 4 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 0.5, "head_dim": 8}),
+        ("Cohere", {"logit_scale": 3.0}),
+        ("Granite", {"logits_scaling": 0.25}),
+        ("Phi", {}),
+    ],
+)
+def test_what_a_family_does_to_its_logits_is_scored(family, changes, tmp_path):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **changes,
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    if model.get_output_embeddings().bias is not None:
+        torch.nn.init.normal_(model.get_output_embeddings().bias)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(TINY_MODEL).save_pretrained(tmp_path)
+    lora = LoraSettings(rank=4, alpha=8.0)
+    policy = load_policy(ModelSettings(name=str(tmp_path), quantization="none", lora=lora), seed=0, device="cpu")
+    with policy.sampling() as sampled:
+        logp, entropy = policy.completion_logprobs(Sequences.of(ROWS))
+        for i, row in enumerate(ROWS):
+            expected, expected_entropy = naive_logprobs(sampled, row, 1.0)
+            torch.testing.assert_close(logp[i, : row.length].double(), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(entropy[i, : row.length].double(), expected_entropy, rtol=1e-4, atol=0)
