@@ -48,7 +48,7 @@ def token_logprobs(
     Returns logp [N], differentiable in `hidden` (and in `weight` where it requires a gradient), and entropy [N],
     detached unless `entropy_gradient`; nats; fp32, or fp64 for fp64 input. Under `torch.no_grad` the product that makes
     the gradient is left out.
-    Raises ValueError on shapes that do not fit, an id outside [0, V), or a temperature or cap that is not positive.
+    Raises ValueError on shapes that do not fit, an id outside [0, V), or a temperature, scale or cap that is not positive.
     """
     vocabulary = _FourBit(weight) if hasattr(weight, "quant_state") else _Dense(weight)
     if hidden.dim() != 2 or len(vocabulary.shape) != 2 or hidden.shape[1] != vocabulary.shape[1]:
@@ -66,8 +66,9 @@ def token_logprobs(
         raise ValueError(
             f"targets lie in [{int(targets.min())}, {int(targets.max())}], outside the vocabulary of {size}"
         )
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"soft_cap must be positive, not {soft_cap}")
+    for name, value in (("logit_scale", logit_scale), ("soft_cap", soft_cap)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, not {value}")
     if bias is not None:
         if bias.shape != (size,):
             raise ValueError(f"bias {tuple(bias.shape)} must be [{size}], one an entry of the vocabulary")
@@ -254,8 +255,8 @@ class _Tiles:
         native = (dtype, torch.bfloat16) if device == "cpu" else (dtype, torch.bfloat16, torch.float16)
         self.product_dtype = vocabulary.dtype if vocabulary.dtype in native else dtype
         self._narrow = self.product_dtype != dtype
-        # CUDA multiplies bf16 into fp32; on a CPU the product is stored in bf16, that is, rounded.
-        self._rounds = self._narrow and device == "cpu"
+        # CUDA multiplies bf16 into fp32; elsewhere the product is stored in bf16, that is, rounded.
+        self._rounds = self._narrow and device != "cuda"
         self._unit = logits.bias is None and logits.soft_cap is None and logits.logit_scale == 1.0
         self._unit = self._unit and bool((inverse == 1.0).all())
         self._kernel = _fold_kernel(device)

@@ -123,6 +123,7 @@ def test_bf16_states_give_fp32_results_near_the_truth():
         ({"hidden": torch.zeros(37, 3)}, r"\[N, D\] and \[V, D\]"),
         ({"temperature": 0.0}, "positive"),
         ({"soft_cap": 0.0}, "soft_cap must be positive"),
+        ({"logit_scale": -1.0}, "logit_scale must be positive"),
         ({"bias": torch.zeros(300)}, "one an entry"),
         ({"bias": torch.full((301,), float("-inf")), "soft_cap": 3.0}, "masks nothing"),
     ],
