@@ -48,7 +48,7 @@ def token_logprobs(
     Returns logp [N], differentiable in `hidden` (and in `weight` where it requires a gradient), and entropy [N],
     detached unless `entropy_gradient`; nats; fp32, or fp64 for fp64 input. Under `torch.no_grad` the product that makes
     the gradient is left out.
-    Raises ValueError on shapes that do not fit, an id outside [0, V), or a temperature, scale or cap that is not positive.
+    Raises ValueError on shapes that do not fit, an id outside [0, V), or a temperature, scale or cap not above 0.
     """
     vocabulary = _FourBit(weight) if hasattr(weight, "quant_state") else _Dense(weight)
     if hidden.dim() != 2 or len(vocabulary.shape) != 2 or hidden.shape[1] != vocabulary.shape[1]:
