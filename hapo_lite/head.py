@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 TILES = {"cpu": (512, 4096), "cuda": (1024, 4096)}
-"""Tokens x vocabulary entries of one tile, by device type. In fp32 a CPU tile is 8 MiB, to stay in a last-level cache.
-All buffers together stay below 64 MB up to D = 4096."""
+"""Most tokens x vocabulary entries of one tile, by device type. In fp32 a CPU tile is 8 MiB, to stay in a last-level
+cache."""
+BUFFERS = 56e6
+"""Bytes that all buffers of a tile may take; a wide model gets fewer tokens to a tile."""
 LOG2_E = 1.0 / math.log(2.0)
 MASKED = -1e30
 """What a logit of -inf counts as: its probability is 0, and no inf - inf or 0 * inf arises."""
@@ -249,7 +251,10 @@ class _Tiles:
     def __init__(self, hidden: Tensor, inverse: Tensor, logits: _Logits) -> None:
         dtype, device, vocabulary = inverse.dtype, hidden.device.type, logits.vocabulary
         rows, columns = TILES.get(device, TILES["cuda"])
-        self.rows, self.columns = min(rows, max(1, hidden.shape[0])), min(columns, vocabulary.shape[0])
+        # A token needs two fp32 tile rows and, for its target and a product, up to four rows of D.
+        fitting = int(BUFFERS / (8 * columns + 16 * hidden.shape[1])) // 128 * 128
+        self.rows = min(rows, max(fitting, 128), max(1, hidden.shape[0]))
+        self.columns = min(columns, vocabulary.shape[0])
         self.dtype, self._logits, self._vocabulary = dtype, logits, vocabulary
         # fp16 products are slow or absent on CPUs, and a mixed pair has no product: such weights are cast tile by tile.
         native = (dtype, torch.bfloat16) if device == "cpu" else (dtype, torch.bfloat16, torch.float16)
