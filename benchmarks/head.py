@@ -2,6 +2,7 @@
 
     python benchmarks/head.py                                    # one shape: --tokens --hidden --vocabulary --dtype
     python benchmarks/head.py --memory                           # peak memory over vocabularies, in fresh processes
+    python benchmarks/head.py --rounding                         # what products stored in bf16 do to the results
     python benchmarks/head.py --write docs/measurements.md       # both, at the shapes of Qwen2.5-Math-1.5B and 7B
 
 Rows: the two bare products, tile by tile (the lower bound); naive logits with log_softmax and entropy; ours; and, where
@@ -189,6 +190,22 @@ def memory_table(shapes: list[Shape]) -> tuple[list[str], list[dict[str, float]]
     return lines, rows
 
 
+def rounding(shape: Shape) -> None:
+    """bf16 inputs multiplied in bf16 against the same inputs multiplied in fp32, targets drawn evenly."""
+    hidden, weight, targets = Shape(shape.tokens, shape.hidden, shape.vocabulary, "bfloat16").inputs()
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        states = hidden.to(dtype, copy=True).requires_grad_()
+        logp, entropy = token_logprobs(states, weight.to(dtype), targets)
+        logp.sum().backward()
+        results.append((logp.detach(), entropy, states.grad.float()))
+    (logp, entropy, gradient), (exact_logp, exact_entropy, exact_gradient) = results
+    print(f"log-probability, largest difference: {float((logp - exact_logp).abs().max()):.1e} nats")
+    print(f"entropy, largest relative difference: {float((entropy / exact_entropy - 1).abs().max()):.1e}")
+    off = float((gradient - exact_gradient).norm() / exact_gradient.norm())
+    print(f"gradient, relative norm of the difference: {off:.1e}")
+
+
 def plot(rows: list[dict[str, float]], path: Path) -> None:
     import matplotlib
 
@@ -247,6 +264,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--rounding", action="store_true")
     parser.add_argument("--write", type=Path, metavar="FILE", help="a Markdown file with <!-- head --> markers")
     parser.add_argument("--way", choices=tuple(ways()), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -255,6 +273,8 @@ def main() -> None:
         print(peak(options.way, shape))
     elif options.write:
         write(options.write)
+    elif options.rounding:
+        rounding(shape)
     elif options.memory:
         memory_table([Shape(shape.tokens, shape.hidden, size, shape.dtype) for size in VOCABULARIES])
     else:
