@@ -17,6 +17,7 @@ from hapo_lite.trace import Trace
 
 DEFAULT_QUANTITY = "entropy"
 LONGEST_PROMPT = 4000
+POINT_AT = "Point at a token, tap it, or move along with the arrow keys."
 
 
 def hidden_json(data: Any, name: str) -> str:
@@ -78,7 +79,7 @@ def token_text(
         f'<select class="hapo-choose">{options}</select></label>{legends}'
         f'<button type="button" class="hapo-png">PNG</button></div>'
         f'<div class="hapo-pair">{body}'
-        f'<aside class="hapo-details" aria-live="polite">{note("Point at, tap or move the arrow keys to a token.")}</aside>'
+        f'<aside class="hapo-details" aria-live="polite">{note(POINT_AT)}</aside>'
         f"</div>{hidden_json(data, 'hapo-data')}</section>"
     )
 
