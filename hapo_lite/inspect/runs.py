@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import OrderedDict
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hapo_lite.algo.objective import Method
 from hapo_lite.errors import UserError
-from hapo_lite.inspect.page import count_treated
+from hapo_lite.inspect.markup import count_treated
 from hapo_lite.inspect.tokens import TokenTable, token_table
 from hapo_lite.policy import TINY_MODEL
 from hapo_lite.recipe import Recipe, load_recipe
@@ -76,11 +77,10 @@ class Run:
     path: Path
     _held: OrderedDict[int, tuple[tuple[int, int], list[Trace], list[str]]] = field(default_factory=OrderedDict)
     _entries: dict[int, tuple[tuple[int, int], list[Entry], list[str]]] = field(default_factory=dict)
-    _tokenizer: tuple[PreTrainedTokenizerBase | None] | None = None
 
     def iterations(self) -> list[int]:
         """Iterations with a trace file, ascending."""
-        return sorted(int(f.stem) for f in (self.path / "traces").glob("*.jsonl") if f.stem.isdecimal())
+        return sorted(int(f.stem) for f in (self.path / "traces").glob("[0-9]*.jsonl") if f.stem.isdecimal())
 
     def traces(self, iteration: int) -> tuple[list[Trace], list[str]]:
         """An iteration's traces, and a sentence for every line that could not be read."""
@@ -111,8 +111,8 @@ class Run:
         for place, trace in enumerate(traces):
             try:
                 table = self.table(trace, text=False)
-                entries.append(_entry(trace, place, len(table), count_treated(table)))
-            except UserError as error:
+                entries.append(_entry(trace, iteration, place, table))
+            except (UserError, ValueError, TypeError) as error:
                 problems.append(f"{self._file(iteration)}: {error}")
         if iteration in self._held:
             self._entries[iteration] = (self._held[iteration][0], entries, problems)
@@ -120,9 +120,9 @@ class Run:
 
     def table(self, trace: Trace, text: bool = True) -> TokenTable:
         """The trace's tokens under the run's method and temperature. text: put cut characters together."""
-        method, training, evaluation = self.settings()
+        method, training, evaluation = self.settings
         base = evaluation if trace.stage == "eval" else training
-        return token_table(trace, method, base, self.tokenizer() if text else None)
+        return token_table(trace, method, base, self.tokenizer if text else None)
 
     def prompts(self) -> dict[str, list[Entry]]:
         """Completions by prompt over the whole run, for the prompts that were met in several iterations."""
@@ -151,13 +151,15 @@ class Run:
                 problems.append(f"{file}:{number}: not a line of metrics")
         return lines, problems
 
+    @property
     def settings(self) -> tuple[Method, float, float]:
         """Method, and base temperature of training and of evaluation; the defaults where there is no recipe."""
-        recipe = self.recipe()
+        recipe = self.recipe
         if recipe is None:
             return Method(), 1.0, 1.0
         return recipe.method, recipe.rollout.temperature, recipe.evaluation.temperature
 
+    @functools.cached_property
     def recipe(self) -> Recipe | None:
         """The run's settings; None where recipe.yaml is missing or of another version."""
         try:
@@ -165,14 +167,10 @@ class Run:
         except (UserError, OSError):
             return None
 
+    @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The run's tokenizer where it is on this machine; texts then come from its ids."""
-        if self._tokenizer is None:
-            self._tokenizer = (self._load_tokenizer(),)
-        return self._tokenizer[0]
-
-    def _load_tokenizer(self) -> PreTrainedTokenizerBase | None:
-        recipe = self.recipe()
+        recipe = self.recipe
         if recipe is None:
             return None
         name = str(TINY_MODEL) if recipe.model.name == "tiny" else recipe.model.name
@@ -191,17 +189,17 @@ def treated_counts(entries: Sequence[Entry]) -> dict[str, int]:
     return {name: sum(e.treated.get(name, 0) for e in entries) for name in names}
 
 
-def _entry(trace: Trace, place: int, length: int, treated: dict[str, int]) -> Entry:
+def _entry(trace: Trace, iteration: int, place: int, table: TokenTable) -> Entry:
     return Entry(
-        iteration=int(trace.iteration),
+        iteration=iteration,
         place=place,
         stage=str(trace.stage),
         prompt_id=str(trace.prompt_id),
         sample=int(trace.sample),
         outcome=str(trace.outcome),
         reward=float(trace.reward),
-        length=length,
-        treated=treated,
+        length=len(table),
+        treated=count_treated(table),
     )
 
 
