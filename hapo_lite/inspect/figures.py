@@ -26,16 +26,16 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
 def templates() -> dict[str, dict[str, Any]]:
     """The layout colours of the light and of the dark theme."""
 
-    def one(text: str, grid: str) -> dict[str, Any]:
+    def one(text: str, grid: str, paper: str) -> dict[str, Any]:
         axis = {"gridcolor": grid, "linecolor": grid, "zerolinecolor": grid, "color": text}
         return {
             "font.color": text,
-            "paper_bgcolor": "rgba(0,0,0,0)",
+            "paper_bgcolor": paper,
             "plot_bgcolor": "rgba(0,0,0,0)",
             **{f"{which}.{key}": value for which in ("xaxis", "yaxis") for key, value in axis.items()},
         }
 
-    return {"light": one("#33373d", "#e3e2dc"), "dark": one("#d5d7db", "#363a42")}
+    return {"light": one("#33373d", "#e3e2dc", "#fdfdfb"), "dark": one("#d5d7db", "#363a42", "#15171b")}
 
 
 def figure_html(figure: go.Figure, name: str, reading: str) -> str:
