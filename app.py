@@ -387,7 +387,9 @@ class GenerationView:
         self.slot, self.downloads = slot, downloads
         self.summary = gr.HTML(elem_id=f"{slot}-summary")
         self.tokens = gr.HTML(elem_id=f"{slot}-tokens")
-        self.csv = gr.DownloadButton("Tokens as CSV", size="sm", visible=False, elem_id=f"{slot}-csv")
+        self.csv = gr.DownloadButton(
+            "Tokens as CSV", size="sm", visible=False, elem_id=f"{slot}-csv", elem_classes="hapo-small-button"
+        )
         self.figures = gr.HTML(elem_id=f"{slot}-figures")
         with gr.Accordion("What if the ratio were r?", open=True, visible=False) as self.question:
             with gr.Row():

@@ -41,9 +41,10 @@ def templates() -> dict[str, dict[str, Any]]:
 def figure_html(figure: go.Figure, name: str, reading: str) -> str:
     """A figure with its sentence. name: of the files that its PNG and CSV buttons save."""
     data = {"name": name, **figure.to_plotly_json()}
+    height = figure.layout.height
     return (
         f'<figure class="hapo-figure"><figcaption>{html.escape(reading)}</figcaption>'
-        f'<div class="hapo-plot" role="img" aria-label="{html.escape(reading)}"></div>'
+        f'<div class="hapo-plot" style="min-height:{height}px" role="img" aria-label="{html.escape(reading)}"></div>'
         f"{hidden_json(data, 'hapo-spec')}</figure>"
     )
 
@@ -195,7 +196,7 @@ def curve_figures(lines: Sequence[dict[str, Any]]) -> list[tuple[str, go.Figure]
     """(heading, figure) for every panel of `report.PANELS` that metrics.jsonl has numbers for."""
     figures = []
     for heading, series in PANELS:
-        figure = go.Figure(layout=_layout("", "iteration"))
+        figure = go.Figure(layout=_layout("", ""))
         for (key, label), colour in zip(series.items(), SERIES, strict=False):
             points = [(line["iteration"], line[key]) for line in lines if _number(line.get(key))]
             if points:
@@ -203,7 +204,7 @@ def curve_figures(lines: Sequence[dict[str, Any]]) -> list[tuple[str, go.Figure]
                 figure.add_scatter(
                     x=x, y=y, name=label, mode="lines+markers", line={"color": colour, "width": 1.6}, marker={"size": 4}
                 )
-        figure.update_layout(showlegend=True)
+        figure.update_layout(showlegend=True, height=280 + 16 * len(figure.data))
         if figure.data:
             figures.append((heading, figure))
     return figures
@@ -232,7 +233,7 @@ def _layout(y: str, x: str = "token") -> dict[str, Any]:
         "xaxis": {"title": {"text": x}},
         "yaxis": {"title": {"text": y}},
         "showlegend": False,
-        "legend": {"orientation": "h", "y": -0.22},
+        "legend": {"orientation": "h", "y": -0.12, "yanchor": "top"},
         "template": None,
     }
 

@@ -162,7 +162,7 @@ def _legend(name: str, kind: str, low: float, high: float, chosen: bool) -> str:
 
 
 def _percent(probability: float) -> str:
-    return f"{100 * probability:.2f} %" if probability >= 1e-4 else f"{100 * probability:.1e} %"
+    return f"{show_number(100.0 * probability)} %"
 
 
 def _cut(text: str, longest: int = LONGEST_PROMPT) -> str:

@@ -172,6 +172,10 @@
   const CSV_ICON = { width: 24, height: 24, path: "M3 4h18v16H3zM5 6v3h6V6zM13 6v3h6V6zM5 11v3h6v-3zM13 11v3h6v-3zM5 16v2h6v-2zM13 16v2h6v-2z" };
 
   function draw(holder) {
+    if (!window.Plotly) {
+      setTimeout(draw, 200, holder);
+      return;
+    }
     const figure = holder.closest(".hapo-figure"), spec = read(figure, "hapo-spec");
     const layout = { ...spec.layout };
     Plotly.newPlot(holder, spec.data, layout, {
@@ -187,13 +191,13 @@
     }).then(() => dress(holder));
   }
   function dress(holder) {
-    Plotly.relayout(holder, window.HAPO_TEMPLATES[dark() ? "dark" : "light"]);
+    if (window.Plotly && holder.data) Plotly.relayout(holder, window.HAPO_TEMPLATES[dark() ? "dark" : "light"]);
   }
 
   const drawn = new WeakSet();
   const inView = new IntersectionObserver((entries) => {
     for (const entry of entries) {
-      if (!entry.isIntersecting || drawn.has(entry.target) || !window.Plotly) continue;
+      if (!entry.isIntersecting || drawn.has(entry.target)) continue;
       drawn.add(entry.target);
       draw(entry.target);
     }
@@ -205,7 +209,8 @@
     const plots = root.matches(".hapo-plot") ? [root] : root.querySelectorAll(".hapo-plot");
     plots.forEach((plot) => inView.observe(plot));
   }
-  document.addEventListener("DOMContentLoaded", () => {
+  function watch() {
+    welcome(document.body);
     new MutationObserver((changes) => {
       for (const change of changes) {
         for (const node of change.addedNodes) {
@@ -217,5 +222,7 @@
     new MutationObserver(() => {
       document.querySelectorAll(".hapo-plot").forEach((plot) => drawn.has(plot) && dress(plot));
     }).observe(document.body, { attributeFilter: ["class"] });
-  });
+  }
+  if (document.body) watch();
+  else document.addEventListener("DOMContentLoaded", watch);
 })();

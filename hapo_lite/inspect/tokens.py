@@ -270,7 +270,7 @@ def _signal(trace: Trace, entropy: list[float], method: Method) -> tuple[Entropy
     if trace.signal is not None:
         return trace.signal, f"the signal of iteration {trace.iteration}, over all its completion tokens"
     if trace.sampling_signal is not None:
-        return trace.sampling_signal, "the signal that set its temperatures"
+        return trace.sampling_signal, "the signal that set its temperatures, fitted before it was written"
     try:
         row = torch.tensor([entropy])
         fitted = EntropySignal.fit(row, torch.ones_like(row), method.quantile, method.floor)

@@ -95,7 +95,9 @@ def curves(run: Run) -> tuple[str, list[str]]:
     """The run's metrics as figures, and what could not be read."""
     lines, problems = run.metrics()
     parts = [
-        figures.figure_html(figure, heading.split(",")[0].replace(" ", "_"), heading[0].upper() + heading[1:])
+        figures.figure_html(
+            figure, heading.split(",")[0].replace(" ", "_"), f"{heading[0].upper()}{heading[1:]}, by iteration"
+        )
         for heading, figure in figures.curve_figures(lines)
     ]
     if not parts:
