@@ -77,7 +77,7 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(TINY_MODEL)
 
 
-# --- text ---------------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def strip_known(page: str) -> str:
@@ -98,7 +98,7 @@ def test_hostile_text_is_text_everywhere():
         left = strip_known(page)
         assert "<" not in left and ">" not in left.replace("->", ""), left[:300]
     for text in HOSTILE:
-        assert html.escape(text) in parts.tokens
+        assert html.escape(visible(text)) in parts.tokens
 
 
 def test_the_hidden_json_reads_back():
@@ -144,7 +144,7 @@ def test_special_tokens_are_marked(tokenizer):
     assert token_pieces([2], ["<|im_end|>"])[0].special
 
 
-# --- numbers ------------------------------------------------------------------------------------------------------------
+# --- numbers ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", ["hapo", "dapo"])
@@ -165,7 +165,7 @@ def test_numbers_equal_algo(preset):
 
 
 def test_what_the_update_recorded_is_shown_as_it_is():
-    method, ratio = Method(), [1.3, 1.0, 0.5, 1.0, 0.95, 1.0]
+    method, ratio = Method(), [1.0, 1.0, 0.5, 1.0, 1.3, 1.0]
     trace = trained(make_trace(), method, -0.5, ratio)
     table = token_table(trace, method)
     for name in ("h", "ratio", "credit", "lower", "upper", "advantage"):
@@ -214,7 +214,7 @@ def test_differences_are_marked():
     assert views.differing([1, 2, 3, 4], [1, 9, 3, 4, 5]) == ({1}, {1, 4})
 
 
-# --- colours and figures ------------------------------------------------------------------------------------------------
+# --- colours and figures ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -246,7 +246,7 @@ def test_figures_show_the_pivot_and_the_ratios():
     )
 
 
-# --- runs ---------------------------------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -314,7 +314,7 @@ def test_a_live_run_is_read_again(run_folder):
     assert len(run.entries(2)[0]) == 1 and run.iterations() == [0, 1, 2, 3]
 
 
-# --- generation ---------------------------------------------------------------------------------------------------------
+# --- generation -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +344,7 @@ def test_a_generation_streams_and_equals_algo(policy):
 def test_without_hapo_there_is_one_pass_at_one_temperature(policy):
     items = list(generate(policy, GenerationSettings("3+4*5=?", method=PRESETS["dapo"], temperature=0.7)))
     assert not any(item.first_pass for item in items)
-    assert set(items[-1].trace.tokens["temperature"]) == {pytest.approx(0.7)}
+    assert items[-1].trace.tokens["temperature"] == pytest.approx([0.7] * len(items))
 
 
 def test_limits_end_a_generation(policy):

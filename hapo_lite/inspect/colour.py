@@ -22,7 +22,7 @@ _SCALES = {
     ("d", "light"): ["#0b5c97", "#5a9fcb", "#b9d6e8", "#f6f5f1", "#f8cf9f", "#e78f3c", "#a95404"],
     ("d", "dark"): ["#8ccbf3", "#4592c2", "#285674", "#26282d", "#74481c", "#c97a2b", "#ffc078"],
 }
-INK, PAPER = "#14161a", "#ffffff"
+INK, PAPER = "#000000", "#ffffff"
 
 
 def palette(kind: str, theme: str) -> list[str]:
