@@ -191,7 +191,10 @@ class Page:
         with gr.Accordion("Right against wrong, this iteration", open=False):
             reading("Completions of this iteration coloured by entropy: look where they part (Eq. 5).")
             with gr.Row():
-                right, wrong = gr.HTML(elem_classes="hapo-side"), gr.HTML(elem_classes="hapo-side")
+                with gr.Column(min_width=320):
+                    right = gr.HTML()
+                with gr.Column(min_width=320):
+                    wrong = gr.HTML()
         with gr.Accordion("The same word at high and low entropy, this iteration", open=False):
             words = gr.HTML()
         with gr.Accordion("The same prompt over training", open=False):
@@ -314,8 +317,10 @@ class Page:
             cancel = gr.Button("Cancel")
         status = gr.HTML(elem_id="compare-status")
         with gr.Row():
-            left = gr.HTML(elem_id="compare-left", elem_classes="hapo-side")
-            right = gr.HTML(elem_id="compare-right", elem_classes="hapo-side")
+            with gr.Column(min_width=320):
+                left = gr.HTML(elem_id="compare-left")
+            with gr.Column(min_width=320):
+                right = gr.HTML(elem_id="compare-right")
         event = start.click(
             self.compare, [problem, *sides, *sampling], [status, left, right], show_progress="hidden", **ONE_AT_A_TIME
         )
@@ -511,10 +516,14 @@ def theme() -> gr.themes.Base:
 
 
 def head() -> str:
-    """Plotly as it was installed, the figures' templates and the page's script."""
+    """Plotly as it was installed, the figures' templates, the page's script and its style.
+
+    The style goes here because gradio rewrites what it is given as css, and drops container queries.
+    """
     plotly_js = f"/gradio_api/file={PLOTLY_FILES / 'plotly.min.js'}"
     return (
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{(ASSETS / 'page.css').read_text('utf-8')}{colour.palette_css()}</style>"
         f'<script src="{plotly_js}" defer></script>'
         f"<script>window.HAPO_TEMPLATES = {json.dumps(figures.templates())};</script>"
         f"<script>{(ASSETS / 'page.js').read_text('utf-8')}</script>"
@@ -540,7 +549,6 @@ def serve(argv: list[str] | None = None, block: bool = True) -> tuple[gr.Blocks,
             server_port=arguments.port,
             prevent_thread_lock=not block,
             theme=theme(),
-            css=(ASSETS / "page.css").read_text("utf-8") + colour.palette_css(),
             head=head(),
             footer_links=[],
             quiet=not block,
