@@ -92,7 +92,7 @@ class Page:
         reading("Each token is coloured by what HAPO computes for it; point at one to read it (Eq. 5-13).")
         problem = problem_box()
         with gr.Accordion("Model and sampling", open=False):
-            model, adapter, quantization = self.model_boxes()
+            model, adapter, quantization = self.model_boxes("generate")
             with gr.Row():
                 hapo = gr.Checkbox(True, label="HAPO on", info="off: DAPO, every token alike")
                 source = gr.Radio(
@@ -309,7 +309,7 @@ class Page:
                 with gr.Column(min_width=280):
                     gr.HTML(f'<h3 class="hapo-h">{title}</h3>')
                     hapo = gr.Checkbox(on, label="HAPO on", elem_id=f"{title.lower()}-hapo")
-                    sides += [hapo, *self.model_boxes()]
+                    sides += [hapo, *self.model_boxes(title.lower())]
         with gr.Accordion("Sampling", open=False):
             sampling = sampling_boxes()
         with gr.Row(elem_classes="hapo-actions"):
@@ -370,16 +370,19 @@ class Page:
 
     # --- shared controls --------------------------------------------------------------------------------------------
 
-    def model_boxes(self) -> tuple[gr.Textbox, gr.Dropdown, gr.Radio]:
+    def model_boxes(self, side: str) -> tuple[gr.Textbox, gr.Dropdown, gr.Radio]:
         adapters = [str(p) for name in self.runs() if (p := self.root / name / "adapter").is_dir()]
         with gr.Row():
-            model = gr.Textbox(self.model, label="Model", info="tiny (bundled), a hub name or a folder")
+            model = gr.Textbox(
+                self.model, label="Model", info="tiny (bundled), a hub name or a folder", elem_id=f"{side}-model"
+            )
             adapter = gr.Dropdown(
                 ["", *dict.fromkeys([self.adapter, *adapters])] if self.adapter else ["", *adapters],
                 value=self.adapter,
                 label="Adapter",
                 info="a folder such as runs/NAME/adapter; empty: none",
                 allow_custom_value=True,
+                elem_id=f"{side}-adapter",
             )
             quantization = gr.Radio(["none", "nf4"], value="none", label="Quantisation", info="nf4: 4-bit base")
         return model, adapter, quantization
@@ -405,10 +408,10 @@ class GenerationView:
             self.words = gr.HTML(elem_id=f"{slot}-words")
         self.outputs = [
             self.summary, self.tokens, self.csv, self.figures, self.question, self.what_if, self.dual, self.words,
-            self.ratio,
+            self.ratio, self.answer,
         ]  # fmt: skip
         gr.on(
-            [self.ratio.input, self.answer.input], self.ask, [session, self.ratio, self.answer], self.what_if, **QUIET
+            [self.ratio.change, self.answer.input], self.ask, [session, self.ratio, self.answer], self.what_if, **QUIET
         )
 
     def bind(self, fill: Callable) -> Callable:
@@ -417,10 +420,10 @@ class GenerationView:
 
     def blank(self, summary: str = "") -> list:
         hidden = gr.Accordion(visible=False)
-        return [summary, "", gr.DownloadButton(visible=False), "", hidden, "", hidden, "", gr.skip()]
+        return [summary, "", gr.DownloadButton(visible=False), "", hidden, "", hidden, "", gr.skip(), gr.skip()]
 
     def streaming(self, tokens: str) -> list:
-        return ["", tokens, *[gr.skip()] * 7]
+        return ["", tokens, *[gr.skip()] * 8]
 
     def fill(self, session: Session, shown: Shown) -> list:
         setattr(session, self.slot, shown)
@@ -439,6 +442,7 @@ class GenerationView:
             visible,
             parts.words,
             1.0,
+            "right",
         ]
 
     def ask(self, session: Session, ratio: float, answer: str) -> str:

@@ -25,7 +25,7 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 )
-WAIT = 30_000
+WAIT = 15_000
 """Milliseconds that anything may take."""
 
 
@@ -210,21 +210,19 @@ def test_compare_marks_differences(page, root):
     page.get_by_role("button", name="Sampling").last.click()
     page.get_by_label("tau").last.fill("0.5")
     page.keyboard.press("Tab")
-    for seed in range(1, 12):
-        page.get_by_label("Seed").last.fill(str(seed))
-        page.keyboard.press("Tab")
-        page.locator("#compare-status").evaluate("e => e.querySelector('p')?.remove()")
-        page.click("#compare")
-        page.wait_for_selector("#compare-status p:has-text('ifer'), #compare-status p:has-text('agree')")
-        if page.locator("#compare-left .differs, #compare-right .differs").count():
-            break
+    # With this seed the two sides part at a token where the temperature decides.
+    page.get_by_label("Seed").last.fill("2")
+    page.keyboard.press("Tab")
+    page.click("#compare")
+    page.wait_for_selector("#compare-right .hapo-data", state="attached")
+    assert page.locator("#compare-left .differs").count() and page.locator("#compare-right .differs").count()
     assert "no counterpart" in page.locator("#compare-status").inner_text()
 
 
 @browser_needed
 def test_a_user_error_is_one_sentence(page):
     page.get_by_role("button", name="Model and sampling").click()
-    page.get_by_label("Model", exact=True).first.fill("./nowhere")
+    page.locator("#generate-model").locator("input, textarea").fill("./nowhere")
     page.click("#generate")
     page.wait_for_selector("#generate-status .hapo-error")
     assert "is not a folder" in page.locator("#generate-status").inner_text()

@@ -13,7 +13,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from hapo_lite.algo.objective import Method
-from hapo_lite.inspect.markup import hidden_json
+from hapo_lite.inspect.markup import content_key, hidden_json
 from hapo_lite.inspect.tokens import DualWord, TokenTable, show_number, what_if
 from hapo_lite.report import PANELS
 
@@ -41,11 +41,11 @@ def templates() -> dict[str, dict[str, Any]]:
 def figure_html(figure: go.Figure, name: str, reading: str) -> str:
     """A figure with its sentence. name: of the files that its PNG and CSV buttons save."""
     data = {"name": name, **figure.to_plotly_json()}
-    height = figure.layout.height
+    height, hidden = figure.layout.height, hidden_json(data, "hapo-spec")
     return (
-        f'<figure class="hapo-figure"><figcaption>{html.escape(reading)}</figcaption>'
+        f'<figure class="hapo-figure" data-key="{content_key(hidden)}"><figcaption>{html.escape(reading)}</figcaption>'
         f'<div class="hapo-plot" style="min-height:{height}px" role="img" aria-label="{html.escape(reading)}"></div>'
-        f"{hidden_json(data, 'hapo-spec')}</figure>"
+        f"{hidden}</figure>"
     )
 
 

@@ -6,6 +6,7 @@ script reads: it sits escaped in a hidden element and is read back as text.
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 from collections.abc import Collection, Sequence
@@ -24,6 +25,11 @@ def hidden_json(data: Any, name: str) -> str:
     """Data for the page's script, in a hidden element of class `name`."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return f'<div hidden class="{name}">{html.escape(text, quote=False)}</div>'
+
+
+def content_key(text: str) -> str:
+    """Changes with the content, which tells the page's script to read it again."""
+    return hashlib.blake2s(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def note(text: str, kind: str = "note") -> str:
@@ -73,14 +79,15 @@ def token_text(
             for choices in table.alternatives
         ],
     }
+    hidden = hidden_json(data, "hapo-data")
     legends = "".join(_legend(name, c.kind, c.low, c.high, name == quantity) for name, c in colours.items())
     return (
-        f'<section class="hapo-text"><div class="hapo-bar"><label>Colour by '
+        f'<section class="hapo-text" data-key="{content_key(hidden)}"><div class="hapo-bar"><label>Colour by '
         f'<select class="hapo-choose">{options}</select></label>{legends}'
         f'<button type="button" class="hapo-png">PNG</button></div>'
         f'<div class="hapo-pair">{body}'
-        f'<aside class="hapo-details" aria-live="polite">{note(POINT_AT)}</aside>'
-        f"</div>{hidden_json(data, 'hapo-data')}</section>"
+        f'<aside class="hapo-details" aria-live="polite" data-hint="{POINT_AT}">{note(POINT_AT)}</aside>'
+        f"</div>{hidden}</section>"
     )
 
 

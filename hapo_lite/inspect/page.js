@@ -11,9 +11,13 @@
     const holder = root.querySelector(`:scope .${name}`);
     return holder ? JSON.parse(holder.textContent) : null;
   };
+  // Gradio keeps an element and changes what is in it, so what was read from it is kept by its content's key.
   const data = (section) => {
-    if (!dataOf.has(section)) dataOf.set(section, read(section, "hapo-data"));
-    return dataOf.get(section);
+    const key = section.dataset.key, known = dataOf.get(section);
+    if (known && known.key === key) return known.value;
+    const value = read(section, "hapo-data");
+    dataOf.set(section, { key, value });
+    return value;
   };
   const make = (tag, className, text) => {
     const node = document.createElement(tag);
@@ -178,6 +182,7 @@
     }
     const figure = holder.closest(".hapo-figure"), spec = read(figure, "hapo-spec");
     const layout = { ...spec.layout };
+    if (holder.data) Plotly.purge(holder);
     Plotly.newPlot(holder, spec.data, layout, {
       displaylogo: false,
       displayModeBar: true,
@@ -194,11 +199,12 @@
     if (window.Plotly && holder.data) Plotly.relayout(holder, window.HAPO_TEMPLATES[dark() ? "dark" : "light"]);
   }
 
-  const drawn = new WeakSet();
+  const drawn = new WeakMap();
+  const keyOf = (plot) => plot.closest(".hapo-figure").dataset.key;
   const inView = new IntersectionObserver((entries) => {
     for (const entry of entries) {
-      if (!entry.isIntersecting || drawn.has(entry.target)) continue;
-      drawn.add(entry.target);
+      if (!entry.isIntersecting || drawn.get(entry.target) === keyOf(entry.target)) continue;
+      drawn.set(entry.target, keyOf(entry.target));
       draw(entry.target);
     }
   }, { rootMargin: "200px" });
@@ -207,18 +213,27 @@
     const sections = root.matches(".hapo-text") ? [root] : root.querySelectorAll(".hapo-text");
     sections.forEach((section) => section.querySelector(".hapo-choose") && colour(section, chosenQuantity));
     const plots = root.matches(".hapo-plot") ? [root] : root.querySelectorAll(".hapo-plot");
-    plots.forEach((plot) => inView.observe(plot));
+    plots.forEach((plot) => {
+      // Observed anew, it reports at once whether it is in view.
+      inView.unobserve(plot);
+      inView.observe(plot);
+    });
   }
   function watch() {
     welcome(document.body);
     new MutationObserver((changes) => {
       for (const change of changes) {
+        if (change.type === "attributes") {
+          const panel = change.target.querySelector(".hapo-details");
+          if (panel) panel.replaceChildren(make("p", "hapo-note", panel.dataset.hint));
+          welcome(change.target);
+        }
         for (const node of change.addedNodes) {
           // What a figure or a token panel adds to itself is no news.
           if (node instanceof Element && !node.closest(".hapo-plot .js-plotly-plot, .hapo-details, svg")) welcome(node);
         }
       }
-    }).observe(document.body, { childList: true, subtree: true });
+    }).observe(document.body, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-key"] });
     new MutationObserver(() => {
       document.querySelectorAll(".hapo-plot").forEach((plot) => drawn.has(plot) && dress(plot));
     }).observe(document.body, { attributeFilter: ["class"] });
