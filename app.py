@@ -101,7 +101,7 @@ class Page:
                     label="Signal",
                     info="fitted on a first pass over this problem at the base temperature, or the opened run's latest",
                 )
-            sampling = sampling_boxes()
+            sampling = sampling_boxes("generate")
         with gr.Row(elem_classes="hapo-actions"):
             start = gr.Button("Generate", variant="primary", elem_id="generate")
             cancel = gr.Button("Cancel", elem_id="cancel")
@@ -311,7 +311,7 @@ class Page:
                     hapo = gr.Checkbox(on, label="HAPO on", elem_id=f"{title.lower()}-hapo")
                     sides += [hapo, *self.model_boxes(title.lower())]
         with gr.Accordion("Sampling", open=False):
-            sampling = sampling_boxes()
+            sampling = sampling_boxes("compare")
         with gr.Row(elem_classes="hapo-actions"):
             start = gr.Button("Compare", variant="primary", elem_id="compare")
             cancel = gr.Button("Cancel")
@@ -461,18 +461,18 @@ def problem_box() -> gr.Dropdown:
     )
 
 
-def sampling_boxes() -> list:
+def sampling_boxes(view: str) -> list:
     """temperature, tau, rho, most tokens, seed, seconds."""
     with gr.Row():
         boxes = [
             gr.Slider(0.1, 2.0, 1.0, step=0.05, label="Temperature", info="T_base (Eq. 8)"),
-            gr.Slider(0.0, 0.5, 0.05, step=0.01, label="tau", info="how far it moves (Eq. 8)"),
+            gr.Slider(0.0, 0.5, 0.05, step=0.01, label="tau", info="how far it moves (Eq. 8)", elem_id=f"{view}-tau"),
             gr.Slider(0.0, 1.0, 0.8, step=0.01, label="rho", info="quantile of the pivot (Eq. 5)"),
         ]
     with gr.Row():
         boxes += [
             gr.Number(256, label="Max tokens", precision=0, minimum=1, maximum=MOST_TOKENS),
-            gr.Number(0, label="Seed", precision=0, minimum=0),
+            gr.Number(0, label="Seed", precision=0, minimum=0, elem_id=f"{view}-seed"),
             gr.Number(120, label="Time limit, s", minimum=1, maximum=MOST_SECONDS),
         ]
     return boxes

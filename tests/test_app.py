@@ -208,10 +208,10 @@ def test_hostile_text_stays_text(page):
 def test_compare_marks_differences(page, root):
     open_tab(page, "Compare")
     page.get_by_role("button", name="Sampling").last.click()
-    page.get_by_label("tau").last.fill("0.5")
+    page.fill("#compare-tau input[type=number]", "0.5")
     page.keyboard.press("Tab")
     # With this seed the two sides part at a token where the temperature decides.
-    page.get_by_label("Seed").last.fill("2")
+    page.fill("#compare-seed input", "2")
     page.keyboard.press("Tab")
     page.click("#compare")
     page.wait_for_selector("#compare-right .hapo-data", state="attached")
