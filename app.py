@@ -57,8 +57,7 @@ class Session:
 
     generated: Shown = field(default_factory=Shown)
     opened: Shown = field(default_factory=Shown)
-    progress: Progress | None = None
-    settings: GenerationSettings | None = None
+    cancel: bool = False
     run: Run | None = None
     seen: Any = None
 
@@ -83,7 +82,7 @@ class Page:
                 with gr.Tab("Run"):
                     self.run_tab(blocks, session)
                 with gr.Tab("Compare"):
-                    self.compare_tab()
+                    self.compare_tab(session)
         return blocks
 
     # --- Generate ---------------------------------------------------------------------------------------------------
@@ -108,8 +107,10 @@ class Page:
         status = gr.HTML(elem_id="generate-status")
         view = GenerationView("generated", session, self.downloads.name)
         inputs = [session, problem, model, adapter, quantization, hapo, source, *sampling]
-        event = start.click(self.stream, inputs, [status, *view.outputs], show_progress="hidden", **ONE_AT_A_TIME)
-        cancel.click(lambda now: self.cancelled(now, view), session, [status, *view.outputs], cancels=[event], **QUIET)
+        start.click(arm, session, None, queue=False).then(
+            self.stream, inputs, [status, *view.outputs], show_progress="hidden", **ONE_AT_A_TIME
+        )
+        cancel.click(stop, session, None, queue=False)
         self.generated_view = view
 
     def stream(
@@ -130,7 +131,6 @@ class Page:
     ) -> Iterator[list]:
         """Yields the Generate tab's outputs while tokens arrive, and the whole page at the end."""
         view = self.generated_view
-        session.progress = None
         try:
             yield [markup.note("Loading the model."), *view.blank()]
             settings = GenerationSettings(
@@ -143,10 +143,13 @@ class Page:
                 signal=latest_signal(session.run) if source == "opened run" else None,
             )
             policy = self.shelf.get(model, adapter, quantization)
-            session.settings, due, started = settings, 0.0, time.monotonic()
+            due, started, ended = 0.0, time.monotonic(), ""
             for progress in generate(policy, settings):
-                session.progress = progress
-                if progress.ended or time.monotonic() < due:
+                ended = progress.ended
+                if session.cancel:
+                    ended = "cancelled"
+                    break
+                if ended or time.monotonic() < due:
                     continue
                 table = table_of(progress, settings, policy.tokenizer)
                 which = "First pass, at the base temperature" if progress.first_pass else "Writing"
@@ -156,21 +159,12 @@ class Page:
                 ]
                 # Every drawing sends the whole text, so long ones are drawn less often.
                 due = time.monotonic() + 0.08 + 0.0004 * len(table)
-            progress = session.progress
             took = time.monotonic() - started
-            sentence = f"{len(progress.trace.tokens['id']):,} tokens in {took:.1f} s; {progress.ended}."
+            sentence = f"{len(progress.trace.tokens['id']):,} tokens in {took:.1f} s; {ended}."
             shown = Shown(progress.trace, table_of(progress, settings, policy.tokenizer), settings.method)
             yield [markup.note(sentence), *view.fill(session, shown)]
         except (UserError, torch.OutOfMemoryError) as error:
             yield [markup.note(f"{error}", "error"), *view.blank()]
-
-    def cancelled(self, session: Session, view: GenerationView) -> list:
-        """What had been written when the user cancelled."""
-        if session.progress is None or session.settings is None:
-            return [markup.note("Cancelled."), *view.blank()]
-        progress, settings = session.progress, session.settings
-        shown = Shown(progress.trace, table_of(progress, settings, None), settings.method)
-        return [markup.note(f"Cancelled after {len(shown.table):,} tokens."), *view.fill(session, shown)]
 
     # --- Run --------------------------------------------------------------------------------------------------------
 
@@ -297,7 +291,7 @@ class Page:
 
     # --- Compare ----------------------------------------------------------------------------------------------------
 
-    def compare_tab(self) -> None:
+    def compare_tab(self, session: gr.State) -> None:
         reading(
             "Two settings write on one prompt with the same random numbers; underlined tokens have no counterpart on "
             "the other side (Eq. 5-8)."
@@ -321,13 +315,15 @@ class Page:
                 left = gr.HTML(elem_id="compare-left")
             with gr.Column(min_width=320):
                 right = gr.HTML(elem_id="compare-right")
-        event = start.click(
-            self.compare, [problem, *sides, *sampling], [status, left, right], show_progress="hidden", **ONE_AT_A_TIME
+        inputs = [session, problem, *sides, *sampling]
+        start.click(arm, session, None, queue=False).then(
+            self.compare, inputs, [status, left, right], show_progress="hidden", **ONE_AT_A_TIME
         )
-        cancel.click(lambda: markup.note("Cancelled."), None, status, cancels=[event], **QUIET)
+        cancel.click(stop, session, None, queue=False)
 
     def compare(
         self,
+        session: Session,
         problem: str,
         left_hapo: bool,
         left_model: str,
@@ -357,6 +353,8 @@ class Page:
                 )
                 policy, due = self.shelf.get(*which), 0.0
                 for progress in generate(policy, settings):
+                    if session.cancel:
+                        raise UserError("Cancelled.")
                     if progress.ended or time.monotonic() < due:
                         continue
                     table = table_of(progress, settings, policy.tokenizer)
@@ -448,6 +446,16 @@ class GenerationView:
     def ask(self, session: Session, ratio: float, answer: str) -> str:
         shown: Shown = getattr(session, self.slot)
         return views.what_if(shown.table, shown.method, ratio, answer == "right") if shown.table else ""
+
+
+def arm(session: Session) -> None:
+    """Before a generation is queued: an earlier cancel is over."""
+    session.cancel = False
+
+
+def stop(session: Session) -> None:
+    """The generation of this tab ends after its token, also one that still waits in the queue."""
+    session.cancel = True
 
 
 def reading(text: str) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import time
 
 import pytest
 
@@ -247,3 +248,20 @@ def test_a_run_that_is_none_is_named(tmp_path):
 
     with pytest.raises(UserError, match="is no run"):
         app.serve(["--run", str(tmp_path / "nothing")], block=False)
+
+
+@browser_needed
+def test_cancel_keeps_what_was_written(page, monkeypatch):
+    import app
+
+    def slow(policy, settings):
+        for progress in generate(policy, settings):
+            time.sleep(0.3)
+            yield progress
+
+    monkeypatch.setattr(app, "generate", slow)
+    page.click("#generate")
+    page.wait_for_selector("#generated-tokens .t[data-i='2']")
+    page.click("#cancel")
+    page.wait_for_selector("#generate-status p:has-text('cancelled')")
+    page.wait_for_selector("#generated-tokens .hapo-data", state="attached")

@@ -19,6 +19,8 @@ from hapo_lite.report import PANELS
 
 BLUE, ORANGE, GREY = "#2f7fb8", "#d9822b", "#8a8f98"
 """Tell apart under every common form of colour blindness, on light and on dark."""
+MOST_MARKERS = 600
+"""Tokens that are drawn one by one; of more, only the line can be made out."""
 SERIES = (BLUE, ORANGE, "#7a68a6", "#3a9c8b", GREY)
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
 
@@ -215,7 +217,7 @@ def _along(table: TokenTable, values: Sequence[float], title: str) -> go.Figure:
     figure.add_scatter(
         x=list(range(len(table))),
         y=list(values),
-        mode="lines+markers",
+        mode="lines+markers" if len(table) <= MOST_MARKERS else "lines",
         name=title,
         hoverinfo="text",
         hovertext=_hover(table, values),

@@ -6,6 +6,7 @@ Axes: T completion tokens. The equations are those of `hapo_lite.algo`, called o
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import math
@@ -168,6 +169,7 @@ def token_pieces(
     return pieces
 
 
+@functools.lru_cache(maxsize=4096)
 def visible(text: str, longest: int = LONGEST_SHOWN) -> str:
     """Text as it is drawn: whitespace, control and bidirectional marks become visible signs, long text is cut."""
     cut = text[:longest]
