@@ -223,7 +223,10 @@ def test_compare_marks_differences(page, root):
 @browser_needed
 def test_a_user_error_is_one_sentence(page):
     page.get_by_role("button", name="Model and sampling").click()
+    # What an accordion holds is built when it opens, and takes input a moment later.
+    page.wait_for_timeout(500)
     page.locator("#generate-model").locator("input, textarea").fill("./nowhere")
+    page.keyboard.press("Tab")
     page.click("#generate")
     page.wait_for_selector("#generate-status .hapo-error")
     assert "is not a folder" in page.locator("#generate-status").inner_text()

@@ -169,7 +169,7 @@ def _legend(name: str, kind: str, low: float, high: float, chosen: bool) -> str:
 
 
 def _percent(probability: float) -> str:
-    return f"{show_number(100.0 * probability)} %"
+    return f"{100.0 * probability:.3g} %".replace("-", "−")
 
 
 def _cut(text: str, longest: int = LONGEST_PROMPT) -> str:
