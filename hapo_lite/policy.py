@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -89,11 +90,12 @@ class Policy:
             self.model.train(was_training)
 
 
-def load_policy(settings: ModelSettings, seed: int, device: torch.device | str) -> Policy:
+def load_policy(settings: ModelSettings, seed: int, device: torch.device | str, adapter: Path | None = None) -> Policy:
     """Load the base from a hub name or folder, quantise it, and put a fresh adapter on it.
 
     Only safetensors weights are read and no code of the model's repository is run. The adapter's initial weights depend
-    on `seed` alone. Raises UserError if there is no such model or it does not fit the settings.
+    on `seed` alone. adapter: a folder with a trained one instead, to sample from and not to train. Raises UserError if
+    there is no such model or it does not fit the settings.
     """
     name = str(TINY_MODEL) if settings.name == "tiny" else settings.name
     device = torch.device(device)
@@ -121,11 +123,17 @@ def load_policy(settings: ModelSettings, seed: int, device: torch.device | str) 
     base.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=list(stop_ids))
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = _fresh_adapter(base, settings, seed).train() if adapter is None else _saved_adapter(base, settings, adapter)
+    context = getattr(base.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return Policy(model, tokenizer, stop_ids, int(context))
+
+
+def _fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> PeftModel:
     torch.manual_seed(seed)
     lora = settings.lora
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     try:
-        model = get_peft_model(
+        return get_peft_model(
             base,
             LoraConfig(
                 r=lora.rank,
@@ -137,9 +145,17 @@ def load_policy(settings: ModelSettings, seed: int, device: torch.device | str) 
         )
     except ValueError as error:
         raise UserError(f"model.lora.targets = {targets!r} does not fit {settings.name}: {error}") from error
-    model.train()
-    context = getattr(base.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    return Policy(model, tokenizer, stop_ids, int(context))
+
+
+def _saved_adapter(base: PreTrainedModel, settings: ModelSettings, folder: Path) -> PeftModel:
+    # Looked for first: without them peft would read a pickle, or ask the hub for a name that looks like the folder's.
+    for needed in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / needed).is_file():
+            raise UserError(f"adapter {folder} has no {needed}: give a folder like runs/NAME/adapter")
+    try:
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"adapter {folder} does not fit {settings.name}: {_first_line(error)}") from error
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

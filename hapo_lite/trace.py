@@ -111,15 +111,25 @@ def write_traces(folder: Path, iteration: int, traces: Sequence[Trace]) -> None:
     os.replace(aside, folder / f"{iteration:06d}.jsonl")
 
 
-def read_traces(path: Path) -> list[Trace]:
-    """All traces of one file. Raises UserError naming file and line of the first that is broken or foreign."""
+def read_traces(path: Path, problems: list[str] | None = None) -> list[Trace]:
+    """All traces of one file. Raises UserError naming file and line of the first that is broken or foreign.
+
+    problems: a list that takes such sentences instead, so that the other lines are still read.
+    """
     traces = []
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                traces.append(_parse(line, f"{path}:{number}"))
+                try:
+                    traces.append(_parse(line, f"{path}:{number}"))
+                except UserError as error:
+                    if problems is None:
+                        raise
+                    problems.append(str(error))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        if problems is None:
+            raise UserError(f"{path} cannot be read: {error}") from None
+        problems.append(f"{path} cannot be read: {error}")
     return traces
 
 

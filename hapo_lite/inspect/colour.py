@@ -1,0 +1,97 @@
+"""Colour scales that colour-blind readers can tell apart: lightness alone orders them, in light and in dark.
+
+A value becomes one of 16 (sequential) or 15 (diverging) steps, and a step a CSS class; the two themes give the classes
+their colours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from plotly.colors import sample_colorscale
+
+from hapo_lite.inspect.tokens import Quantity
+
+STEPS = {"s": 16, "d": 15}
+"""Steps of the sequential and the diverging scale."""
+_SCALES = {
+    ("s", "light"): ["#fbf9e7", "#e4eebf", "#a9d3b5", "#62adb9", "#3b7ca8", "#2f4b8c", "#1f2358"],
+    ("s", "dark"): ["#1d2536", "#2b3a5c", "#4c566f", "#717379", "#9a9372", "#c9b861", "#ffe945"],
+    ("d", "light"): ["#0b5c97", "#5a9fcb", "#b9d6e8", "#f6f5f1", "#f8cf9f", "#e78f3c", "#a95404"],
+    ("d", "dark"): ["#8ccbf3", "#4592c2", "#285674", "#26282d", "#74481c", "#c97a2b", "#ffc078"],
+}
+INK, PAPER = "#000000", "#ffffff"
+
+
+def palette(kind: str, theme: str) -> list[str]:
+    """The steps of a scale as #rrggbb. kind: s or d; theme: light or dark."""
+    count = STEPS[kind]
+    sampled = sample_colorscale(_SCALES[kind, theme], [i / (count - 1) for i in range(count)], colortype="tuple")
+    return ["#" + "".join(f"{round(255 * channel):02x}" for channel in colour) for colour in sampled]
+
+
+def text_colour(background: str) -> str:
+    """Ink or paper, whichever stands out more on `background`."""
+    return max((INK, PAPER), key=lambda colour: contrast(colour, background))
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG contrast ratio of two #rrggbb colours, 1 to 21."""
+    bright, dim = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (bright + 0.05) / (dim + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@dataclass(frozen=True)
+class Colouring:
+    """One quantity's colours. steps: [T]; low, high: the values at the ends of the scale."""
+
+    kind: str
+    steps: list[int]
+    low: float
+    high: float
+
+    @property
+    def classes(self) -> list[str]:
+        return [f"{self.kind}{step:x}" for step in self.steps]
+
+
+def colour_values(values: Sequence[float], quantity: Quantity, floor: float = 1e-8) -> Colouring:
+    """Steps of a scale from the smallest to the largest value; a diverging one reaches as far to both sides."""
+
+    def place(value: float) -> float:
+        return math.log(max(value, floor)) if quantity.axis == "log" else value
+
+    def value(place: float) -> float:
+        return math.exp(place) if quantity.axis == "log" else place
+
+    kind = "s" if quantity.centre is None else "d"
+    placed = [place(v) for v in values]
+    low, high = min(placed, default=0.0), max(placed, default=0.0)
+    if quantity.centre is not None:
+        middle = place(quantity.centre)
+        reach = max(high - middle, middle - low)
+        low, high = middle - reach, middle + reach
+    # Of equal values none is high, and on a diverging scale all are in the middle.
+    resting = 0 if kind == "s" else STEPS[kind] // 2
+    last = STEPS[kind] - 1
+    steps = [round(last * (p - low) / (high - low)) if high - low > 1e-12 else resting for p in placed]
+    return Colouring(kind, steps, value(low), value(high))
+
+
+def palette_css() -> str:
+    """`.s0`-`.sf` and `.d0`-`.de` under .hapo-text, for the light theme and under .dark for the dark one."""
+    rules = []
+    for (kind, theme), scope in {
+        key: ".dark .hapo-text" if key[1] == "dark" else ".hapo-text" for key in _SCALES
+    }.items():
+        for step, colour in enumerate(palette(kind, theme)):
+            rules.append(f"{scope} .{kind}{step:x}{{background:{colour};color:{text_colour(colour)}}}")
+    return "\n".join(rules)

@@ -1,0 +1,208 @@
+"""A run's folder, read lazily: its settings, metrics and traces; nothing outside the folder is opened."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hapo_lite.algo.objective import Method
+from hapo_lite.errors import UserError
+from hapo_lite.inspect.markup import count_treated
+from hapo_lite.inspect.tokens import TokenTable, token_table
+from hapo_lite.policy import TINY_MODEL
+from hapo_lite.recipe import Recipe, load_recipe
+from hapo_lite.trace import Trace, read_traces
+
+FILES_HELD = 8
+"""Trace files whose tokens stay in memory; of the others only a line per completion does."""
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """`path` with links followed. Raises UserError if it leaves `folder`."""
+    resolved = path.resolve()
+    if not resolved.is_relative_to(folder.resolve()):
+        raise UserError(f"{path} leads out of {folder}: only files inside it are opened")
+    return resolved
+
+
+def run_names(root: Path) -> list[str]:
+    """The runs in a folder of runs, newest first: its children that hold traces or metrics."""
+    if not root.is_dir():
+        return []
+    runs = [p for p in root.iterdir() if (p / "traces").is_dir() or (p / "metrics.jsonl").is_file()]
+    return [p.name for p in sorted(runs, key=lambda p: p.stat().st_mtime, reverse=True)]
+
+
+def open_run(root: Path, name: str) -> Run:
+    """The run `name` in the folder of runs. Raises UserError if it is none, or leads out of the folder."""
+    path = inside(root, root / name)
+    if not name or path == root.resolve():
+        raise UserError(f"{root} is a folder of runs: pick one of them")
+    if not (path / "traces").is_dir() and not (path / "metrics.jsonl").is_file():
+        raise UserError(f"{root / name} is no run: it has neither traces/ nor metrics.jsonl")
+    return Run(root / name)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is remembered of one completion. place: which trace of its file; treated: counts of `count_treated`."""
+
+    iteration: int
+    place: int
+    stage: str
+    prompt_id: str
+    sample: int
+    outcome: str
+    reward: float
+    length: int
+    treated: dict[str, int]
+
+    @property
+    def title(self) -> str:
+        return f"{self.stage} · {self.prompt_id} · {self.sample} · {self.outcome}"
+
+
+@dataclass
+class Run:
+    """One run. Files are read when asked for, and again when they have changed, so a live run can be followed."""
+
+    path: Path
+    _held: OrderedDict[int, tuple[tuple[int, int], list[Trace], list[str]]] = field(default_factory=OrderedDict)
+    _entries: dict[int, tuple[tuple[int, int], list[Entry], list[str]]] = field(default_factory=dict)
+
+    def iterations(self) -> list[int]:
+        """Iterations with a trace file, ascending."""
+        return sorted(int(f.stem) for f in (self.path / "traces").glob("[0-9]*.jsonl") if f.stem.isdecimal())
+
+    def traces(self, iteration: int) -> tuple[list[Trace], list[str]]:
+        """An iteration's traces, and a sentence for every line that could not be read."""
+        file = self._file(iteration)
+        try:
+            stamp = _stamp(inside(self.path, file))
+        except (UserError, OSError) as error:
+            return [], [str(error)]
+        if iteration not in self._held or self._held[iteration][0] != stamp:
+            problems: list[str] = []
+            traces = read_traces(file, problems)
+            self._held[iteration] = (stamp, traces, problems)
+            while len(self._held) > FILES_HELD:
+                self._held.popitem(last=False)
+        self._held.move_to_end(iteration)
+        return self._held[iteration][1], self._held[iteration][2]
+
+    def entries(self, iteration: int) -> tuple[list[Entry], list[str]]:
+        """A line for each of an iteration's completions, and the sentences about the others."""
+        known = self._entries.get(iteration)
+        try:
+            if known and known[0] == _stamp(self._file(iteration)):
+                return known[1], known[2]
+        except OSError:
+            pass
+        traces, problems = self.traces(iteration)
+        entries, problems = [], list(problems)
+        for place, trace in enumerate(traces):
+            try:
+                table = self.table(trace, text=False)
+                entries.append(_entry(trace, iteration, place, table))
+            except (UserError, ValueError, TypeError) as error:
+                problems.append(f"{self._file(iteration)}: {error}")
+        if iteration in self._held:
+            self._entries[iteration] = (self._held[iteration][0], entries, problems)
+        return entries, problems
+
+    def table(self, trace: Trace, text: bool = True) -> TokenTable:
+        """The trace's tokens under the run's method and temperature. text: put cut characters together."""
+        method, training, evaluation = self.settings
+        base = evaluation if trace.stage == "eval" else training
+        return token_table(trace, method, base, self.tokenizer if text else None)
+
+    def prompts(self) -> dict[str, list[Entry]]:
+        """Completions by prompt over the whole run, for the prompts that were met in several iterations."""
+        found: dict[str, list[Entry]] = {}
+        for iteration in self.iterations():
+            for entry in self.entries(iteration)[0]:
+                found.setdefault(f"{entry.stage}: {entry.prompt_id}", []).append(entry)
+        return {name: entries for name, entries in found.items() if len({e.iteration for e in entries}) > 1}
+
+    def metrics(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """The lines of metrics.jsonl that are numbers by iteration, and a sentence for every other line."""
+        lines: list[dict[str, Any]] = []
+        problems: list[str] = []
+        file = self.path / "metrics.jsonl"
+        try:
+            text = inside(self.path, file).read_text("utf-8")
+        except (UserError, OSError, UnicodeDecodeError) as error:
+            return [], [f"{file} cannot be read: {error}"]
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                fields = json.loads(line)
+                if not math.isfinite(fields["iteration"]):
+                    raise ValueError("no iteration")
+                lines.append(fields)
+            except (ValueError, KeyError, TypeError):
+                problems.append(f"{file}:{number}: not a line of metrics")
+        return lines, problems
+
+    @property
+    def settings(self) -> tuple[Method, float, float]:
+        """Method, and base temperature of training and of evaluation; the defaults where there is no recipe."""
+        recipe = self.recipe
+        if recipe is None:
+            return Method(), 1.0, 1.0
+        return recipe.method, recipe.rollout.temperature, recipe.evaluation.temperature
+
+    @functools.cached_property
+    def recipe(self) -> Recipe | None:
+        """The run's settings; None where recipe.yaml is missing or of another version."""
+        try:
+            return load_recipe(str(inside(self.path, self.path / "recipe.yaml")), [])
+        except (UserError, OSError):
+            return None
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The run's tokenizer where it is on this machine; texts then come from its ids."""
+        recipe = self.recipe
+        if recipe is None:
+            return None
+        name = str(TINY_MODEL) if recipe.model.name == "tiny" else recipe.model.name
+        try:
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, KeyError, ImportError):
+            return None
+
+    def _file(self, iteration: int) -> Path:
+        return self.path / "traces" / f"{iteration:06d}.jsonl"
+
+
+def treated_counts(entries: Sequence[Entry]) -> dict[str, int]:
+    """How many tokens of these completions were amplified, suppressed, clipped low or high."""
+    names = ("amplified", "suppressed", "clipped low", "clipped high")
+    return {name: sum(e.treated.get(name, 0) for e in entries) for name in names}
+
+
+def _entry(trace: Trace, iteration: int, place: int, table: TokenTable) -> Entry:
+    return Entry(
+        iteration=iteration,
+        place=place,
+        stage=str(trace.stage),
+        prompt_id=str(trace.prompt_id),
+        sample=int(trace.sample),
+        outcome=str(trace.outcome),
+        reward=float(trace.reward),
+        length=len(table),
+        treated=count_treated(table),
+    )
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_size

@@ -1,0 +1,321 @@
+"""Trace -> table of tokens: text that can be read, and every quantity HAPO gives a token.
+
+Axes: T completion tokens. The equations are those of `hapo_lite.algo`, called on the trace's own numbers.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hapo_lite.algo.objective import Method, assign_credit, policy_loss
+from hapo_lite.algo.signal import EntropySignal
+from hapo_lite.errors import UserError
+from hapo_lite.trace import Trace
+
+LONGEST_SHOWN = 120
+"""Characters of one token that are drawn; the CSV keeps them all."""
+WIDEST_CHARACTER = 4
+"""Bytes of the longest UTF-8 character, so tokens that may share one."""
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_SHOWN = {" ": "·", "\n": "↵\n", "\r": "␍", "\t": "⇥", "\N{NO-BREAK SPACE}": "⍽"}
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A column that can be coloured. axis: log or linear; centre: None for a sequential scale, else the middle."""
+
+    label: str
+    meaning: str
+    axis: Literal["linear", "log"] = "linear"
+    centre: float | None = None
+
+
+QUANTITIES: dict[str, Quantity] = {
+    "entropy": Quantity("Entropy, nats", "Uncertainty of the next token at the base temperature (Eq. 5)", "log"),
+    "h": Quantity("h", "Log-entropy against its pivot: 1 most uncertain, -1 most certain (Eq. 6)", centre=0.0),
+    "percentile": Quantity("Entropy percentile", "Share of this generation's tokens that are no more uncertain, in %"),
+    "temperature": Quantity("Temperature", "Sampling temperature of the token (Eq. 8)"),
+    "temperature_move": Quantity(
+        "Temperature move, %", "How far Eq. 8 moved the temperature from its base", centre=0.0
+    ),
+    "lower": Quantity("Lower bound", "Below this ratio a falling token's gradient stops (Eq. 12)"),
+    "upper": Quantity("Upper bound", "Above this ratio a rising token's gradient stops (Eq. 13)"),
+    "logp": Quantity("Log-prob, nats", "Log-probability of the token at the base temperature"),
+    "weight": Quantity("Advantage weight", "Advantage after redistribution over before (Eq. 10-11)", centre=1.0),
+    "ratio": Quantity("Ratio", "Probability now over probability when sampled", "log", centre=1.0),
+    "advantage": Quantity("Advantage", "Advantage of the whole completion (Eq. 9)", centre=0.0),
+    "credit": Quantity("Credit", "Advantage after redistribution (Eq. 10-11)", centre=0.0),
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token's text. raw: what it decodes to; shown: with whitespace and controls visible; part: "2/3" of a
+    character that several tokens make together."""
+
+    raw: str
+    shown: str
+    special: bool = False
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """pieces, clipped, alternatives and each list in `numbers`: one entry a token, [T].
+
+    signal_from: a clause that says what the signal behind h was fitted on. alternatives: (text, probability at the base
+    temperature, probability at the token's own), most probable first.
+    """
+
+    pieces: list[Piece]
+    numbers: dict[str, list[float]]
+    clipped: list[str]
+    alternatives: list[list[tuple[str, float, float]]]
+    signal: EntropySignal
+    signal_from: str
+    base_temperature: float
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def tensor(self, name: str) -> Tensor:
+        """One quantity as [1, T], fp32."""
+        return torch.tensor([self.numbers[name]])
+
+
+def token_table(
+    trace: Trace,
+    method: Method | None = None,
+    base_temperature: float = 1.0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> TokenTable:
+    """Everything about a trace's tokens; what the trace does not hold is computed from its entropies by `algo`.
+
+    Raises UserError where the trace lacks something every trace has, or holds text in place of numbers.
+    """
+    method = method or Method()
+    if "id" not in trace.tokens or "text" not in trace.tokens:
+        raise UserError(f"{_name(trace)}: its tokens have no id or no text")
+    entropy = _column(trace, "entropy")
+    if not entropy:
+        raise UserError(f"{_name(trace)} has no tokens")
+    signal, signal_from = _signal(trace, entropy, method)
+    h = _column(trace, "h") if "h" in trace.tokens else signal.normalize(torch.tensor(entropy)).tolist()
+    temperature = _column(trace, "temperature")
+    at_one = assign_credit(method, torch.ones(1), torch.tensor([h]), torch.ones(1, len(h)))
+    stored = {
+        name: _column(trace, name)
+        for name in ("lower", "upper", "ratio", "advantage", "credit", "logp_old")
+        if name in trace.tokens
+    }
+    numbers = {
+        "entropy": entropy,
+        "h": h,
+        "percentile": percentiles(entropy),
+        "temperature": temperature,
+        "temperature_move": [100.0 * (t / base_temperature - 1.0) for t in temperature],
+        "lower": stored.get("lower", at_one.lower[0].tolist()),
+        "upper": stored.get("upper", at_one.upper[0].tolist()),
+        "logp": stored.get("logp_old") or _column(trace, "logp_base"),
+        "weight": _weights(stored, at_one.advantage[0].tolist()),
+    }
+    numbers |= {name: stored[name] for name in ("ratio", "advantage", "credit") if name in stored}
+    return TokenTable(
+        pieces=token_pieces(trace.tokens["id"], [str(text) for text in trace.tokens["text"]], tokenizer),
+        numbers=numbers,
+        clipped=[str(c) for c in trace.tokens.get("clipped", [""] * len(entropy))],
+        alternatives=trace.tokens.get("alternatives", [[] for _ in entropy]),
+        signal=signal,
+        signal_from=signal_from,
+        base_temperature=base_temperature,
+    )
+
+
+def percentiles(values: Sequence[float]) -> list[float]:
+    """Share of `values` that are no larger than each of them, in %."""
+    sample = torch.tensor(values, dtype=torch.float64)
+    return (100.0 * torch.searchsorted(sample.sort().values, sample, right=True).double() / len(values)).tolist()
+
+
+def token_pieces(
+    ids: Sequence[int], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[Piece]:
+    """The text of each token. With a tokenizer, a character cut into several tokens is put together on the first."""
+    if tokenizer is None:
+        return [Piece(text, visible(text), special=_looks_special(text)) for text in texts]
+    special = set(tokenizer.all_special_ids)
+    pieces: list[Piece] = []
+    while len(pieces) < len(ids):
+        start = len(pieces)
+        count, text = _whole_character(ids, start, tokenizer)
+        is_special = ids[start] in special
+        if count == 1:
+            pieces.append(Piece(text, visible(text), is_special))
+            continue
+        pieces.append(Piece(text, visible(text), part=f"1/{count}"))
+        pieces += [Piece("", "‥", part=f"{i}/{count} of {visible(text)}") for i in range(2, count + 1)]
+    return pieces
+
+
+@functools.lru_cache(maxsize=4096)
+def visible(text: str, longest: int = LONGEST_SHOWN) -> str:
+    """Text as it is drawn: whitespace, control and bidirectional marks become visible signs, long text is cut."""
+    cut = text[:longest]
+    drawn = "".join(
+        _SHOWN.get(c) or (_code(c) if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c) for c in cut
+    )
+    if len(text) > longest:
+        drawn += f"… ({len(text):,} characters)"
+    return drawn or "∅"
+
+
+def show_number(value: float) -> str:
+    """A number as the page prints it: four significant digits."""
+    return f"{value:.4g}".replace("-", "−") if math.isfinite(value) else str(value)
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """What every token would be given: credit, bounds and which bound, if any, stops its gradient; lists over T."""
+
+    credit: list[float]
+    lower: list[float]
+    upper: list[float]
+    clipped: list[str]
+
+
+def what_if(table: TokenTable, method: Method, ratio: float, advantage: float) -> WhatIf:
+    """Were the ratio of every token `ratio` and the completion's advantage `advantage` (Eq. 10-13, DAPO's loss)."""
+    h = table.tensor("h")
+    ratios = torch.full_like(h, ratio)
+    credit = assign_credit(method, torch.tensor([advantage]), h, ratios)
+    loss = policy_loss(
+        ratios.log(),
+        torch.zeros_like(h),
+        credit.advantage,
+        torch.ones_like(h),
+        credit.lower,
+        credit.upper,
+        denominator=float(len(table)),
+        dual_clip=method.dual_clip,
+    )
+    flags = zip(loss.clipped_low[0].tolist(), loss.clipped_high[0].tolist(), strict=True)
+    return WhatIf(
+        credit=credit.advantage[0].tolist(),
+        lower=credit.lower[0].tolist(),
+        upper=credit.upper[0].tolist(),
+        clipped=["low" if low else "high" if high else "" for low, high in flags],
+    )
+
+
+@dataclass(frozen=True)
+class DualWord:
+    """A word seen on both sides of the pivot. entropies: every occurrence, nats, ascending."""
+
+    word: str
+    entropies: list[float]
+
+
+def dual_entropy(tables: Sequence[TokenTable], most: int = 20) -> list[DualWord]:
+    """Words met both above and below their pivot (h > 0 and h <= 0), those with the widest spread of log H first."""
+    seen: dict[str, list[tuple[float, float]]] = {}
+    for table in tables:
+        for piece, entropy, h in zip(table.pieces, table.numbers["entropy"], table.numbers["h"], strict=True):
+            word = piece.raw.strip()
+            if word and not piece.special and not piece.part:
+                seen.setdefault(word, []).append((entropy, h))
+    words = []
+    for word, occurrences in seen.items():
+        if any(h > 0 for _, h in occurrences) and any(h <= 0 for _, h in occurrences):
+            words.append(DualWord(word, sorted(entropy for entropy, _ in occurrences)))
+    floor = tables[0].signal.floor if tables else 1.0
+    words.sort(key=lambda w: math.log(max(w.entropies[0], floor)) - math.log(max(w.entropies[-1], floor)))
+    return words[:most]
+
+
+def csv_text(table: TokenTable) -> str:
+    """The table as CSV, full precision. Text is quoted as JSON, so that no spreadsheet takes `=1+1` for a formula."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["position", "text", *table.numbers, "clipped", "alternatives"])
+    for i, piece in enumerate(table.pieces):
+        row = [repr(values[i]) for values in table.numbers.values()]
+        alternatives = json.dumps(table.alternatives[i], ensure_ascii=False) if table.alternatives[i] else ""
+        writer.writerow([i, json.dumps(piece.raw, ensure_ascii=False), *row, table.clipped[i], alternatives])
+    return out.getvalue()
+
+
+def _name(trace: Trace) -> str:
+    return f"iteration {trace.iteration}, {trace.stage} completion {trace.prompt_id}/{trace.sample}"
+
+
+def _column(trace: Trace, name: str) -> list[float]:
+    values: list[Any] = trace.tokens.get(name, [])
+    if name not in trace.tokens or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+        raise UserError(f"{_name(trace)}: its tokens have no list {name!r} of finite numbers")
+    return [float(v) for v in values]
+
+
+def _signal(trace: Trace, entropy: list[float], method: Method) -> tuple[EntropySignal, str]:
+    if trace.signal is not None:
+        return trace.signal, f"the signal of iteration {trace.iteration}, over all its completion tokens"
+    if trace.sampling_signal is not None:
+        return trace.sampling_signal, "the signal that set its temperatures, fitted before it was written"
+    try:
+        row = torch.tensor([entropy])
+        fitted = EntropySignal.fit(row, torch.ones_like(row), method.quantile, method.floor)
+    except ValueError as error:
+        raise UserError(f"{_name(trace)}: {error}") from None
+    return fitted, "a signal fitted on this generation alone"
+
+
+def _weights(stored: dict[str, list[float]], at_one: list[float]) -> list[float]:
+    """credit / advantage where the update gave an advantage, else what a ratio of 1 would give."""
+    if any(stored.get("advantage", [])) and "credit" in stored:
+        return [c / a for c, a in zip(stored["credit"], stored["advantage"], strict=True)]
+    return at_one
+
+
+def _whole_character(ids: Sequence[int], start: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
+    """How many tokens from `start` on it takes to end a character, and their text; one token if none does."""
+    alone = _decode(tokenizer, ids[start : start + 1])
+    if not alone.endswith(_REPLACEMENT):
+        return 1, alone
+    for count in range(2, WIDEST_CHARACTER + 1):
+        text = _decode(tokenizer, ids[start : start + count])
+        if start + count <= len(ids) and _REPLACEMENT not in text:
+            return count, text
+    return 1, alone
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    # SentencePiece drops the space that begins a sentence; here nearly no token begins one.
+    first = tokenizer.convert_ids_to_tokens(int(ids[0]))
+    lost = isinstance(first, str) and first.startswith("▁") and not text.startswith((" ", "▁"))
+    return f" {text}" if lost else text
+
+
+def _looks_special(text: str) -> bool:
+    return text.startswith("<|") and text.endswith("|>")
+
+
+def _code(character: str) -> str:
+    # A zero-width joiner holds an emoji or an Indic cluster together: it stays itself.
+    if character in "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}":
+        return character
+    if ord(character) < 0x20:
+        return chr(0x2400 + ord(character))
+    return f"⟨U+{ord(character):04X}⟩"

@@ -1,0 +1,270 @@
+"""The inspector in a real browser: Debian's chromium, driven by Playwright."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import time
+
+import pytest
+
+from hapo_lite.algo.objective import Method
+from hapo_lite.errors import UserError
+from hapo_lite.inspect.generate import GenerationSettings, ModelShelf, generate
+from hapo_lite.inspect.runs import open_run
+from hapo_lite.inspect.tokens import show_number, token_table, what_if
+from hapo_lite.trace import write_traces
+from tests.test_inspect import HOSTILE, make_trace, trained
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+browser_needed = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+WAIT = 15_000
+"""Milliseconds that anything may take."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder of runs: `plain`, two iterations of one prompt; `hostile`, with a broken line and hostile tokens."""
+    root = tmp_path_factory.mktemp("runs")
+    for iteration in (0, 1):
+        traces = [make_trace(iteration=iteration, outcome="correct", reward=1.0)]
+        traces += [trained(make_trace(iteration=iteration), Method(), 0.5, [1.0, 0.6, 1.0, 1.0, 1.3, 1.0])]
+        write_traces(root / "plain" / "traces", iteration, traces)
+    (root / "plain" / "metrics.jsonl").write_text(
+        "".join(json.dumps({"iteration": i, "reward/mean": 0.1 * i}) + "\n" for i in range(5)), "utf-8"
+    )
+    texts = [*HOSTILE, "x" * 100_000, "שלום", "漢字"]
+    attack = '<img src=x onerror="window.attacked=1"><script>window.attacked=1</script>'
+    hostile = make_trace([*texts, attack], [0.5] * 9, messages=[["user", attack]], gold=attack, prompt_id=attack)
+    hostile.tokens["alternatives"] = [[[attack, 0.9, 0.8]] for _ in range(len(texts) + 1)]
+    hostile.tokens["entropy"] = [0.1 * (i + 1) for i in range(len(texts) + 1)]
+    write_traces(root / "hostile" / "traces", 0, [hostile])
+    with (root / "hostile" / "traces" / "000000.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"foreign": true}\n')
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(root):
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+    import app
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    blocks, address = app.serve(["--run", str(root / "plain"), "--port", str(port)], block=False)
+    yield address
+    blocks.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    """A fresh browser tab; an error of the page's script, or a request to another host, fails the test."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(WAIT)
+    page = context.new_page()
+    troubles: list[str] = []
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on(
+        "request", lambda r: None if re.match(r"data:|blob:|http://127\.0\.0\.1:", r.url) else troubles.append(r.url)
+    )
+    page.goto(address)
+    page.wait_for_selector("#generate")
+    yield page
+    context.close()
+    assert not troubles
+
+
+def generated(page) -> None:
+    page.click("#generate")
+    page.wait_for_selector("#generated-tokens .hapo-data", state="attached")
+
+
+def details(page, slot: str) -> dict[str, str]:
+    page.wait_for_selector(f"#{slot}-tokens .hapo-details dl")
+    names = page.locator(f"#{slot}-tokens .hapo-details dt").all_inner_texts()
+    return dict(zip(names, page.locator(f"#{slot}-tokens .hapo-details dd").all_inner_texts(), strict=True))
+
+
+def open_tab(page, name: str) -> None:
+    page.get_by_role("tab", name=name).click()
+
+
+@browser_needed
+def test_generate_and_read_a_token(page):
+    generated(page)
+    page.hover("#generated-tokens .t[data-i='2']")
+    policy = ModelShelf().get("tiny")
+    *_, progress = generate(policy, GenerationSettings("9*7+4=?"))
+    table = token_table(progress.trace, tokenizer=policy.tokenizer)
+    shown = details(page, "generated")
+    assert shown["Entropy"] == show_number(table.numbers["entropy"][2]) + " nats"
+    for name, key in {"h": "h", "Temperature": "temperature", "Upper bound": "upper", "Lower bound": "lower"}.items():
+        assert shown[name] == show_number(table.numbers[key][2])
+    assert page.locator("#generated-tokens .hapo-details table tr").count() == 11
+    page.focus("#generated-tokens .t[data-i='0']")
+    page.keyboard.press("ArrowRight")
+    assert details(page, "generated")["h"] == show_number(table.numbers["h"][1])
+    page.click("#generated-tokens .t[data-i='3']")
+    assert details(page, "generated")["h"] == show_number(table.numbers["h"][3])
+
+
+@browser_needed
+def test_colours_follow_the_chosen_quantity(page):
+    generated(page)
+    token = page.locator("#generated-tokens .t[data-i='0']")
+    assert re.search(r"\bs[0-9a-f]\b", token.get_attribute("class"))
+    page.select_option("#generated-tokens .hapo-choose", "h")
+    assert re.search(r"\bd[0-9a-f]\b", token.get_attribute("class"))
+    assert page.locator("#generated-tokens .hapo-legend:visible").get_attribute("data-name") == "h"
+
+
+@browser_needed
+def test_the_slider_asks_what_if(page):
+    generated(page)
+    policy = ModelShelf().get("tiny")
+    *_, progress = generate(policy, GenerationSettings("9*7+4=?"))
+    table = token_table(progress.trace, tokenizer=policy.tokenizer)
+    page.fill("#generated-ratio input[type=number]", "1.5")
+    page.keyboard.press("Tab")
+    page.wait_for_selector("#generated-what-if figcaption:has-text('ratio were 1.5')")
+    page.click("#generated-answer label:has-text('wrong')")
+    page.wait_for_selector("#generated-what-if figcaption:has-text('answer wrong')")
+    drawn = json.loads(page.locator("#generated-what-if .hapo-spec").text_content())["data"][0]["y"]
+    assert drawn == what_if(table, Method(), 1.5, -1.0).credit
+    page.locator("#generated-what-if").scroll_into_view_if_needed()
+    page.wait_for_selector("#generated-what-if .js-plotly-plot")
+
+
+@browser_needed
+def test_downloads(page):
+    generated(page)
+    with page.expect_download() as table:
+        page.click("#generated-csv")
+    assert table.value.path().read_text("utf-8").startswith("position,text,entropy")
+    with page.expect_download() as picture:
+        page.click("#generated-tokens .hapo-png")
+    assert picture.value.path().read_bytes().startswith(b"\x89PNG")
+    page.locator("#generated-figures .hapo-plot").first.scroll_into_view_if_needed()
+    buttons = page.locator("#generated-figures .hapo-plot").first.locator(".modebar-btn")
+    with page.expect_download() as numbers:
+        buttons.nth(1).click()
+    assert numbers.value.path().read_text("utf-8").startswith("series,x,y\n")
+    with page.expect_download() as figure:
+        buttons.nth(0).click()
+    assert figure.value.path().read_bytes().startswith(b"\x89PNG")
+
+
+@browser_needed
+def test_a_run_opens(page, root):
+    open_tab(page, "Run")
+    page.wait_for_selector("#opened-tokens .hapo-data", state="attached")
+    assert page.input_value("#run-iteration input[type=number]") == "1"
+    assert page.locator("#run-curves .hapo-figure").count() == 1
+    page.locator("#run-completion input").click()
+    page.get_by_role("option", name=re.compile("^train")).click()
+    page.wait_for_selector("#opened-tokens .clip-low", state="attached")
+    page.hover("#opened-tokens .t[data-i='4']")
+    trace = open_run(root, "plain").traces(1)[0][1]
+    assert details(page, "opened")["Credit"] == show_number(trace.tokens["credit"][4])
+    assert "suppressed" in page.locator("#run-treated").inner_text()
+
+
+@browser_needed
+def test_hostile_text_stays_text(page):
+    open_tab(page, "Run")
+    page.wait_for_selector("#opened-tokens .hapo-data", state="attached")
+    page.locator("#run-name input").click()
+    page.get_by_role("option", name="hostile").click()
+    page.wait_for_selector("#run-problems .hapo-error")
+    assert "000000.jsonl:2" in page.locator("#run-problems").inner_text()
+    page.wait_for_selector("#opened-tokens .t:has-text('<script>')")
+    for i in range(10):
+        page.hover(f"#opened-tokens .t[data-i='{i}']")
+    details(page, "opened")
+    page.locator("#opened-figures .hapo-plot").first.scroll_into_view_if_needed()
+    page.wait_for_selector("#opened-figures .js-plotly-plot")
+    assert page.evaluate("window.attacked") is None
+    assert page.locator("#opened-tokens img, #opened-tokens script, #opened-summary img").count() == 0
+    assert "(100,000 characters)" in page.locator("#opened-tokens .hapo-tokens").inner_text()
+
+
+@browser_needed
+def test_compare_marks_differences(page, root):
+    open_tab(page, "Compare")
+    page.get_by_role("button", name="Sampling").last.click()
+    page.fill("#compare-tau input[type=number]", "0.5")
+    page.keyboard.press("Tab")
+    # With this seed the two sides part at a token where the temperature decides.
+    page.fill("#compare-seed input", "2")
+    page.keyboard.press("Tab")
+    page.click("#compare")
+    page.wait_for_selector("#compare-right .hapo-data", state="attached")
+    assert page.locator("#compare-left .differs").count() and page.locator("#compare-right .differs").count()
+    assert "no counterpart" in page.locator("#compare-status").inner_text()
+
+
+@browser_needed
+def test_a_user_error_is_one_sentence(page):
+    page.get_by_role("button", name="Model and sampling").click()
+    # What an accordion holds is built when it opens, and takes input a moment later.
+    page.wait_for_timeout(500)
+    page.locator("#generate-model").locator("input, textarea").fill("./nowhere")
+    page.keyboard.press("Tab")
+    page.click("#generate")
+    page.wait_for_selector("#generate-status .hapo-error")
+    assert "is not a folder" in page.locator("#generate-status").inner_text()
+
+
+@browser_needed
+def test_two_tabs_do_not_disturb_each_other(page, browser, address):
+    generated(page)
+    mine = page.locator("#generated-tokens .hapo-tokens").inner_text()
+    other = browser.new_page()
+    other.goto(address)
+    other.wait_for_selector("#generate")
+    assert other.locator("#generated-tokens .t").count() == 0
+    other.close()
+    page.click("#generated-answer label:has-text('wrong')")
+    page.wait_for_selector("#generated-what-if figcaption:has-text('answer wrong')")
+    assert page.locator("#generated-tokens .hapo-tokens").inner_text() == mine
+
+
+def test_a_run_that_is_none_is_named(tmp_path):
+    import app
+
+    with pytest.raises(UserError, match="is no run"):
+        app.serve(["--run", str(tmp_path / "nothing")], block=False)
+
+
+@browser_needed
+def test_cancel_keeps_what_was_written(page, monkeypatch):
+    import app
+
+    def slow(policy, settings):
+        for progress in generate(policy, settings):
+            time.sleep(0.3)
+            yield progress
+
+    monkeypatch.setattr(app, "generate", slow)
+    page.click("#generate")
+    page.wait_for_selector("#generated-tokens .t[data-i='2']")
+    page.click("#cancel")
+    page.wait_for_selector("#generate-status p:has-text('cancelled')")
+    page.wait_for_selector("#generated-tokens .hapo-data", state="attached")
