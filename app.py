@@ -69,6 +69,8 @@ class Page:
         self.model, self.adapter = model, adapter
         self.root = run.parent if run else Path("runs")
         self.first_run = run.name if run else ""
+        recipe = open_run(self.root, run.name).recipe if run else None
+        self.system_prompt = (recipe.data.system_prompt if recipe else None) or ""
         self.shelf = ModelShelf()
         self.downloads = tempfile.TemporaryDirectory(prefix="hapo-inspect-")
 
@@ -100,7 +102,7 @@ class Page:
                     label="Signal",
                     info="fitted on a first pass over this problem at the base temperature, or the opened run's latest",
                 )
-            sampling = sampling_boxes("generate")
+            sampling = self.sampling_boxes("generate")
         with gr.Row(elem_classes="hapo-actions"):
             start = gr.Button("Generate", variant="primary", elem_id="generate")
             cancel = gr.Button("Cancel", elem_id="cancel")
@@ -122,26 +124,14 @@ class Page:
         quantization: str,
         hapo: bool,
         source: str,
-        temperature: float,
-        tau: float,
-        rho: float,
-        tokens: int,
-        seed: int,
-        seconds: float,
+        *sampling: Any,
     ) -> Iterator[list]:
         """Yields the Generate tab's outputs while tokens arrive, and the whole page at the end."""
         view = self.generated_view
         try:
             yield [markup.note("Loading the model."), *view.blank()]
-            settings = GenerationSettings(
-                problem,
-                views.method_of(hapo, tau, rho),
-                temperature,
-                int(tokens),
-                int(seed),
-                seconds,
-                signal=latest_signal(session.run) if source == "opened run" else None,
-            )
+            signal = latest_signal(session.run) if source == "opened run" else None
+            settings = settings_of(problem, hapo, signal, *sampling)
             policy = self.shelf.get(model, adapter, quantization)
             due, started, ended = 0.0, time.monotonic(), ""
             for progress in generate(policy, settings):
@@ -305,7 +295,7 @@ class Page:
                     hapo = gr.Checkbox(on, label="HAPO on", elem_id=f"{title.lower()}-hapo")
                     sides += [hapo, *self.model_boxes(title.lower())]
         with gr.Accordion("Sampling", open=False):
-            sampling = sampling_boxes("compare")
+            sampling = self.sampling_boxes("compare")
         with gr.Row(elem_classes="hapo-actions"):
             start = gr.Button("Compare", variant="primary", elem_id="compare")
             cancel = gr.Button("Cancel")
@@ -333,12 +323,7 @@ class Page:
         right_model: str,
         right_adapter: str,
         right_quantization: str,
-        temperature: float,
-        tau: float,
-        rho: float,
-        tokens: int,
-        seed: int,
-        seconds: float,
+        *sampling: Any,
     ) -> Iterator[list]:
         """Yields (status, left, right) while the two sides are written, one after the other."""
         results: list[tuple[Trace, TokenTable]] = []
@@ -348,9 +333,7 @@ class Page:
                 (right_hapo, right_model, right_adapter, right_quantization),
             ):
                 done = [markup.token_text(table, streaming=True) for _, table in results]
-                settings = GenerationSettings(
-                    problem, views.method_of(hapo, tau, rho), temperature, int(tokens), int(seed), seconds
-                )
+                settings = settings_of(problem, hapo, None, *sampling)
                 policy, due = self.shelf.get(*which), 0.0
                 for progress in generate(policy, settings):
                     if session.cancel:
@@ -384,6 +367,32 @@ class Page:
             )
             quantization = gr.Radio(["none", "nf4"], value="none", label="Quantisation", info="nf4: 4-bit base")
         return model, adapter, quantization
+
+    def sampling_boxes(self, view: str) -> list:
+        """temperature, tau, rho, most tokens, seed, seconds, system prompt."""
+        with gr.Row():
+            boxes = [
+                gr.Slider(0.1, 2.0, 1.0, step=0.05, label="Temperature", info="T_base (Eq. 8)"),
+                gr.Slider(
+                    0.0, 0.5, 0.05, step=0.01, label="tau", info="how far it moves (Eq. 8)", elem_id=f"{view}-tau"
+                ),
+                gr.Slider(0.0, 1.0, 0.8, step=0.01, label="rho", info="quantile of the pivot (Eq. 5)"),
+            ]
+        with gr.Row():
+            boxes += [
+                gr.Number(256, label="Max tokens", precision=0, minimum=1, maximum=MOST_TOKENS),
+                gr.Number(0, label="Seed", precision=0, minimum=0, elem_id=f"{view}-seed"),
+                gr.Number(120, label="Time limit, s", minimum=1, maximum=MOST_SECONDS),
+            ]
+        boxes.append(
+            gr.Textbox(
+                self.system_prompt,
+                label="System prompt",
+                info="empty: none; with --run, the run's own",
+                elem_id=f"{view}-system",
+            )
+        )
+        return boxes
 
 
 class GenerationView:
@@ -469,21 +478,29 @@ def problem_box() -> gr.Dropdown:
     )
 
 
-def sampling_boxes(view: str) -> list:
-    """temperature, tau, rho, most tokens, seed, seconds."""
-    with gr.Row():
-        boxes = [
-            gr.Slider(0.1, 2.0, 1.0, step=0.05, label="Temperature", info="T_base (Eq. 8)"),
-            gr.Slider(0.0, 0.5, 0.05, step=0.01, label="tau", info="how far it moves (Eq. 8)", elem_id=f"{view}-tau"),
-            gr.Slider(0.0, 1.0, 0.8, step=0.01, label="rho", info="quantile of the pivot (Eq. 5)"),
-        ]
-    with gr.Row():
-        boxes += [
-            gr.Number(256, label="Max tokens", precision=0, minimum=1, maximum=MOST_TOKENS),
-            gr.Number(0, label="Seed", precision=0, minimum=0, elem_id=f"{view}-seed"),
-            gr.Number(120, label="Time limit, s", minimum=1, maximum=MOST_SECONDS),
-        ]
-    return boxes
+def settings_of(
+    problem: str,
+    hapo: bool,
+    signal: EntropySignal | None,
+    temperature: float,
+    tau: float,
+    rho: float,
+    tokens: int,
+    seed: int,
+    seconds: float,
+    system_prompt: str,
+) -> GenerationSettings:
+    """What the boxes of a view say; the last seven are those of `Page.sampling_boxes`."""
+    return GenerationSettings(
+        problem,
+        views.method_of(hapo, tau, rho),
+        temperature,
+        int(tokens),
+        int(seed),
+        seconds,
+        signal,
+        system_prompt.strip(),
+    )
 
 
 def table_of(progress: Progress, settings: GenerationSettings, tokenizer) -> TokenTable:
@@ -551,8 +568,6 @@ def serve(argv: list[str] | None = None, block: bool = True) -> tuple[gr.Blocks,
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--host", default="127.0.0.1", help="127.0.0.1 keeps it on this machine")
     arguments = parser.parse_args(argv)
-    if arguments.run is not None:
-        open_run(arguments.run.parent, arguments.run.name)
     gr.set_static_paths([str(PLOTLY_FILES / "plotly.min.js")])
     blocks = Page(arguments.model, arguments.adapter, arguments.run).build()
     try:

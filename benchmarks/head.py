@@ -3,7 +3,8 @@
     python benchmarks/head.py                                    # one shape: --tokens --hidden --vocabulary --dtype
     python benchmarks/head.py --memory                           # peak memory over vocabularies, in fresh processes
     python benchmarks/head.py --rounding                         # what products stored in bf16 do to the results
-    python benchmarks/head.py --write docs/measurements.md       # both, at the shapes of Qwen2.5-Math-1.5B and 7B
+    python benchmarks/head.py --write docs/measurements.md       # times at the shapes of Qwen2.5-Math-1.5B and 7B
+    python benchmarks/head.py --memory --write docs/measurements.md   # memory, table and plot
 
 Rows: the two bare products, tile by tile (the lower bound); naive logits with log_softmax and entropy; ours; and, where
 requirements-bench.txt is installed, the functions that TRL 1.16 and Liger 0.8.5 train with (Liger's has no entropy).
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -67,7 +67,7 @@ def bare(hidden: Tensor, weight: Tensor, _: Tensor) -> None:
 
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    states = hidden.clone().requires_grad_()
+    states = hidden.detach().requires_grad_()
     logp = (states @ weight.T).float().log_softmax(-1)
     with torch.no_grad():
         -(logp.exp() * logp).sum(-1)
@@ -76,7 +76,7 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    states = hidden.clone().requires_grad_()
+    states = hidden.detach().requires_grad_()
     token_logprobs(states, weight, targets)[0].sum().backward()
     return states.grad
 
@@ -84,7 +84,7 @@ def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
-    states = hidden.clone().requires_grad_()
+    states = hidden.detach().requires_grad_()
     logp, *_ = _ChunkedLogProbFunction.apply(
         states, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",)
     )
@@ -95,7 +95,7 @@ def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from liger_kernel.chunked_loss import fused_linear_ppo
 
-    states = hidden.clone().requires_grad_()
+    states = hidden.detach().requires_grad_()
     chunk = fused_linear_ppo._SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE
     fused_linear_ppo._ChunkedSelectiveLogProbFunction.apply(states, weight, targets, None, 1.0, chunk).sum().backward()
     return states.grad
@@ -138,6 +138,9 @@ def peak(name: str, shape: Shape) -> float:
     torch.mm(tensors[0][:1], tensors[1][:1].T)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    else:
+        # Resets VmHWM. Unlike ru_maxrss, it also starts anew with a new program.
+        Path("/proc/self/clear_refs").write_text("5")
     before = _peak_bytes()
     gradient = ways()[name](*tensors)
     returned = 0 if gradient is None else gradient.nbytes
@@ -147,7 +150,8 @@ def peak(name: str, shape: Shape) -> float:
 def _peak_bytes() -> int:
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
 
 
 def peaks(shape: Shape) -> dict[str, float]:
@@ -224,37 +228,34 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write(path: Path) -> None:
-    """Put both tables and the plot between the markers in `path`."""
+def write_times(path: Path) -> None:
+    """Put the times of both models' shapes between their markers in `path`."""
     shapes = [
         Shape(tokens, *size, dtype)
         for size in MODELS.values()
         for dtype in ("float32", "bfloat16")
         for tokens in (512, 128)
     ]
-    timed = time_table(shapes)
+    _put_between(path, "head times", time_table(shapes))
+
+
+def write_memory(path: Path) -> None:
+    """Put the peaks over vocabularies and at both models' shapes between their markers in `path`, with a plot."""
     sizes = [Shape(512, 1536, vocabulary, "float32") for vocabulary in VOCABULARIES]
-    large = [Shape(4096, hidden, vocabulary, "bfloat16") for hidden, vocabulary in MODELS.values()]
-    measured, rows = memory_table(sizes + large)
+    large = [Shape(2048, hidden, vocabulary, "bfloat16") for hidden, vocabulary in MODELS.values()]
+    table, rows = memory_table(sizes + large)
     image = path.parent / "images" / "head_memory.png"
     plot(rows[: len(sizes)], image)
+    caption = "Peak memory against vocabulary, 512 tokens, hidden size 1,536, fp32"
+    _put_between(path, "head memory", [*table, "", f"![{caption}](images/{image.name})"])
+
+
+def _put_between(path: Path, name: str, lines: list[str]) -> None:
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} threads"
-    text = "\n".join(
-        [
-            f"torch {torch.__version__}, {platform.machine()}, {device}. Seconds, medians of {REPEATS}:",
-            "",
-            *timed,
-            "",
-            "MiB at the peak beyond the inputs and the gradient returned, a fresh process each:",
-            "",
-            *measured,
-            "",
-            f"![Peak memory against vocabulary, 512 tokens, hidden size 1,536, fp32](images/{image.name})",
-        ]
-    )
-    before, rest = path.read_text(encoding="utf-8").split("<!-- head -->\n")
-    _, after = rest.split("<!-- /head -->\n")
-    path.write_text(f"{before}<!-- head -->\n{text}\n<!-- /head -->\n{after}", encoding="utf-8")
+    text = "\n".join([f"torch {torch.__version__}, {platform.machine()}, {device}.", "", *lines])
+    before, rest = path.read_text(encoding="utf-8").split(f"<!-- {name} -->\n")
+    _, after = rest.split(f"<!-- /{name} -->\n")
+    path.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->\n{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -265,14 +266,14 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--rounding", action="store_true")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="a Markdown file with <!-- head --> markers")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="a Markdown file with the markers for it")
     parser.add_argument("--way", choices=tuple(ways()), help=argparse.SUPPRESS)
     options = parser.parse_args()
     shape = Shape(options.tokens, options.hidden, options.vocabulary, options.dtype)
     if options.way:
         print(peak(options.way, shape))
     elif options.write:
-        write(options.write)
+        (write_memory if options.memory else write_times)(options.write)
     elif options.rounding:
         rounding(shape)
     elif options.memory:

@@ -108,14 +108,13 @@ def temperature_figure(table: TokenTable) -> go.Figure:
 def bounds_figure(table: TokenTable) -> go.Figure:
     """The band between lower and upper bound, and the actual ratios where the trace has them."""
     x = list(range(len(table)))
-    shared = {"x": x, "mode": "lines", "line": {"color": BLUE, "width": 1, "shape": "hvh"}, "hoverinfo": "text"}
+    shared = {"x": x, "mode": "lines", "line": {"color": BLUE, "width": 1, "shape": "hvh"}, **_hover(table)}
     lower, upper = table.numbers["lower"], table.numbers["upper"]
     figure = go.Figure(layout=_layout("ratio"))
-    figure.add_scatter(y=lower, name="lower", hovertext=_hover(table, lower), **shared)
+    figure.add_scatter(y=lower, name="lower", **shared)
     figure.add_scatter(
         y=upper,
         name="upper",
-        hovertext=_hover(table, upper),
         fill="tonexty",
         fillcolor="rgba(47,127,184,.18)",
         **shared,
@@ -128,8 +127,7 @@ def bounds_figure(table: TokenTable) -> go.Figure:
             y=ratio,
             mode="markers",
             name="ratio",
-            hovertext=_hover(table, ratio),
-            hoverinfo="text",
+            **_hover(table),
             marker={
                 "color": [ORANGE if c else GREY for c in table.clipped],
                 "symbol": ["x" if c else "circle" for c in table.clipped],
@@ -219,8 +217,7 @@ def _along(table: TokenTable, values: Sequence[float], title: str) -> go.Figure:
         y=list(values),
         mode="lines+markers" if len(table) <= MOST_MARKERS else "lines",
         name=title,
-        hoverinfo="text",
-        hovertext=_hover(table, values),
+        **_hover(table),
         line={"color": BLUE, "width": 1},
         marker={"size": 5, "color": BLUE},
     )
@@ -240,8 +237,10 @@ def _layout(y: str, x: str = "token") -> dict[str, Any]:
     }
 
 
-def _hover(table: TokenTable, values: Sequence[float]) -> list[str]:
-    return [f"{_label(table, i)}<br>{show_number(v)}" for i, v in enumerate(values)]
+def _hover(table: TokenTable) -> dict[str, Any]:
+    """What a point tells: its token, and its value with four digits; plotly puts them together when it is asked."""
+    text = [_plain(piece.shown, 40) for piece in table.pieces]
+    return {"text": text, "hovertemplate": "%{x}: %{text}<br>%{y:.4~g}<extra></extra>"}
 
 
 def _label(table: TokenTable, i: int) -> str:

@@ -39,6 +39,13 @@ class GenerationSettings:
     seed: int = 0
     seconds: float = 120.0
     signal: EntropySignal | None = None
+    system_prompt: str = ""
+
+    @property
+    def messages(self) -> list[list[str]]:
+        """The chat, as data sets give it: a system prompt, if any, and the problem."""
+        system = [["system", self.system_prompt]] if self.system_prompt else []
+        return [*system, ["user", self.problem]]
 
     def __post_init__(self) -> None:
         if not self.problem.strip():
@@ -70,7 +77,7 @@ def generate(policy: Policy, settings: GenerationSettings) -> Iterator[Progress]
 
     Without the adaptive temperature the first pass is all there is. Raises UserError on a prompt that does not fit.
     """
-    prompt = policy.encode([{"role": "user", "content": settings.problem}])
+    prompt = policy.encode([{"role": role, "content": content} for role, content in settings.messages])
     room = policy.context - len(prompt)
     if room < 1:
         raise UserError(f"the problem has {len(prompt):,} tokens; the model takes {policy.context:,} in all")
@@ -159,7 +166,7 @@ def _trace(
         iteration=0,
         prompt_id="prompt",
         sample=0,
-        messages=[["user", settings.problem]],
+        messages=settings.messages,
         gold="",
         # Decoding everything again at every token would make a long generation quadratic.
         text=policy.decode(tokens["id"]) if ended else "",
