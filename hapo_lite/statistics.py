@@ -1,0 +1,131 @@
+"""How well a model does, and how sure one can be of it: avg@k, pass@k, maj@k and bootstrap intervals. NumPy only.
+
+Axes: P prompts (or seeds), n samples of each. Every function is deterministic; the bootstrap is seeded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+RESAMPLES = 10_000
+_DRAWS_AT_ONCE = 4_000_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and the interval about it, in the unit of what was averaged."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def above_zero(self) -> bool:
+        return self.low > 0.0
+
+    @property
+    def below_zero(self) -> bool:
+        return self.high < 0.0
+
+
+def avg_at_k(correct: ArrayLike) -> NDArray[np.float64]:
+    """[P, n] 0 or 1 -> [P]: each prompt's share of correct samples. Its expectation is the same for every k."""
+    return _samples(correct).mean(axis=1)
+
+
+def pass_at_k(correct: ArrayLike, k: int) -> NDArray[np.float64]:
+    """[P, n] 0 or 1 -> [P]: the probability that k samples, drawn from the n without return, hold a correct one.
+
+    1 - C(n - c, k) / C(n, k), unbiased for any n >= k (Chen et al. 2021, arXiv 2107.03374, Eq. 1). Raises ValueError
+    unless 1 <= k <= n.
+    """
+    samples = _samples(correct)
+    n = samples.shape[1]
+    _check_k(k, n)
+    wrong = n - samples.sum(axis=1)
+    # C(w, k) / C(n, k) factor by factor, so that no binomial coefficient overflows; w < k gives a factor of 0.
+    steps = np.arange(k)
+    return 1.0 - (np.maximum(wrong[:, None] - steps, 0.0) / (n - steps)).prod(axis=1)
+
+
+def maj_at_k(correct: ArrayLike, votes: Sequence[Sequence[Hashable]], k: int) -> NDArray[np.float64]:
+    """[P, n] 0 or 1, and as many votes -> [P]: how often the most frequent answer of k samples is correct.
+
+    Mean over the n // k disjoint blocks of k consecutive samples, so that it is unbiased. Correct samples vote together
+    however their answers are written, the others by their vote; None abstains. A tie earns the share of the tied
+    answers that is correct; without a vote there is nothing correct. Raises ValueError unless 1 <= k <= n.
+    """
+    samples = _samples(correct)
+    n = samples.shape[1]
+    _check_k(k, n)
+    starts = range(0, n - k + 1, k)
+    return np.array(
+        [
+            np.mean([_majority(right[s : s + k], given[s : s + k]) for s in starts])
+            for right, given in zip(samples > 0.5, votes, strict=True)
+        ]
+    )
+
+
+def _majority(right: NDArray[np.bool_], given: Sequence[Hashable]) -> float:
+    # A pair, so that no wrong answer's text can be taken for the correct one's.
+    ballots = [(True, None) if ok else (False, vote) for ok, vote in zip(right, given, strict=True)]
+    counts = Counter(ballot for ballot in ballots if ballot != (False, None))
+    if not counts:
+        return 0.0
+    most = max(counts.values())
+    return float((True, None) in counts and counts[True, None] == most) / sum(c == most for c in counts.values())
+
+
+def bootstrap_interval(values: ArrayLike, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """The mean of [P] values, one a prompt or seed, with its percentile bootstrap interval (Efron 1979).
+
+    Prompts are drawn with return, so the interval is about other prompts of the same kind; a prompt's samples stay
+    together in its value. Two limits: values that are all equal give an interval without width, and with few of them it
+    is too narrow (of 95 % intervals of normal values, 85 % hold the truth at P = 5, 90 % at 10, 94 % at 30). Raises
+    ValueError without values.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.ndim != 1 or sample.size == 0 or not np.isfinite(sample).all():
+        raise ValueError(f"an interval needs a list of finite values, not one of shape {sample.shape}")
+    rng = np.random.default_rng(seed)
+    at_once = max(1, _DRAWS_AT_ONCE // sample.size)
+    means = np.concatenate(
+        [
+            sample[rng.integers(sample.size, size=(min(at_once, resamples - done), sample.size))].mean(axis=1)
+            for done in range(0, resamples, at_once)
+        ]
+    )
+    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    return Interval(float(sample.mean()), float(low), float(high))
+
+
+def paired_interval(
+    before: ArrayLike, after: ArrayLike, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """The mean of after - before, [P] each, over the same prompts (or seeds) in the same order, with its interval.
+
+    What a prompt adds to both cancels, so this is narrower than two separate intervals suggest. Raises ValueError where
+    the two differ in length.
+    """
+    first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"a paired difference needs as many values on both sides, not {first.shape}, {second.shape}")
+    return bootstrap_interval(second - first, level, resamples, seed)
+
+
+def _samples(correct: ArrayLike) -> NDArray[np.float64]:
+    samples = np.asarray(correct, dtype=np.float64)
+    if samples.ndim != 2 or samples.size == 0:
+        raise ValueError(f"expected [prompts, samples] with at least one of each, not shape {samples.shape}")
+    return samples
+
+
+def _check_k(k: int, n: int) -> None:
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be from 1 to the number of samples, {n}, not {k}")
