@@ -76,7 +76,10 @@ class Stopwatch:
 
 
 class Loop:
-    """One run's moving parts. `step` does an iteration and returns the state after it."""
+    """One run's moving parts. `step` does an iteration and returns the state after it.
+
+    enter: told what begins, for status.json.
+    """
 
     def __init__(
         self,
@@ -86,8 +89,9 @@ class Loop:
         stream: PromptStream,
         held_out: Sequence[EncodedPrompt],
         accelerator: Accelerator,
+        enter: Callable[[str], None] = lambda stage: None,
     ) -> None:
-        self.recipe, self.policy, self.collector = recipe, policy, collector
+        self.recipe, self.policy, self.collector, self.enter = recipe, policy, collector, enter
         self.stream, self.held_out, self.accelerator = stream, held_out, accelerator
         self.parameters = list(policy.trainable().values())
         self.optimizer = accelerator.prepare(make_optimizer(recipe.training, self.parameters))
@@ -115,9 +119,11 @@ class Loop:
             advantage = advantages(collected, self.recipe.method)
             traced = choose_traced(collected, self.recipe.logging.traces_per_iteration)
             plan = self.plan(collected.completions, advantage, traced, iteration)
+            self.enter("scoring")
             scored = self.score(collected.completions, plan)
             watch.lap("score")
             commit()
+            self.enter("update")
             outcomes, update = self.update(collected.completions, advantage, scored, plan)
             watch.lap("update")
             metrics |= entropy_metrics(scored.entropy, collected.scores, scored.signal, scored.h)

@@ -1,7 +1,7 @@
 """One run from its folder to its summary: prepare, resume, train, evaluate, save, report.
 
-What a run leaves in `runs/NAME/`: recipe.yaml, metrics.jsonl, traces/, checkpoints/, adapter/, summary.json,
-curves.png.
+What a run leaves in `runs/NAME/`: recipe.yaml, status.json, metrics.jsonl, traces/, checkpoints/, adapter/,
+summary.json, curves.png.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.report import closing_table, draw_curves
 from hapo_lite.rollout.collect import Collector, PromptStream
 from hapo_lite.rollout.transformers_engine import TransformersEngine
+from hapo_lite.status import Status
 from hapo_lite.tasks.data import load_prompts, split_held_out
 from hapo_lite.tasks.rewards import Scorer
 from hapo_lite.trace import drop_traces_after, write_traces
@@ -58,6 +59,10 @@ class RunFolder:
     @property
     def recipe(self) -> Path:
         return self.path / "recipe.yaml"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
 
     @property
     def metrics(self) -> MetricsFile:
@@ -91,6 +96,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """
     accelerator = make_accelerator(recipe)
     folder = RunFolder(recipe.run_dir)
+    with Status(folder.status if accelerator.is_main_process else None) as status:
+        return _train(recipe, accelerator, folder, status)
+
+
+def _train(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, status: Status) -> dict[str, Any]:
     say = accelerator.print
     check_same_run(folder, recipe)
     train_data, held_out_data = load_data(recipe, say)
@@ -98,7 +108,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     encoded = encode_prompts(train_data, policy, recipe.data, recipe.rollout.max_new_tokens, say)
     held_out = encode_prompts(held_out_data, policy, recipe.data, recipe.rollout.max_new_tokens, say)
     if accelerator.is_main_process:
-        open_folder(folder, recipe)
+        open_folder(folder, recipe, status)
     accelerator.wait_for_everyone()
     say(describe(recipe, policy, encoded, held_out, accelerator))
     for note in recipe.advice():
@@ -111,19 +121,20 @@ def train(recipe: Recipe) -> dict[str, Any]:
         loop = Loop(
             recipe,
             policy,
-            Collector(engine, scorer, accelerator),
+            Collector(engine, scorer, accelerator, status.enter),
             PromptStream(encoded, recipe.seed),
             held_out,
             accelerator,
+            status.enter,
         )
         state = resume(folder, recipe, loop, say)
-        summary = run_iterations(folder, recipe, loop, state)
+        summary = run_iterations(folder, recipe, loop, state, status)
     if recipe.logging.report_to != "none":
         accelerator.end_training()
     return summary
 
 
-def run_iterations(folder: RunFolder, recipe: Recipe, loop: Loop, state: TrainState) -> dict[str, Any]:
+def run_iterations(folder: RunFolder, recipe: Recipe, loop: Loop, state: TrainState, status: Status) -> dict[str, Any]:
     """Iterate from `state` to the recipe's last iteration; on a signal, save what is whole and raise Interrupted."""
     accelerator, last = loop.accelerator, recipe.training.iterations
     recorder = Recorder(folder, recipe, loop)
@@ -135,6 +146,7 @@ def run_iterations(folder: RunFolder, recipe: Recipe, loop: Loop, state: TrainSt
                 recorder.record({"iteration": 0}, [], evaluate=recorder.evaluates)
             while state.iteration < last:
                 started = time.perf_counter()
+                status.doing.iteration = state.iteration + 1
                 after, metrics, traces = loop.step(state, commit=interrupts.shield)
                 due = recipe.evaluation.every and after.iteration % recipe.evaluation.every == 0
                 metrics["seconds/iteration"] = time.perf_counter() - started
@@ -172,6 +184,7 @@ class Recorder:
             evaluation = self.loop.evaluate(int(metrics["iteration"]))
             metrics = metrics | evaluation.metrics
             traces = traces + evaluation.traces
+        self.loop.enter("recording")
         self.lines.append(metrics)
         if not self.main:
             return
@@ -183,6 +196,7 @@ class Recorder:
 
     def save(self, state: TrainState) -> None:
         if self.main and state.iteration:
+            self.loop.enter("checkpoint")
             loop, keep = self.loop, self.recipe.checkpoint.keep
             save_checkpoint(self.folder.checkpoints, loop.policy, loop.optimizer, loop.scheduler, state, keep)
 
@@ -196,6 +210,7 @@ class Recorder:
 
     def finish(self, state: TrainState) -> dict[str, Any]:
         """Write adapter/, summary.json and curves.png, and print the closing table."""
+        self.loop.enter("closing")
         self.loop.accelerator.wait_for_everyone()
         if not self.main:
             return {}
@@ -322,9 +337,10 @@ def encode_prompts(
     return kept
 
 
-def open_folder(folder: RunFolder, recipe: Recipe) -> None:
+def open_folder(folder: RunFolder, recipe: Recipe, status: Status) -> None:
     with writing(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
+        status.claim()
         folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
 
 

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from hapo_lite.checkpoint import is_whole
 from hapo_lite.metrics import MetricsFile
 from hapo_lite.policy import TINY_MODEL
+from hapo_lite.status import read_status
 from hapo_lite.trace import read_traces
 from tests.conftest import ROOT, TINY
 
@@ -82,6 +83,7 @@ def test_a_run_leaves_everything_it_promises(finished):
     run, printed = finished
     assert {p.name for p in run.iterdir()} == {
         "recipe.yaml",
+        "status.json",
         "metrics.jsonl",
         "traces",
         "checkpoints",
@@ -104,6 +106,10 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert {t.stage for t in read_traces(run / "traces" / "000003.jsonl")} == {"train", "eval"}
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     assert recipe["training"]["iterations"] == 6 and recipe["method"]["tau"] == 0.05
+    doing = read_status(run / "status.json")
+    assert doing.stage == "finished" and doing.iteration == 6
+    assert {doing.entered[stage] for stage in ("rollout", "scoring", "update")} == {6}
+    assert doing.entered["evaluation"] == 3 and doing.entered["checkpoint"] == 3
 
 
 def test_every_metric_is_defined(finished):

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 
 from hapo_lite.records import Completion, EncodedPrompt
 from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.rollout.transformers_engine import Request, TransformersEngine
+from hapo_lite.rollout.transformers_engine import TRAINING, Request, TransformersEngine
 from hapo_lite.tasks.rewards import Score, Scorer
 
 
@@ -54,10 +54,19 @@ class Collected:
 
 
 class Collector:
-    """Samples, grades and gathers over all processes; every process ends up with the same groups."""
+    """Samples, grades and gathers over all processes; every process ends up with the same groups.
 
-    def __init__(self, engine: TransformersEngine, scorer: Scorer, accelerator: Accelerator) -> None:
-        self.engine, self.scorer, self.accelerator = engine, scorer, accelerator
+    enter: told what begins, for status.json.
+    """
+
+    def __init__(
+        self,
+        engine: TransformersEngine,
+        scorer: Scorer,
+        accelerator: Accelerator,
+        enter: Callable[[str], None] = lambda stage: None,
+    ) -> None:
+        self.engine, self.scorer, self.accelerator, self.enter = engine, scorer, accelerator, enter
 
     def graded(
         self,
@@ -72,9 +81,11 @@ class Collector:
         """`samples` completions of each prompt, in the prompts' order, whichever process wrote them."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         started = time.perf_counter()
+        self.enter("rollout" if stage == TRAINING else "evaluation")
         requests = [Request(prompt, sample) for prompt in prompts[rank::world] for sample in range(samples)]
         mine = self.engine.sample(requests, processor, seed, stage, iteration)
         rolled = time.perf_counter()
+        self.enter("grading")
         scores = self.scorer.score(
             [c.prompt.prompt for c in mine],
             [c.text for c in mine],
