@@ -7,26 +7,22 @@ with the run, so that `runs/NAME/recipe.yaml` is all that is needed to repeat it
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hapo_lite.algo.objective import PRESETS, Method
 from hapo_lite.errors import UserError
+from hapo_lite.settings import Section, apply_override, describe, nearest, read_mapping, validate
 
 QWEN_SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
 
+FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
 
 class LoraSettings(Section):
@@ -103,6 +99,9 @@ class RolloutSettings(Section):
 
 class TrainingSettings(Section):
     iterations: Positive = Field(description="Iterations: rollout, score, update")
+    max_tokens: Positive | None = Field(
+        None, description="End after the iteration in which this many completion tokens have been sampled; null: never"
+    )
     updates_per_iteration: Positive = Field(4, description="Optimiser steps on each iteration's completions")
     micro_batch_tokens: Positive = Field(
         16384, description="Padded tokens, prompt included, in one forward and backward; changes memory, no result"
@@ -163,8 +162,8 @@ class Recipe(Section):
     @field_validator("name")
     @classmethod
     def _name_is_one_folder(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError("must be one folder name of letters, digits, '.', '_' and '-': a run writes nowhere else")
+        if not re.fullmatch(FOLDER_NAME, name):
+            raise ValueError("must be one folder name of letters, digits and . _ + -: a run writes nowhere else")
         return name
 
     @field_validator("method", mode="before")
@@ -176,7 +175,7 @@ class Recipe(Section):
             return method
         preset = method.get("preset", "hapo")
         if preset not in PRESETS:
-            raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}{_nearest(str(preset), PRESETS)}")
+            raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
         return {**dataclasses.asdict(PRESETS[preset]), **method}
 
     @model_validator(mode="after")
@@ -202,6 +201,11 @@ class Recipe(Section):
             (
                 self.rollout.token_budget is not None and not self.rollout.dynamic_sampling,
                 "rollout.token_budget has no effect without rollout.dynamic_sampling: set both or neither",
+            ),
+            (
+                self.training.max_tokens is not None and self.training.schedule != "constant",
+                "training.schedule must be constant with training.max_tokens: a run that ends by tokens does not know "
+                "how many updates a schedule has to fill",
             ),
         ):
             if broken:
@@ -236,163 +240,20 @@ class Recipe(Section):
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe file and apply `section.key=value` overrides. Raises UserError with one sentence."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"there is no recipe at {path}{_nearest_file(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the recipe {path} cannot be read: {error}") from None
-    try:
-        settings = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply for a recipe") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections, such as `model:` and `training:`")
+    settings = read_mapping(path, "recipe")
+    if "arms" in settings:
+        raise UserError(f"{path} compares several runs: use python -m hapo_lite.compare {path}")
     for override in overrides:
-        _apply_override(settings, override)
+        apply_override(settings, override)
     settings.setdefault("name", path.stem)
     return parse_recipe(settings, str(path))
 
 
 def parse_recipe(settings: dict[str, Any], where: str = "recipe") -> Recipe:
     """Validate a mapping. Raises UserError naming the first field that is wrong."""
-    try:
-        return Recipe.model_validate(settings)
-    except ValidationError as error:
-        problems = [_sentence(detail) for detail in error.errors()]
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{where}: {problems[0]}{more}") from None
+    return validate(Recipe, settings, where)
 
 
 def describe_fields() -> str:
     """Every field with its type, default and meaning, one line each, for --help."""
-    lines = [f"  {name} ({kind}, {default}): {meaning}" for name, kind, default, meaning in _walk(Recipe)]
-    return "recipe fields:\n" + "\n".join(lines)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key may stand only once in a mapping."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            if isinstance(key, str):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _apply_override(settings: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"{override!r} is not an override: write section.key=value")
-    target = settings
-    *sections, last = key.split(".")
-    for depth, section in enumerate(sections):
-        below = target.get(section)
-        if section == "method" and isinstance(below, str):
-            below = {"preset": below}
-        if below is None:
-            below = {}
-        if not isinstance(below, dict):
-            raise UserError(f"{override!r}: {'.'.join(sections[: depth + 1])} is a single value, not a section")
-        target[section] = below
-        target = below
-    try:
-        target[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"{override!r}: {value!r} is not a YAML value") from None
-
-
-def _sentence(detail: dict[str, Any]) -> str:
-    location = [str(part) for part in detail["loc"]]
-    name = ".".join(location)
-    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _fields_at(location[:-1])
-        return f"{name} is not a field{_nearest(location[-1], known, '.'.join(location[:-1]))}"
-    if detail["type"] == "missing":
-        return f"{name} is missing and has no default"
-    message = detail["msg"].removeprefix("Value error, ")
-    if not name:
-        return message
-    if detail["type"] == "value_error":
-        return f"{name}: {message}"
-    return f"{name} = {detail['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _nearest(word: str, known, section: str = "") -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {section + '.' if section else ''}{close[0]}?"
-    if section or not known:
-        return f"; known are {', '.join(known)}" if known else ""
-    elsewhere = [name for name, *_ in _walk(Recipe) if name.split(".")[-1] == word]
-    return f"; did you mean {elsewhere[0]}?" if elsewhere else ""
-
-
-def _nearest_file(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f": the folder {path.parent} does not exist"
-    siblings = sorted(p.name for p in path.parent.glob("*.yaml"))
-    close = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.5)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
-
-
-def _model_of(annotation: Any) -> type | None:
-    """The settings class inside a field's annotation, such as DataSettings in `DataSettings | None`."""
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and (issubclass(candidate, BaseModel) or dataclasses.is_dataclass(candidate)):
-            return candidate
-    return None
-
-
-def _fields_at(location: list[str]) -> list[str]:
-    model: type | None = Recipe
-    for part in location:
-        children = {name: sub for name, _, _, _, sub in _children(model)} if model else {}
-        model = children.get(part)
-    return [name for name, *_ in _children(model)] if model else []
-
-
-def _children(model: type):
-    """(name, type text, default text, meaning, nested model) of each field."""
-    if dataclasses.is_dataclass(model):
-        for f in dataclasses.fields(model):
-            yield f.name, str(f.type), f"default {f.default}", f.metadata["help"], None
-        return
-    for name, info in model.model_fields.items():
-        default = "required" if info.is_required() else f"default {_show(info.default)}"
-        yield name, _type_text(info.annotation), default, info.description or "", _model_of(info.annotation)
-
-
-def _walk(model: type, prefix: str = ""):
-    for name, kind, default, meaning, nested in _children(model):
-        if nested is None:
-            yield prefix + name, kind, default, meaning
-        else:
-            yield from _walk(nested, f"{prefix}{name}.")
-
-
-def _show(default: Any) -> str:
-    return "null" if default is None else str(default)
-
-
-def _type_text(annotation: Any) -> str:
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _type_text(get_args(annotation)[0])
-    if origin is Literal:
-        return " | ".join(map(str, get_args(annotation)))
-    if origin in (Union, types.UnionType):
-        return " | ".join(_type_text(a) for a in get_args(annotation))
-    if annotation is type(None):
-        return "null"
-    return getattr(annotation, "__name__", str(annotation))
+    return "recipe fields:\n" + describe(Recipe)

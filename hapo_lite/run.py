@@ -48,7 +48,14 @@ from hapo_lite.tasks.data import load_prompts, split_held_out
 from hapo_lite.tasks.rewards import Scorer
 from hapo_lite.trace import drop_traces_after, write_traces
 
-MAY_CHANGE = ("output_dir", "training.iterations", "checkpoint", "logging", "evaluation.every")
+MAY_CHANGE = (
+    "output_dir",
+    "training.iterations",
+    "training.max_tokens",
+    "checkpoint",
+    "logging",
+    "evaluation.every",
+)
 """What a resumed run may have changed in its recipe without ceasing to be the same run."""
 
 
@@ -135,7 +142,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, status: 
 
 
 def run_iterations(folder: RunFolder, recipe: Recipe, loop: Loop, state: TrainState, status: Status) -> dict[str, Any]:
-    """Iterate from `state` to the recipe's last iteration; on a signal, save what is whole and raise Interrupted."""
+    """Iterate from `state` to the recipe's end; on a signal, save what is whole and raise Interrupted."""
     accelerator, last = loop.accelerator, recipe.training.iterations
     recorder = Recorder(folder, recipe, loop)
     interrupts = Interrupts(deferred=accelerator.num_processes > 1)
@@ -144,16 +151,16 @@ def run_iterations(folder: RunFolder, recipe: Recipe, loop: Loop, state: TrainSt
         try:
             if state.iteration == 0:
                 recorder.record({"iteration": 0}, [], evaluate=recorder.evaluates)
-            while state.iteration < last:
+            while not is_over(recipe, state):
                 started = time.perf_counter()
                 status.doing.iteration = state.iteration + 1
                 after, metrics, traces = loop.step(state, commit=interrupts.shield)
                 due = recipe.evaluation.every and after.iteration % recipe.evaluation.every == 0
                 metrics["seconds/iteration"] = time.perf_counter() - started
-                recorder.record(metrics, traces, evaluate=recorder.evaluates and bool(due or after.iteration == last))
+                recorder.record(metrics, traces, evaluate=recorder.evaluates and bool(due or is_over(recipe, after)))
                 state = replace(after, seconds=state.seconds + metrics["seconds/iteration"])
                 every = recipe.checkpoint.every
-                if state.iteration == last or (every and state.iteration % every == 0):
+                if is_over(recipe, state) or (every and state.iteration % every == 0):
                     recorder.save(state)
                 bar.update()
                 bar.set_postfix(recorder.headline())
@@ -164,6 +171,12 @@ def run_iterations(folder: RunFolder, recipe: Recipe, loop: Loop, state: TrainSt
             recorder.save(state)
             raise
     return recorder.finish(state)
+
+
+def is_over(recipe: Recipe, state: TrainState) -> bool:
+    """Whether the run has come to its last iteration, or has sampled its tokens."""
+    training = recipe.training
+    return state.iteration >= training.iterations or state.tokens >= (training.max_tokens or float("inf"))
 
 
 class Recorder:
@@ -216,9 +229,10 @@ class Recorder:
             return {}
         with writing(self.folder.path):
             save_adapter(self.loop.policy, self.folder.adapter)
+            draw_curves(self.lines, self.folder.curves, title=self.recipe.name)
+            # Last, since it says that the run is complete.
             summary = self._summary(state)
             self.folder.summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-            draw_curves(self.lines, self.folder.curves, title=self.recipe.name)
         print(closing_table(self.lines, self.recipe.evaluation.samples))
         print(f"{self.folder.path}: adapter/, curves.png, summary.json, metrics.jsonl, traces/")
         return summary

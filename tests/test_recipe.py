@@ -63,6 +63,7 @@ def test_a_preset_may_be_named_or_altered(write_recipe, name):
         ("reward.correct=0", "wrong answers are what is learned"),
         ("training.updates_per_iteration=9999", "some updates would be empty"),
         ("reward.overlong_buffer=99999", "every completion is overlong"),
+        ("training={iterations: 1, max_tokens: 9, schedule: cosine}", "must be constant with training.max_tokens"),
         ("seed", "is not an override: write section.key=value"),
         ("seed.deeper=1", "seed.* is a single value, not a section"),
         ("seed=[1", "is not a YAML value"),
