@@ -24,7 +24,7 @@ import gradio as gr
 import plotly
 import torch
 
-from hapo_lite.algo.objective import Method
+from hapo_lite.algo.methods import Method
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError

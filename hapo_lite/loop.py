@@ -17,9 +17,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import get_scheduler
 
-from hapo_lite.algo.advantage import group_advantage
-from hapo_lite.algo.objective import Method, loss_weights, method_loss
+from hapo_lite.algo.advantage import entropy_scale, group_advantage
+from hapo_lite.algo.methods import Method
+from hapo_lite.algo.objective import loss_denominator, loss_weights, method_loss
 from hapo_lite.algo.signal import EntropySignal
+from hapo_lite.algo.tokens import TokenSignals, fit_signal, uncertain_tokens
 from hapo_lite.batching import deal_updates, micro_batches
 from hapo_lite.checkpoint import TrainState
 from hapo_lite.errors import UserError
@@ -46,12 +48,25 @@ class Plan:
 
 @dataclass(frozen=True)
 class Scored:
-    """The old policy on every completion, in order: [T] log-probabilities and entropies; the signal and h of them."""
+    """The old policy on every completion, in order: [T] log-probabilities and entropies, and what follows from them.
+
+    signal, h, uncertain (bool): by token, [T]. scale: [B], EDGE-GRPO's factor on the advantage. base_logp: of the base
+    model, [T]; None unless the method asks for it.
+    """
 
     old_logp: list[Tensor]
     entropy: list[Tensor]
     signal: EntropySignal
     h: list[Tensor]
+    uncertain: list[Tensor]
+    scale: Tensor
+    base_logp: list[Tensor] | None
+
+    def trained(self, method: Method) -> list[Tensor]:
+        """Which tokens count in the loss, bool [T]."""
+        if method.trained_tokens == "uncertain":
+            return self.uncertain
+        return [torch.ones_like(u) for u in self.uncertain]
 
 
 @dataclass(frozen=True)
@@ -126,7 +141,7 @@ class Loop:
             self.enter("update")
             outcomes, update = self.update(collected.completions, advantage, scored, plan)
             watch.lap("update")
-            metrics |= entropy_metrics(scored.entropy, collected.scores, scored.signal, scored.h)
+            metrics |= entropy_metrics(scored.entropy, collected.scores, scored.signal, scored.uncertain)
             metrics |= update_metrics(list(outcomes.values()))
             metrics |= gap_metrics(collected.completions, scored.old_logp) | update
             traces = [
@@ -177,6 +192,8 @@ class Loop:
         members = deal_updates(len(completions), training.updates_per_iteration, self.recipe.seed, iteration)
         members = [part for part in members if part]
         active = set(advantage.nonzero().squeeze(1).tolist()) | set(traced)
+        if self.recipe.method.needs_base:
+            active = set(range(len(completions)))  # the divergence from the base has a gradient everywhere
         budget = training.micro_batch_tokens
         updates = [micro_batches([i for i in part if i in active], lengths, budget) for part in members]
         resting = micro_batches([i for i in range(len(completions)) if i not in active], lengths, budget)
@@ -184,26 +201,40 @@ class Loop:
 
     def score(self, completions: Sequence[Completion], plan: Plan) -> Scored:
         """The old policy's log-probabilities and entropies, and the signal fitted on all tokens of the iteration."""
+        method = self.recipe.method
         if self.recipe.rollout.old_logprobs == "sampled":
             old_logp, entropy = [c.base_logp for c in completions], [c.entropy for c in completions]
         else:
-            found: dict[int, tuple[Tensor, Tensor]] = {}
-            with torch.no_grad():
-                for batch in [b for part in (*plan.updates, plan.resting) for b in self._mine(part)]:
-                    logp, entropy_rows = (t.cpu() for t in self._logprobs([completions[i] for i in batch]))
-                    for row, i in enumerate(batch):
-                        length = completions[i].length
-                        found[i] = logp[row, :length].clone(), entropy_rows[row, :length].clone()
-            found = self._everyones(found)
-            old_logp = [found[i][0] for i in range(len(completions))]
-            entropy = [found[i][1] for i in range(len(completions))]
-        method = self.recipe.method
-        scope = torch.cat(entropy)[None]
+            old_logp, entropy = self._forward_all(completions, plan)
+        base_logp = None
+        if method.needs_base:
+            with self.policy.base_alone():
+                base_logp, _ = self._forward_all(completions, plan)
         try:
-            signal = EntropySignal.fit(scope, torch.ones_like(scope), method.quantile, method.floor)
+            signal = fit_signal(method, torch.cat(entropy))
         except ValueError as error:
             raise UserError(f"the policy's log-probabilities are not finite any more: {error}") from error
-        return Scored(old_logp, entropy, signal, [signal.normalize(e) for e in entropy])
+        return Scored(
+            old_logp,
+            entropy,
+            signal,
+            h=[signal.normalize(e) for e in entropy],
+            uncertain=[uncertain_tokens(method, signal, e) for e in entropy],
+            scale=entropy_scale(torch.stack([e.mean() for e in entropy]), method.floor),
+            base_logp=base_logp,
+        )
+
+    @torch.no_grad()
+    def _forward_all(self, completions: Sequence[Completion], plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
+        """Log-probabilities and entropies of every completion, in order: two lists of [T], on the CPU."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for batch in [b for part in (*plan.updates, plan.resting) for b in self._mine(part)]:
+            logp, entropy = (t.cpu() for t in self._logprobs([completions[i] for i in batch]))
+            for row, i in enumerate(batch):
+                length = completions[i].length
+                found[i] = logp[row, :length].clone(), entropy[row, :length].clone()
+        found = self._everyones(found)
+        return [found[i][0] for i in range(len(completions))], [found[i][1] for i in range(len(completions))]
 
     def update(
         self, completions: Sequence[Completion], advantage: Tensor, scored: Scored, plan: Plan
@@ -211,11 +242,10 @@ class Loop:
         """The optimiser steps of one iteration. The gradient of a step does not depend on its micro-batches."""
         outcomes: dict[int, TokenOutcome] = {}
         losses, norms = [], []
-        lengths = torch.tensor([c.length for c in completions])
-        token_mean = self.recipe.method.loss_average == "token"
+        trained = torch.stack([t.sum() for t in scored.trained(self.recipe.method)])
         rate = 0.0
         for members, batches in zip(plan.members, plan.updates, strict=True):
-            denominator = float(lengths[members].sum()) if token_mean else float(len(members))
+            denominator = loss_denominator(trained[members], self.recipe.method.loss_average)
             self.optimizer.zero_grad(set_to_none=True)
             loss = torch.zeros((), device=self.accelerator.device)
             for batch in self._mine(batches):
@@ -246,36 +276,48 @@ class Loop:
         denominator: float,
     ) -> tuple[Tensor, dict[int, TokenOutcome]]:
         """The loss of one micro-batch, and what it does to each of its tokens."""
-        device = self.accelerator.device
+        device, method = self.accelerator.device, self.recipe.method
+
+        def padded(rows: Sequence[Tensor]) -> Tensor:
+            return pad([rows[i] for i in batch], device)
+
         logp, _ = self._logprobs([completions[i] for i in batch])
         mask = torch.arange(logp.shape[1])[None] < torch.tensor([completions[i].length for i in batch])[:, None]
         loss, credit = method_loss(
-            self.recipe.method,
+            method,
             logp,
-            pad([scored.old_logp[i] for i in batch], device),
+            padded(scored.old_logp),
             advantage[batch].to(device),
-            pad([scored.h[i] for i in batch], device),
-            loss_weights(mask.to(device), self.recipe.method.loss_average),
+            TokenSignals(
+                padded(scored.h), padded(scored.entropy), padded(scored.uncertain), scored.scale[batch].to(device)
+            ),
+            loss_weights(mask.to(device), method.loss_average, padded(scored.trained(method))),
             denominator,
-            sampling_logp=pad([completions[i].sampling_logp for i in batch], device),
+            sampling_logp=padded([c.sampling_logp for c in completions]),
+            base_logp=None if scored.base_logp is None else padded(scored.base_logp),
         )
-        rows = [
-            t.detach().cpu()
-            for t in (
-                logp,
-                loss.ratio,
-                credit.advantage,
-                credit.lower,
-                credit.upper,
-                loss.clipped_low,
-                loss.clipped_high,
-            )
-        ]
+        found = {
+            "logp": logp,
+            "ratio": loss.ratio,
+            "credit": credit.advantage,
+            "lower": credit.lower,
+            "upper": credit.upper,
+            "clipped_low": loss.clipped_low,
+            "clipped_high": loss.clipped_high,
+        }
+        if loss.kl_base is not None:
+            found["kl_base"] = loss.kl_base
+        found = {name: rows.detach().cpu() for name, rows in found.items()}
         seen = {}
         for row, i in enumerate(batch):
-            n = completions[i].length
-            own = (t[row, :n].clone() for t in rows)
-            seen[i] = TokenOutcome(float(advantage[i]), scored.old_logp[i], scored.entropy[i], scored.h[i], *own)
+            seen[i] = TokenOutcome(
+                float(advantage[i]),
+                scored.old_logp[i],
+                scored.entropy[i],
+                scored.h[i],
+                scored.uncertain[i],
+                **{name: rows[row, : completions[i].length].clone() for name, rows in found.items()},
+            )
         return loss.loss, seen
 
     def evaluate(self, iteration: int) -> Evaluation:

@@ -59,7 +59,7 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
 
 
 def entropy_metrics(
-    entropies: Sequence[Tensor], scores: Sequence[Score], signal: EntropySignal, h: Sequence[Tensor]
+    entropies: Sequence[Tensor], scores: Sequence[Score], signal: EntropySignal, uncertain: Sequence[Tensor]
 ) -> dict[str, float]:
     """Entropy of the old policy over all N tokens, and apart for correct and other completions; the signal."""
     out: dict[str, float] = {}
@@ -76,24 +76,30 @@ def entropy_metrics(
         "signal/sigma": signal.sigma,
         "signal/high": signal.high,
         "signal/low": signal.low,
-        "signal/above_share": _mean((_flat(h) > 0).double()),
+        "signal/above_share": _mean(_flat(uncertain)),
     }
 
 
 def update_metrics(outcomes: Sequence[TokenOutcome]) -> dict[str, float]:
-    """What clipping and redistribution did, over the tokens that carry an advantage."""
+    """What clipping and credit did, over the tokens of completions with an advantage; the divergence, over all."""
+    distances = [(o.kl_base, o.uncertain) for o in outcomes if o.kl_base is not None]
+    out = {}
+    for name, chosen in (("certain", False), ("uncertain", True)):
+        values = _flat([kl[uncertain == chosen] for kl, uncertain in distances])
+        if values.numel():
+            out[f"kl_base/{name}_mean"] = _mean(values)
     live = [o for o in outcomes if o.advantage != 0.0]
     if not live:
-        return {}
-    h, ratio = _flat([o.h for o in live]), _flat([o.ratio for o in live])
+        return out
+    ratio, uncertain = _flat([o.ratio for o in live]), _flat([o.uncertain for o in live]).bool()
     low, high = _flat([o.clipped_low for o in live]), _flat([o.clipped_high for o in live])
     before = torch.cat([torch.full_like(o.credit, o.advantage, dtype=torch.float64) for o in live])
-    change = _flat([o.credit for o in live]).abs() - before.abs()
-    count = h.numel()
+    credit = _flat([o.credit for o in live])
+    change = credit.abs() - before.abs()
+    count = ratio.numel()
     # A redistributed token differs by a factor 1 + h; rounding alone stays far below this.
     moved = 1e-6 * before.abs()
-    uncertain = h > 0
-    return {
+    return out | {
         "ratio/mean": _mean(ratio),
         "ratio/min": float(ratio.min()),
         "ratio/max": float(ratio.max()),
@@ -104,6 +110,7 @@ def update_metrics(outcomes: Sequence[TokenOutcome]) -> dict[str, float]:
         "clip/high_uncertain_share": float((high.bool() & uncertain).sum()) / count,
         "credit/amplified_share": float((change > moved).sum()) / count,
         "credit/suppressed_share": float((change < -moved).sum()) / count,
+        "credit/zero_share": float((credit == 0).sum()) / count,
     }
 
 

@@ -79,6 +79,12 @@ class Policy:
         return blank.index_put((rows, columns), logp), blank.index_put((rows, columns), entropy)
 
     @contextlib.contextmanager
+    def base_alone(self) -> Iterator[None]:
+        """The base model without its adapter, whose weights and place in the optimiser stay as they are."""
+        with self.model.disable_adapter():
+            yield
+
+    @contextlib.contextmanager
     def sampling(self) -> Iterator[PreTrainedModel]:
         """The model in evaluation mode without gradients; training mode comes back whatever happens inside."""
         was_training = self.model.training

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from hapo_lite.algo.objective import PRESETS, Method
+from hapo_lite.algo.methods import PRESETS, Method
 from hapo_lite.errors import UserError
 from hapo_lite.settings import Section, apply_override, describe, nearest, read_mapping, validate
 
@@ -227,7 +227,21 @@ class Recipe(Section):
                 "training.updates_per_iteration is 1, so every ratio is 1: redistribution can only suppress and "
                 "adaptive clipping does nothing. Use 4 or more for HAPO."
             )
-        if method.preset == "hapo" and self.reward.overlong_buffer:
+        if updates == 1 and method.eps_uncertain is not None:
+            notes.append("training.updates_per_iteration is 1, so every ratio is 1: method.eps_uncertain does nothing.")
+        if method.low_side == "positive" and not (
+            method.adaptive_temperature or method.redistribution or method.adaptive_clip
+        ):
+            notes.append("method.low_side has no effect without adaptive_temperature, redistribution or adaptive_clip.")
+        if method.trained_tokens == "uncertain" and method.redistribution:
+            notes.append(
+                "method.trained_tokens leaves out the certain tokens, which are all that redistribution can suppress."
+            )
+        if method.uncertain_among == "completion" and not (
+            method.trained_tokens == "uncertain" or method.eps_uncertain is not None or method.needs_base
+        ):
+            notes.append("method.uncertain_among has no effect without trained_tokens, eps_uncertain or a divergence.")
+        if method.preset.startswith("hapo") and self.reward.overlong_buffer:
             notes.append("HAPO's authors warn that it is sensitive to the overlong penalty (reward.overlong_buffer).")
         if self.reward.overlong_buffer and method.preset == "grpo":
             notes.append("reward.overlong_buffer is DAPO's; GRPO as published has no length penalty.")

@@ -85,16 +85,19 @@ def pad(rows: Sequence[Tensor], device: torch.device | str = "cpu") -> Tensor:
 
 @dataclass(frozen=True)
 class TokenOutcome:
-    """What one update did to one completion: [T] tensors on the CPU, and its advantage before redistribution.
+    """What one update did to one completion: [T] tensors on the CPU, and its advantage within its group.
 
-    old_logp, entropy: of the policy before the iteration's first update, at the base temperature, nats. logp: at the
-    moment of the update. h: entropy signal. credit: advantage after redistribution. lower, upper: bounds on the ratio.
+    old_logp, entropy: of the policy before the iteration's first update, at the base temperature, nats. h: entropy
+    signal. uncertain: bool, above the method's quantile. logp: at the moment of the update. credit: the advantage that
+    the method gave each token in the end. lower, upper: bounds on the ratio. kl_base: divergence from the base model,
+    nats; None for a method without one.
     """
 
     advantage: float
     old_logp: Tensor
     entropy: Tensor
     h: Tensor
+    uncertain: Tensor
     logp: Tensor
     ratio: Tensor
     credit: Tensor
@@ -102,3 +105,4 @@ class TokenOutcome:
     upper: Tensor
     clipped_low: Tensor
     clipped_high: Tensor
+    kl_base: Tensor | None = None

@@ -28,8 +28,9 @@ class Trace:
     """One completion. stage: train or eval. signal: this iteration's; sampling_signal: what set the temperatures.
 
     tokens: id, text, logp_sampling, logp_base (the sampler's, at the base temperature), entropy (nats), temperature;
-    and in training also logp_old, logp_new, h, ratio, advantage (before redistribution), credit (after), lower,
-    upper, and clipped ("", "low" or "high"), all at the moment of the update that used the completion.
+    and in training also logp_old, logp_new, h, ratio, advantage (the completion's), credit (the token's), lower, upper,
+    clipped ("", "low" or "high"), and kl_base where the method has it, all at the moment of the update that used the
+    completion.
     """
 
     stage: str
@@ -84,6 +85,8 @@ def make_trace(
                 for low, high in zip(outcome.clipped_low.tolist(), outcome.clipped_high.tolist(), strict=True)
             ],
         }
+        if outcome.kl_base is not None:
+            tokens["kl_base"] = _short(outcome.kl_base)
     return Trace(
         stage=stage,
         iteration=iteration,

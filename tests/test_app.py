@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from hapo_lite.algo.objective import Method
+from hapo_lite.algo.methods import Method
 from hapo_lite.errors import UserError
 from hapo_lite.inspect.generate import GenerationSettings, ModelShelf, generate
 from hapo_lite.inspect.runs import open_run

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hapo_lite.algo.clipping import clip_bounds
-from hapo_lite.algo.objective import PRESETS, Method, assign_credit
-from hapo_lite.algo.signal import EntropySignal
+from hapo_lite.algo.methods import PRESETS, Method
+from hapo_lite.algo.objective import assign_credit
+from hapo_lite.algo.tokens import TokenSignals, fit_signal
 from hapo_lite.errors import UserError
 from hapo_lite.inspect import colour, figures, markup, views
 from hapo_lite.inspect.generate import GenerationSettings, ModelShelf, generate
@@ -55,13 +55,13 @@ def make_trace(texts=("a", " b", "c", "d", " a", "."), entropy=ENTROPIES, **fiel
 
 def trained(trace: Trace, method: Method, advantage: float, ratio: list[float]) -> Trace:
     """The trace with what an update would have recorded."""
-    entropy = torch.tensor([trace.tokens["entropy"]])
-    signal = EntropySignal.fit(entropy, torch.ones_like(entropy), method.quantile)
-    h = signal.normalize(entropy)
-    credit = assign_credit(method, torch.tensor([advantage]), h, torch.tensor([ratio]))
+    entropy = torch.tensor(trace.tokens["entropy"])
+    signal = fit_signal(method, entropy)
+    tokens = TokenSignals.of_one(method, signal, entropy)
+    credit = assign_credit(method, torch.tensor([advantage]), tokens, torch.tensor([ratio]))
     update = {
         "logp_old": trace.tokens["logp_base"],
-        "h": h[0].tolist(),
+        "h": tokens.h[0].tolist(),
         "ratio": ratio,
         "advantage": [advantage] * len(ratio),
         "credit": credit.advantage[0].tolist(),
@@ -147,21 +147,20 @@ def test_special_tokens_are_marked(tokenizer):
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["hapo", "dapo"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_numbers_equal_algo(preset):
     method = PRESETS[preset]
     table = token_table(make_trace(), method)
-    entropy = torch.tensor([ENTROPIES])
-    h = EntropySignal.fit(entropy, torch.ones_like(entropy)).normalize(entropy)
-    lower, upper = clip_bounds(h if method.adaptive_clip else torch.zeros_like(h))
-    assert table.numbers["h"] == h[0].tolist()
-    assert table.numbers["lower"] == lower[0].tolist()
-    assert table.numbers["upper"] == upper[0].tolist()
-    expected = assign_credit(method, torch.ones(1), h, torch.ones_like(h)).advantage[0].tolist()
-    assert table.numbers["weight"] == expected
+    entropy = torch.tensor(ENTROPIES)
+    tokens = TokenSignals.of_one(method, fit_signal(method, entropy), entropy)
+    expected = assign_credit(method, torch.ones(1), tokens, torch.ones_like(tokens.h))
+    assert table.numbers["h"] == tokens.h[0].tolist()
+    assert table.numbers["lower"] == expected.lower[0].tolist()
+    assert table.numbers["upper"] == expected.upper[0].tolist()
+    assert table.numbers["weight"] == expected.advantage[0].tolist()
     page = html.unescape(markup.token_text(table))
     shown = json.loads(re.search(r'class="hapo-data">(.*?)</div>', page, re.DOTALL).group(1))["rows"]
-    assert shown["upper"] == [show_number(v) for v in upper[0].tolist()]
+    assert shown["upper"] == [show_number(v) for v in expected.upper[0].tolist()]
 
 
 def test_what_the_update_recorded_is_shown_as_it_is():
@@ -179,8 +178,8 @@ def test_what_the_update_recorded_is_shown_as_it_is():
 def test_what_if_is_the_equations(ratio, advantage):
     method, table = Method(), token_table(make_trace())
     outcome = what_if(table, method, ratio, advantage)
-    h = table.tensor("h")
-    credit = assign_credit(method, torch.tensor([advantage]), h, torch.full_like(h, ratio))
+    tokens = TokenSignals.of_one(method, table.signal, table.tensor("entropy")[0])
+    credit = assign_credit(method, torch.tensor([advantage]), tokens, torch.full_like(tokens.h, ratio))
     assert outcome.credit == credit.advantage[0].tolist()
     # Where the gradient of DAPO's surrogate is zero by hand: past the bound on the side it pushes to, or the dual clip.
     for clip, low, high in zip(outcome.clipped, outcome.lower, outcome.upper, strict=True):

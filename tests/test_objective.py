@@ -1,13 +1,15 @@
-"""The clipped loss token by token, its invariance to how a step is cut, and the methods as settings of one another."""
+"""The clipped loss token by token, its invariance to how a step is cut, and how it is weighed."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from hapo_lite.algo.clipping import clip_bounds
-from hapo_lite.algo.objective import PRESETS, Method, loss_weights, method_loss, policy_loss
+from hapo_lite.algo.methods import PRESETS, Method
+from hapo_lite.algo.objective import loss_denominator, loss_weights, method_loss, policy_loss
+from hapo_lite.algo.tokens import TokenSignals
 
 
 def one_token(ratio, advantage, lower=0.8, upper=1.28, dual_clip=10.0):
@@ -65,61 +67,135 @@ def batch(seed=0, rows=6, columns=7):
         "logp": old + 0.3 * noise(rows, columns),
         "old_logp": old,
         "advantage": noise(rows),
-        "h": noise(rows, columns).clamp(-1, 1),
+        "base_logp": old + 0.3 * noise(rows, columns),
+        "tokens": TokenSignals(
+            h=(h := noise(rows, columns).clamp(-1, 1)),
+            entropy=noise(rows, columns).abs(),
+            uncertain=h > 0.3,
+            scale=noise(rows).exp(),
+        ),
         "mask": torch.arange(columns)[None] < lengths[:, None],
     }
 
 
+def denominator_of(method, data):
+    trained = data["mask"] & data["tokens"].uncertain if method.trained_tokens == "uncertain" else data["mask"]
+    return loss_denominator(trained.sum(dim=1), method.loss_average)
+
+
 def gradient(method, data, rows, denominator, width=None):
     logp = data["logp"][rows, :width].clone().requires_grad_()
-    weights = loss_weights(data["mask"][rows, :width], method.loss_average)
+    tokens = data["tokens"]
+    own = TokenSignals(
+        **{f.name: getattr(tokens, f.name)[rows, :width] for f in fields(tokens) if f.name != "scale"},
+        scale=tokens.scale[rows],
+    )
+    mask = data["mask"][rows, :width]
+    trained = own.uncertain if method.trained_tokens == "uncertain" else None
     out, _ = method_loss(
         method,
         logp,
         data["old_logp"][rows, :width],
         data["advantage"][rows],
-        data["h"][rows, :width],
-        weights,
+        own,
+        loss_weights(mask, method.loss_average, trained),
         denominator,
         sampling_logp=data["old_logp"][rows, :width] - 0.01,
+        base_logp=data["base_logp"][rows, :width],
     )
     out.loss.backward()
     return logp.grad
 
 
-@pytest.mark.parametrize("method", [*PRESETS.values(), Method(neutral_zone="adapted", importance="truncated")])
+ALL_AT_ONCE = Method(
+    neutral_zone="adapted",
+    importance="truncated",
+    loss_average="sequence",
+    trained_tokens="uncertain",
+    entropy_scale=True,
+    entropy_bonus=0.3,
+    kl_certain=0.1,
+    kl_uncertain=0.2,
+)
+
+
+@pytest.mark.parametrize("method", [*PRESETS.values(), ALL_AT_ONCE], ids=[*PRESETS, "all at once"])
 def test_gradient_does_not_depend_on_how_the_step_is_cut(method):
     data = batch()
-    weights = loss_weights(data["mask"], method.loss_average)
-    whole = gradient(method, data, list(range(6)), weights.sum())
+    denominator = denominator_of(method, data)
+    whole = gradient(method, data, list(range(6)), denominator)
+    assert bool(whole.any())
     for parts in ([[0, 1, 2], [3, 4, 5]], [[5], [3, 1], [0, 4, 2]]):
         for rows in parts:
             width = int(data["mask"][rows].sum(1).max())
-            assert torch.equal(gradient(method, data, rows, weights.sum(), width), whole[rows, :width])
+            assert torch.equal(gradient(method, data, rows, denominator, width), whole[rows, :width])
 
 
-def test_hapo_with_its_pieces_off_is_dapo_and_dapo_with_its_options_off_is_grpo():
-    data = batch()
-    off = dict.fromkeys(("adaptive_temperature", "token_level_advantage", "redistribution", "adaptive_clip"), False)
-    bare = replace(PRESETS["hapo"], **off)
-    plain = replace(PRESETS["dapo"], eps_high=0.2, dual_clip=None, loss_average="sequence")
-    for left, right in ((bare, PRESETS["dapo"]), (plain, PRESETS["grpo"])):
-        rows = list(range(6))
-        assert torch.equal(gradient(left, data, rows, 6.0), gradient(right, data, rows, 6.0))
-        assert replace(left, preset=right.preset) == right
+PIECES_OFF = dict.fromkeys(("adaptive_temperature", "token_level_advantage", "redistribution", "adaptive_clip"), False)
 
 
-@pytest.mark.parametrize("piece", ["redistribution", "adaptive_clip"])
-def test_each_piece_changes_the_gradient(piece):
-    data = batch()
-    rows = list(range(6))
-    with_piece = gradient(PRESETS["hapo"], data, rows, 1.0)
-    assert not torch.equal(with_piece, gradient(replace(PRESETS["hapo"], **{piece: False}), data, rows, 1.0))
+@pytest.mark.parametrize(
+    ("preset", "off", "base"),
+    [
+        ("hapo", PIECES_OFF, "dapo"),
+        ("hapo_public_code", {"low_side": "negative", "neutral_zone": "base"}, "hapo"),
+        ("hapo_public_code", {**PIECES_OFF, "low_side": "negative", "neutral_zone": "base"}, "dapo"),
+        ("forking_tokens", {"trained_tokens": "all"}, "dapo"),
+        ("dapo", {"eps_high": 0.2, "dual_clip": None, "loss_average": "sequence"}, "grpo"),
+        ("edge_grpo", {"entropy_scale": False}, "grpo"),
+        ("entropy_adv", {"entropy_bonus": 0.0}, "grpo"),
+        (
+            "archer",
+            {
+                "eps_uncertain": None,
+                "kl_certain": 0.0,
+                "uncertain_among": "iteration",
+                "dual_clip": None,
+                "loss_average": "sequence",
+            },
+            "grpo",
+        ),
+    ],
+)
+def test_every_method_with_its_pieces_off_is_the_one_it_is_built_on(preset, off, base):
+    data, rows = batch(), list(range(6))
+    bare = replace(PRESETS[preset], **off)
+    assert replace(bare, preset=base) == PRESETS[base]
+    assert torch.equal(gradient(bare, data, rows, 6.0), gradient(PRESETS[base], data, rows, 6.0))
+
+
+@pytest.mark.parametrize(
+    ("preset", "off"),
+    [
+        ("hapo", {"redistribution": False}),
+        ("hapo", {"adaptive_clip": False}),
+        ("hapo", {"neutral_zone": "adapted"}),
+        ("forking_tokens", {"trained_tokens": "all"}),
+        ("archer", {"eps_uncertain": None}),
+        ("archer", {"kl_certain": 0.0}),
+        ("archer", {"kl_uncertain": 0.001}),
+        ("edge_grpo", {"entropy_scale": False}),
+        ("entropy_adv", {"entropy_bonus": 0.2}),
+        ("entropy_adv", {"entropy_bonus_limit": 4.0}),
+    ],
+)
+def test_each_piece_changes_the_gradient(preset, off):
+    data, rows = batch(), list(range(6))
+    method = PRESETS[preset]
+    assert not torch.equal(gradient(method, data, rows, 1.0), gradient(replace(method, **off), data, rows, 1.0))
 
 
 def test_sequence_average_gives_every_completion_the_same_weight():
-    weights = loss_weights(torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]), "sequence")
-    assert weights.tolist() == [[0.25] * 4, [0.5, 0.5, 0.0, 0.0]]
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    assert loss_weights(mask, "sequence").tolist() == [[0.25] * 4, [0.5, 0.5, 0.0, 0.0]]
+    trained = torch.tensor([[True, False, False, False], [False] * 4])
+    assert loss_weights(mask, "sequence", trained).tolist() == [[1.0] * 4, [1.0, 1.0, 0.0, 0.0]]
+
+
+def test_denominator_counts_what_is_trained():
+    assert loss_denominator(torch.tensor([3, 0, 2]), "token") == 5.0
+    assert loss_denominator(torch.tensor([3, 0, 2]), "sequence") == 2.0
+    assert loss_denominator(torch.tensor([0, 0]), "token") == loss_denominator(torch.tensor([0]), "sequence") == 1.0
 
 
 def test_importance_weights_are_truncated():
@@ -127,13 +203,29 @@ def test_importance_weights_are_truncated():
     full = torch.zeros(1, 2)
     method = Method(importance="truncated", importance_cap=2.0, redistribution=False)
     ones = torch.ones(1, 2)
-    out, _ = method_loss(method, full, full, torch.ones(1), full, ones, 2.0, sampling_logp=full - 1.0)
+    tokens = TokenSignals(full, full, full > 0, torch.ones(1))
+    out, _ = method_loss(method, full, full, torch.ones(1), tokens, ones, 2.0, sampling_logp=full - 1.0)
     assert float(out.loss) == -2.0
     with pytest.raises(ValueError, match="sampling"):
-        method_loss(method, full, full, torch.ones(1), full, ones, 2.0)
+        method_loss(method, full, full, torch.ones(1), tokens, ones, 2.0)
+    with pytest.raises(ValueError, match="base model"):
+        method_loss(PRESETS["archer"], full, full, torch.ones(1), tokens, ones, 2.0)
 
 
-@pytest.mark.parametrize("bad", [{"tau": 1.0}, {"quantile": 1.5}, {"eps_low": 0.5}, {"dual_clip": 0.5}, {"floor": 0.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"tau": 1.0},
+        {"quantile": 1.5},
+        {"eps_low": 0.5},
+        {"dual_clip": 0.5},
+        {"floor": 0.0},
+        {"entropy_bonus_limit": 1.0},
+        {"entropy_bonus": -0.1},
+        {"kl_certain": -0.1},
+        {"eps_uncertain": 0.4},  # with adaptive_clip, which sets the bounds already
+    ],
+)
 def test_constants_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Method(**bad)

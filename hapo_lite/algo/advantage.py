@@ -1,4 +1,4 @@
-"""Group-relative advantages: by sequence (Eq. 1), by token (Eq. 9), and their redistribution by entropy (Eq. 10-11).
+"""Group-relative advantages: by sequence (Eq. 1), by token (Eq. 9), and what methods make of them by entropy.
 
 Axes: B completions, T completion tokens. A group is the set of completions of one prompt.
 """
@@ -70,3 +70,21 @@ def redistribute(
     ratio = ratio.detach()
     inside = (ratio >= 1.0 - eps_low / 2) & (ratio <= 1.0 + eps_high / 2)
     return torch.where((h > 0) ^ inside, advantage * (1.0 + h), advantage)
+
+
+def entropy_scale(mean_entropy: Tensor, floor: float = 1e-8) -> Tensor:
+    """EDGE-GRPO's entropy-driven advantage (arXiv 2507.21848): the factor on each completion's advantage, [B].
+
+    The mean over completions of their mean entropies, over the completion's own: a sure completion weighs more, right
+    or wrong. mean_entropy: [B], nats, of all completions of the iteration; below `floor` they count as `floor`.
+    """
+    mean_entropy = mean_entropy.clamp_min(floor)
+    return mean_entropy.mean() / mean_entropy
+
+
+def add_entropy_bonus(advantage: Tensor, entropy: Tensor, alpha: float = 0.4, kappa: float = 2.0) -> Tensor:
+    """A + min(alpha * H, |A| / kappa), the entropy-based advantage of arXiv 2506.14758. All [B, T], constants.
+
+    With kappa > 1 no advantage changes its sign, and one of 0 stays 0.
+    """
+    return advantage + torch.minimum(alpha * entropy, advantage.abs() / kappa)

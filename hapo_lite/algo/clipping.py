@@ -1,7 +1,8 @@
-"""Asymmetric adaptive clipping (Eq. 12-13): noise may fall fast, decisions may grow far."""
+"""Asymmetric adaptive clipping (Eq. 12-13): noise may fall fast, decisions may grow far. Archer's bounds by group."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -14,4 +15,14 @@ def clip_bounds(h: Tensor, eps_low: float = 0.2, eps_high: float = 0.28) -> tupl
     """
     lower = 1.0 - eps_low * (1.0 - h.clamp_max(0.0))
     upper = 1.0 + eps_high * (1.0 + h.clamp_min(0.0))
+    return lower, upper
+
+
+def grouped_bounds(uncertain: Tensor, eps_low: float, eps_high: float, eps_uncertain: float) -> tuple[Tensor, Tensor]:
+    """Archer (arXiv 2507.15778, Sect. 3): two clip ranges, a looser one for uncertain tokens. uncertain: bool [B, T].
+
+    [1 - eps_uncertain, 1 + eps_uncertain] for them, [1 - eps_low, 1 + eps_high] for the others.
+    """
+    lower = torch.where(uncertain, 1.0 - eps_uncertain, 1.0 - eps_low)
+    upper = torch.where(uncertain, 1.0 + eps_uncertain, 1.0 + eps_high)
     return lower, upper

@@ -7,6 +7,7 @@ temperature.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ class EntropySignal:
 
     pivot: the rho-quantile of log H, in log-nats. high, low: how far log H reaches above and below it, >= 0.
     sigma: root mean square of log H about the pivot (cancels in h; used by the z-score view). floor: nats.
+    low_side: the sign of h below the pivot; "positive" is what HAPO's public code computes, h / min(h).
     """
 
     pivot: float
@@ -25,9 +27,17 @@ class EntropySignal:
     high: float
     low: float
     floor: float = 1e-8
+    low_side: Literal["negative", "positive"] = "negative"
 
     @classmethod
-    def fit(cls, entropy: Tensor, mask: Tensor, quantile: float = 0.8, floor: float = 1e-8) -> EntropySignal:
+    def fit(
+        cls,
+        entropy: Tensor,
+        mask: Tensor,
+        quantile: float = 0.8,
+        floor: float = 1e-8,
+        low_side: Literal["negative", "positive"] = "negative",
+    ) -> EntropySignal:
         """Fit over the tokens where `mask` is true. entropy, mask: [B, T].
 
         The quantile is the nearest-rank one, sorted position round(quantile * (n - 1)): the pivot is the log-entropy of
@@ -49,14 +59,22 @@ class EntropySignal:
             high=float(log_entropy[-1] - pivot),
             low=float(pivot - log_entropy[0]),
             floor=floor,
+            low_side=low_side,
         )
+
+    def above(self, entropy: Tensor) -> Tensor:
+        """Whether log H lies above the pivot; bool, like `entropy`."""
+        return entropy.double().clamp_min(self.floor).log() > self.pivot
 
     def normalize(self, entropy: Tensor) -> Tensor:
         """h in [-1, 1], like `entropy`: positive above the pivot, 1 at the scope's largest entropy, -1 at its smallest.
 
-        A token outside the fitted scope is clamped. A side on which the scope has no token gives 0.
+        A token outside the fitted scope is clamped. A side on which the scope has no token gives 0. With low_side
+        "positive" it is 1 at the smallest entropy too.
         """
         distance = entropy.clamp_min(self.floor).log() - self.pivot
         above = distance / self.high if self.high > 0 else torch.zeros_like(distance)
         below = distance / self.low if self.low > 0 else torch.zeros_like(distance)
+        if self.low_side == "positive":
+            below = -below
         return torch.where(distance > 0, above, below).clamp(-1.0, 1.0)

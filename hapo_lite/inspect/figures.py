@@ -12,7 +12,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from hapo_lite.algo.objective import Method
+from hapo_lite.algo.methods import Method
 from hapo_lite.inspect.markup import content_key, hidden_json
 from hapo_lite.inspect.tokens import DualWord, TokenTable, show_number, what_if
 from hapo_lite.report import PANELS

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hapo_lite.algo.objective import Method
+from hapo_lite.algo.methods import Method
 from hapo_lite.algo.signal import EntropySignal
+from hapo_lite.algo.tokens import fit_signal
 from hapo_lite.errors import UserError
 from hapo_lite.policy import Policy, load_policy
 from hapo_lite.recipe import ModelSettings
@@ -94,14 +95,8 @@ def generate(policy: Policy, settings: GenerationSettings) -> Iterator[Progress]
         if last.ended == _OUT_OF_TIME:
             yield Progress(last.trace, True, f"{last.ended}, before the adaptive temperature could be used")
             return
-        signal = fit_signal(last.trace, settings.method)
+        signal = fit_signal(settings.method, torch.tensor(last.trace.tokens["entropy"]))
     yield from _one_pass(policy, settings, prompt, draws, signal, deadline)
-
-
-def fit_signal(trace: Trace, method: Method) -> EntropySignal:
-    """The signal over one generation's tokens (Eq. 5)."""
-    entropy = torch.tensor([trace.tokens["entropy"]])
-    return EntropySignal.fit(entropy, torch.ones_like(entropy), method.quantile, method.floor)
 
 
 _OUT_OF_TIME = "stopped at the time limit"

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hapo_lite.algo.objective import Method
+from hapo_lite.algo.methods import Method
 from hapo_lite.errors import UserError
 from hapo_lite.inspect.markup import count_treated
 from hapo_lite.inspect.tokens import TokenTable, token_table

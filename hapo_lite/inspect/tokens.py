@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hapo_lite.algo.objective import Method, assign_credit, policy_loss
+from hapo_lite.algo.methods import Method
+from hapo_lite.algo.objective import assign_credit, policy_loss
 from hapo_lite.algo.signal import EntropySignal
+from hapo_lite.algo.tokens import TokenSignals, fit_signal
 from hapo_lite.errors import UserError
 from hapo_lite.trace import Trace
 
@@ -56,7 +58,8 @@ QUANTITIES: dict[str, Quantity] = {
     "weight": Quantity("Advantage weight", "Advantage after redistribution over before (Eq. 10-11)", centre=1.0),
     "ratio": Quantity("Ratio", "Probability now over probability when sampled", "log", centre=1.0),
     "advantage": Quantity("Advantage", "Advantage of the whole completion (Eq. 9)", centre=0.0),
-    "credit": Quantity("Credit", "Advantage after redistribution (Eq. 10-11)", centre=0.0),
+    "credit": Quantity("Credit", "The token's advantage in the end (Eq. 10-11; 0: no gradient)", centre=0.0),
+    "kl_base": Quantity("KL to the base, nats", "Divergence from the model without its adapter", "log"),
 }
 
 
@@ -112,12 +115,13 @@ def token_table(
     if not entropy:
         raise UserError(f"{_name(trace)} has no tokens")
     signal, signal_from = _signal(trace, entropy, method)
-    h = _column(trace, "h") if "h" in trace.tokens else signal.normalize(torch.tensor(entropy)).tolist()
+    signals = TokenSignals.of_one(method, signal, torch.tensor(entropy))
+    h = _column(trace, "h") if "h" in trace.tokens else signals.h[0].tolist()
     temperature = _column(trace, "temperature")
-    at_one = assign_credit(method, torch.ones(1), torch.tensor([h]), torch.ones(1, len(h)))
+    at_one = assign_credit(method, torch.ones(1), signals, torch.ones(1, len(h)))
     stored = {
         name: _column(trace, name)
-        for name in ("lower", "upper", "ratio", "advantage", "credit", "logp_old")
+        for name in ("lower", "upper", "ratio", "advantage", "credit", "logp_old", "kl_base")
         if name in trace.tokens
     }
     numbers = {
@@ -131,7 +135,7 @@ def token_table(
         "logp": stored.get("logp_old") or _column(trace, "logp_base"),
         "weight": _weights(stored, at_one.advantage[0].tolist()),
     }
-    numbers |= {name: stored[name] for name in ("ratio", "advantage", "credit") if name in stored}
+    numbers |= {name: stored[name] for name in ("ratio", "advantage", "credit", "kl_base") if name in stored}
     return TokenTable(
         pieces=token_pieces(trace.tokens["id"], [str(text) for text in trace.tokens["text"]], tokenizer),
         numbers=numbers,
@@ -200,7 +204,8 @@ def what_if(table: TokenTable, method: Method, ratio: float, advantage: float) -
     """Were the ratio of every token `ratio` and the completion's advantage `advantage` (Eq. 10-13, DAPO's loss)."""
     h = table.tensor("h")
     ratios = torch.full_like(h, ratio)
-    credit = assign_credit(method, torch.tensor([advantage]), h, ratios)
+    signals = TokenSignals.of_one(method, table.signal, table.tensor("entropy")[0])
+    credit = assign_credit(method, torch.tensor([advantage]), signals, ratios)
     loss = policy_loss(
         ratios.log(),
         torch.zeros_like(h),
@@ -274,8 +279,7 @@ def _signal(trace: Trace, entropy: list[float], method: Method) -> tuple[Entropy
     if trace.sampling_signal is not None:
         return trace.sampling_signal, "the signal that set its temperatures, fitted before it was written"
     try:
-        row = torch.tensor([entropy])
-        fitted = EntropySignal.fit(row, torch.ones_like(row), method.quantile, method.floor)
+        fitted = fit_signal(method, torch.tensor(entropy))
     except ValueError as error:
         raise UserError(f"{_name(trace)}: {error}") from None
     return fitted, "a signal fitted on this generation alone"

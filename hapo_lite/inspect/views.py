@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from hapo_lite.algo.objective import PRESETS, Method
+from hapo_lite.algo.methods import PRESETS, Method
 from hapo_lite.inspect import figures, markup
 from hapo_lite.inspect.runs import Entry, Run, treated_counts
 from hapo_lite.inspect.tokens import TokenTable, dual_entropy, show_number

@@ -1,0 +1,130 @@
+"""The methods, as settings of the same pieces: what each preset switches on, its constants and its source.
+
+No code asks for a preset's name: it asks which pieces are on. docs/methods.md has a row for each preset.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+
+def _option(default, meaning: str):
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which pieces are on, and their constants. `PRESETS` names the published combinations.
+
+    A token is uncertain if its entropy lies above the `quantile` of the tokens it is measured against, else certain.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    preset: str = _option("hapo", "Where the other fields start from, one of the names in docs/methods.md")
+    adaptive_temperature: bool = _option(True, "A: sample each token at its own temperature (Eq. 8)")
+    token_level_advantage: bool = _option(
+        True, "B: group mean and std over tokens (Eq. 9), else over completions (Eq. 1)"
+    )
+    redistribution: bool = _option(True, "C: amplify moving decision points, suppress settled tokens (Eq. 10-11)")
+    adaptive_clip: bool = _option(True, "D: clip bounds that follow each token's entropy (Eq. 12-13)")
+    tau: float = _option(0.05, "How far the temperature moves: T = base * (1 + tau * h)")
+    quantile: float = _option(0.8, "rho: the share of tokens that are certain, at or below the pivot of log-entropy")
+    floor: float = _option(1e-8, "Entropies below this (nats) count as this")
+    low_side: Literal["negative", "positive"] = _option(
+        "negative", "Sign of h below the pivot; positive: what HAPO's public code does"
+    )
+    eps_low: float = _option(0.2, "How far the ratio may fall below 1 before its gradient stops")
+    eps_high: float = _option(0.28, "How far the ratio may rise above 1 before its gradient stops")
+    eps_uncertain: float | None = _option(
+        None, "Archer: how far the ratio of an uncertain token may move, both ways (null: as that of the others)"
+    )
+    neutral_zone: Literal["base", "adapted"] = _option(
+        "base", "C's zone: half the base bounds, or half the adapted ones"
+    )
+    dual_clip: float | None = _option(10.0, "Limit on the loss of a token with A < 0, in units of -A (null: none)")
+    loss_average: Literal["token", "sequence"] = _option("token", "Mean over tokens, or over completions' own means")
+    trained_tokens: Literal["all", "uncertain"] = _option(
+        "all", "Forking tokens: only uncertain tokens have a gradient, and only they count in the mean"
+    )
+    uncertain_among: Literal["iteration", "completion"] = _option(
+        "iteration", "The tokens that an uncertain one is measured against"
+    )
+    entropy_scale: bool = _option(
+        False, "EDGE-GRPO: advantage times the iteration's mean entropy over the completion's own"
+    )
+    entropy_bonus: float = _option(0.0, "Entropy-Adv's alpha: A + min(alpha * H, |A| / entropy_bonus_limit)")
+    entropy_bonus_limit: float = _option(2.0, "Entropy-Adv's kappa: above 1, so that no advantage changes its sign")
+    kl_certain: float = _option(0.0, "Weight of the divergence from the base model on certain tokens")
+    kl_uncertain: float = _option(0.0, "Weight of the divergence from the base model on uncertain tokens")
+    importance: Literal["none", "truncated"] = _option(
+        "none", "Weight each token by min(pi_old / mu, importance_cap), mu being the sampled distribution"
+    )
+    importance_cap: float = _option(2.0, "Largest importance weight")
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "tau": 0.0 <= self.tau < 1.0,
+            "quantile": 0.0 <= self.quantile <= 1.0,
+            "floor": self.floor > 0.0,
+            "eps_low": 0.0 < self.eps_low < 1.0,
+            "eps_high": self.eps_high > 0.0,
+            "eps_uncertain": self.eps_uncertain is None or 0.0 < self.eps_uncertain < 1.0,
+            "dual_clip": self.dual_clip is None or self.dual_clip > 1.0,
+            "entropy_bonus": self.entropy_bonus >= 0.0,
+            "entropy_bonus_limit": self.entropy_bonus_limit > 1.0,
+            "kl_certain": self.kl_certain >= 0.0,
+            "kl_uncertain": self.kl_uncertain >= 0.0,
+            "importance_cap": self.importance_cap > 0.0,
+        }
+        for name, holds in bounds.items():
+            if not holds:
+                raise ValueError(f"{name} = {getattr(self, name)} is out of range")
+        if self.adaptive_clip and self.low_side == "negative" and self.eps_low >= 0.5:
+            raise ValueError("eps_low must stay below 0.5 with adaptive_clip: the lower bound reaches 1 - 2 * eps_low")
+        if self.adaptive_clip and self.eps_uncertain is not None:
+            raise ValueError("adaptive_clip and eps_uncertain both set the bounds on the ratio: use one of them")
+
+    @property
+    def advantage_level(self) -> Literal["token", "sequence"]:
+        return "token" if self.token_level_advantage else "sequence"
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the loss asks for the base model's log-probabilities: one more pass over the completions."""
+        return self.kl_certain > 0.0 or self.kl_uncertain > 0.0
+
+
+_HAPO = Method()
+_DAPO = replace(
+    _HAPO,
+    preset="dapo",
+    adaptive_temperature=False,
+    token_level_advantage=False,
+    redistribution=False,
+    adaptive_clip=False,
+)
+_GRPO = replace(_DAPO, preset="grpo", eps_high=0.2, dual_clip=None, loss_average="sequence")
+
+PRESETS: dict[str, Method] = {
+    method.preset: method
+    for method in (
+        _GRPO,  # arXiv 2402.03300, without its KL term
+        _DAPO,  # arXiv 2503.14476
+        _HAPO,  # arXiv 2509.16591
+        replace(_HAPO, preset="hapo_public_code", low_side="positive", neutral_zone="adapted"),
+        replace(_DAPO, preset="forking_tokens", trained_tokens="uncertain"),  # arXiv 2506.01939
+        replace(  # arXiv 2507.15778
+            _GRPO,
+            preset="archer",
+            loss_average="token",
+            eps_uncertain=0.5,
+            kl_certain=0.001,
+            uncertain_among="completion",
+            dual_clip=3.0,
+        ),
+        replace(_GRPO, preset="edge_grpo", entropy_scale=True),  # arXiv 2507.21848
+        replace(_GRPO, preset="entropy_adv", entropy_bonus=0.4),  # arXiv 2506.14758
+    )
+}
