@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
+
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.errors import UserError
 from hapo_lite.policy import Policy
@@ -37,7 +40,7 @@ class Trace:
     iteration: int
     prompt_id: str
     sample: int
-    messages: list[list[str]]
+    messages: list[tuple[str, str]]
     gold: str
     text: str
     reward: float
@@ -92,7 +95,7 @@ def make_trace(
         iteration=iteration,
         prompt_id=completion.prompt.prompt.id,
         sample=completion.sample,
-        messages=[list(message) for message in completion.prompt.prompt.messages],
+        messages=list(completion.prompt.prompt.messages),
         gold=completion.prompt.prompt.answer,
         text=completion.text,
         reward=score.reward,
@@ -121,7 +124,8 @@ def read_traces(path: Path, problems: list[str] | None = None) -> list[Trace]:
     """
     traces = []
     try:
-        with path.open(encoding="utf-8") as file:
+        # As bytes: a line that is no UTF-8 is named like any other broken line, and those after it are still read.
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     traces.append(_parse(line, f"{path}:{number}"))
@@ -129,7 +133,7 @@ def read_traces(path: Path, problems: list[str] | None = None) -> list[Trace]:
                     if problems is None:
                         raise
                     problems.append(str(error))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         if problems is None:
             raise UserError(f"{path} cannot be read: {error}") from None
         problems.append(f"{path} cannot be read: {error}")
@@ -143,19 +147,24 @@ def drop_traces_after(folder: Path, iteration: int) -> None:
             file.unlink()
 
 
-def _parse(line: str, where: str) -> Trace:
+_FIELDS = TypeAdapter(Trace)
+
+
+def _parse(line: bytes, where: str) -> Trace:
     try:
-        fields = json.loads(line)
-        if fields["version"] != VERSION:
-            raise UserError(f"{where}: trace version {fields['version']}; this program reads {VERSION}")
-        for name in ("signal", "sampling_signal"):
-            fields[name] = EntropySignal(**fields[name]) if fields[name] else None
-        trace = Trace(**fields)
-        if len({len(values) for values in trace.tokens.values()}) > 1:
-            raise UserError(f"{where}: the token lists differ in length")
-        return trace
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: not a trace of hapo_lite ({type(error).__name__}: {error})") from None
+        fields = from_json(line)
+        if isinstance(fields, dict) and "version" in fields and fields["version"] != VERSION:
+            raise UserError(f"{where}: trace version {str(fields['version'])[:40]}; this program reads {VERSION}")
+        trace = _FIELDS.validate_python(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])[:80] or "line"
+        raise UserError(f"{where}: not a trace of hapo_lite ({place}: {first['msg']})") from None
+    except ValueError as error:
+        raise UserError(f"{where}: not a trace of hapo_lite ({error})") from None
+    if len({len(values) for values in trace.tokens.values()}) > 1:
+        raise UserError(f"{where}: the token lists differ in length")
+    return trace
 
 
 def _digits(value: float) -> float:

@@ -305,6 +305,45 @@ def test_a_broken_line_is_named_and_the_rest_opens(run_folder):
         read_traces(file)
 
 
+ATTACKS = [["<img src=x>"] * 6, ['"><script>'] * 6]
+FOREIGN = [None, 7, "x", [], {}, [["<b>"]], [math.inf] * 6, [-1] * 6, [10**30] * 6, *ATTACKS]
+
+
+@pytest.mark.parametrize("value", FOREIGN, ids=lambda value: repr(value)[:12])
+def test_foreign_values_are_named_or_shown_as_text(tmp_path, value):
+    """Whatever stands in a field: a sentence with file and line, or a page without a tag that is not ours."""
+    whole = dataclasses.asdict(trained(make_trace(), Method(), 0.5, [1.0, 0.6, 1.0, 1.2, 1.0, 1.0]))
+    lines = [json.dumps(whole | {name: value}) for name in whole]
+    for name in (*whole["tokens"], "alternatives"):
+        lines.append(json.dumps(whole | {"tokens": whole["tokens"] | {name: value}}))
+    file = tmp_path / "one/traces/000000.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("\n".join(lines), "utf-8")
+    run = open_run(tmp_path, "one")
+    entries, problems = run.entries(0)
+    traces, unread = run.traces(0)
+    assert len(traces) + len(unread) == len(lines)
+    for problem in problems:
+        assert re.match(rf"{file}:\d+: ", problem) or str(file) in problem
+    for entry in entries:
+        try:
+            trace = run.traces(0)[0][entry.place]
+            page = "".join(dataclasses.astuple(views.generation(trace, run.table(trace), Method())))
+        except UserError as error:
+            page = markup.note(str(error))
+        assert "<" not in strip_known(page)
+
+
+def test_text_that_is_no_utf8_is_named(run_folder):
+    file = run_folder / "one/traces/000001.jsonl"
+    good = file.read_bytes().splitlines()
+    surrogate = good[0].replace(b'"why?"', b'"\\ud800"')
+    file.write_bytes(b"\n".join([good[0], b"\xff" + good[1], surrogate, good[1]]))
+    traces, problems = open_run(run_folder, "one").traces(1)
+    assert len(traces) == 2
+    assert [p.split(": ")[0] for p in problems] == [f"{file}:2", f"{file}:3"]
+
+
 def test_a_live_run_is_read_again(run_folder):
     run = open_run(run_folder, "one")
     assert len(run.entries(2)[0]) == 2

@@ -43,10 +43,10 @@ class GenerationSettings:
     system_prompt: str = ""
 
     @property
-    def messages(self) -> list[list[str]]:
+    def messages(self) -> list[tuple[str, str]]:
         """The chat, as data sets give it: a system prompt, if any, and the problem."""
-        system = [["system", self.system_prompt]] if self.system_prompt else []
-        return [*system, ["user", self.problem]]
+        system = [("system", self.system_prompt)] if self.system_prompt else []
+        return [*system, ("user", self.problem)]
 
     def __post_init__(self) -> None:
         if not self.problem.strip():

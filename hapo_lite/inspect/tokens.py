@@ -5,6 +5,7 @@ Axes: T completion tokens. The equations are those of `hapo_lite.algo`, called o
 
 from __future__ import annotations
 
+import array
 import csv
 import functools
 import io
@@ -13,8 +14,9 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -109,11 +111,10 @@ def token_table(
     Raises UserError where the trace lacks something every trace has, or holds text in place of numbers.
     """
     method = method or Method()
-    if "id" not in trace.tokens or "text" not in trace.tokens:
-        raise UserError(f"{_name(trace)}: its tokens have no id or no text")
     entropy = _column(trace, "entropy")
     if not entropy:
         raise UserError(f"{_name(trace)} has no tokens")
+    ids, texts = _ids_and_texts(trace)
     signal, signal_from = _signal(trace, entropy, method)
     signals = TokenSignals.of_one(method, signal, torch.tensor(entropy))
     h = _column(trace, "h") if "h" in trace.tokens else signals.h[0].tolist()
@@ -137,10 +138,10 @@ def token_table(
     }
     numbers |= {name: stored[name] for name in ("ratio", "advantage", "credit", "kl_base") if name in stored}
     return TokenTable(
-        pieces=token_pieces(trace.tokens["id"], [str(text) for text in trace.tokens["text"]], tokenizer),
+        pieces=token_pieces(ids, texts, tokenizer),
         numbers=numbers,
-        clipped=[str(c) for c in trace.tokens.get("clipped", [""] * len(entropy))],
-        alternatives=trace.tokens.get("alternatives", [[] for _ in entropy]),
+        clipped=[c if c in ("low", "high") else "" for c in trace.tokens.get("clipped", [""] * len(entropy))],
+        alternatives=_alternatives(trace, len(entropy)),
         signal=signal,
         signal_from=signal_from,
         base_temperature=base_temperature,
@@ -267,10 +268,33 @@ def _name(trace: Trace) -> str:
 
 
 def _column(trace: Trace, name: str) -> list[float]:
-    values: list[Any] = trace.tokens.get(name, [])
-    if name not in trace.tokens or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-        raise UserError(f"{_name(trace)}: its tokens have no list {name!r} of finite numbers")
-    return [float(v) for v in values]
+    try:
+        # An array takes nothing but numbers, in a tenth of the time it takes to ask each for its type.
+        values = array.array("d", trace.tokens[name])
+        if np.isfinite(np.frombuffer(values)).all():
+            return values.tolist()
+    except (KeyError, TypeError, OverflowError):
+        pass
+    raise UserError(f"{_name(trace)}: its tokens have no list {name!r} of finite numbers")
+
+
+def _ids_and_texts(trace: Trace) -> tuple[list[int], list[str]]:
+    ids, texts = trace.tokens.get("id", []), trace.tokens.get("text", [])
+    if not ids or not all(type(i) is int and 0 <= i < 1 << 31 for i in ids):
+        raise UserError(f"{_name(trace)}: its tokens have no list 'id' of token ids")
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{_name(trace)}: its tokens have no list 'text' of text")
+    return ids, texts
+
+
+def _alternatives(trace: Trace, count: int) -> list[list[tuple[str, float, float]]]:
+    """Those that have their form; files hold none, so that whatever is there otherwise is not ours."""
+    return [
+        [tuple(c) for c in choices if isinstance(c, list | tuple) and [type(v) for v in c] == [str, float, float]]
+        if isinstance(choices, list)
+        else []
+        for choices in trace.tokens.get("alternatives", [[]] * count)
+    ]
 
 
 def _signal(trace: Trace, entropy: list[float], method: Method) -> tuple[EntropySignal, str]:
