@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.temperature import adaptive_temperature
@@ -32,9 +32,9 @@ def prompts(policy):
     ]
 
 
-def sample(policy, requests, batch_size=64, signal=SIGNAL, base=1.0, limit=24, seed=0, iteration=1):
+def sample(policy, requests, batch_size=64, signal=SIGNAL, base=1.0, top_p=1.0, limit=24, seed=0, iteration=1):
     engine = TransformersEngine(policy, batch_size, limit)
-    return engine.sample(requests, AdaptiveTemperature(signal, base), seed, 0, iteration)
+    return engine.sample(requests, AdaptiveTemperature(signal, base, top_p=top_p), seed, 0, iteration)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,52 @@ def test_the_processor_works_with_plain_generate(policy, prompts):
             logits_processor=LogitsProcessorList([processor]),
         )
     assert out.shape[0] == 3 and processor.temperature.shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [
+        # Probabilities .5, .25, .15, .1: the fewest that hold .7 are the first two, and those that hold .75 are too.
+        (0.7, 2),
+        (0.76, 3),
+        (0.4, 1),
+        (1.0, 4),
+    ],
+)
+def test_top_p_keeps_the_fewest_likeliest_tokens_by_hand(top_p, kept):
+    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
+    scores = AdaptiveTemperature(None, top_p=top_p)(None, logits)
+    order = [1, 3, 2, 0]
+    assert scores[0, order].isfinite().tolist() == [i < kept for i in range(4)]
+    assert torch.equal(scores[0, order[:kept]], logits[0, order[:kept]])
+
+
+def test_top_p_is_that_of_transformers():
+    logits = torch.randn(50, 3000, generator=torch.Generator().manual_seed(0)) * 4
+    theirs = LogitsProcessorList([TemperatureLogitsWarper(0.5), TopPLogitsWarper(0.7)])(None, logits)
+    processor = AdaptiveTemperature(None, 0.5, top_p=0.7)
+    ours = processor(None, logits)
+    assert torch.equal(ours, theirs)
+    assert 1 < ours.isfinite().sum(1).float().mean() < 300
+    # What it says it saw is the whole distribution, not the nucleus.
+    whole = torch.distributions.Categorical(logits=logits.double() / 0.5)
+    assert torch.allclose(processor.entropy.double(), whole.entropy(), atol=1e-5)
+
+
+def test_top_p_records_the_log_probability_in_the_nucleus(policy, requests):
+    completions = sample(policy, requests, signal=None, base=0.8, top_p=0.7)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.7)])
+    inside = 0
+    for c in completions:
+        ids = torch.tensor([*c.prompt.ids, *c.ids.tolist()])[None]
+        with torch.no_grad():
+            logits = policy.model(ids).logits[0, len(c.prompt.ids) - 1 : -1].float()
+        logp = warpers(None, logits).log_softmax(-1).gather(1, c.ids[:, None]).squeeze(1)
+        assert torch.allclose(c.sampling_logp, logp, atol=1e-4)
+        inside += int((c.sampling_logp > c.base_logp + 1e-3).sum())
+    assert inside > 20  # tokens whose probability grew because others were cut
+    alone = sample(policy, requests[::-1], signal=None, base=0.8, top_p=0.7, batch_size=1)[::-1]
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(completions, alone, strict=True))
 
 
 def test_inverse_cdf_draws_from_the_distribution():

@@ -17,8 +17,8 @@ from hapo_lite.policy import Policy
 from hapo_lite.records import Completion, EncodedPrompt
 from hapo_lite.rollout.sampling import AdaptiveTemperature, inverse_cdf, uniforms
 
-TRAINING, EVALUATION = 0, 1
-"""Stages, which separate the random numbers of training from those of evaluation."""
+TRAINING, EVALUATION, BENCHMARK = 0, 1, 2
+"""Stages, which separate the random numbers of training, of its evaluations, and of `hapo_lite.evaluate`."""
 COMPACT_SHARE = 8
 """Finished rows are taken out once they are an eighth of the batch: copying the cache costs about one step."""
 
