@@ -45,7 +45,7 @@ def run_command(command: Callable[[list[str] | None], object], argv: list[str] |
         print(f"stopped by {stop}; saved: the same command continues from here", file=sys.stderr)
         return 128 + stop.number
     except KeyboardInterrupt:
-        print("stopped before training began", file=sys.stderr)
+        print("stopped before anything was done", file=sys.stderr)
         return 130
 
 

@@ -25,6 +25,12 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 
 
+def one_folder(name: str) -> str:
+    if not re.fullmatch(FOLDER_NAME, name):
+        raise ValueError("must be one folder name of letters, digits and . _ + -: a run writes nowhere else")
+    return name
+
+
 class LoraSettings(Section):
     rank: Positive = Field(32, description="Rank of the adapter matrices")
     alpha: Annotated[float, Field(gt=0)] = Field(64.0, description="Scale: the adapter's output is times alpha / rank")
@@ -125,6 +131,63 @@ class EvaluationSettings(Section):
     )
 
 
+class SuiteSettings(Section):
+    """One set of problems to evaluate on. In a recipe it may also be written as text: NAME, FILE or NAME=FILE."""
+
+    name: str = Field(description="aime24, ..., or a name of your own: the folder that the results go to")
+    source: str | None = Field(None, description="As data.source; null: what the name stands for")
+    config: str | None = Field(None, description="As data.config")
+    revision: str | None = Field(None, description="As data.revision")
+    split: str = Field("test", description="As data.split")
+    problem_column: str | None = Field(None, description="As data.problem_column")
+    answer_column: str | None = Field(None, description="As data.answer_column")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, suite: Any) -> Any:
+        if not isinstance(suite, str):
+            return suite
+        name, equals, source = suite.partition("=")
+        if equals:
+            return {"name": name, "source": source}
+        path = Path(suite)
+        return {"name": path.stem, "source": suite} if path.suffix or "/" in suite else {"name": suite}
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_one_folder(cls, name: str) -> str:
+        return one_folder(name)
+
+
+class BenchmarkSettings(Section):
+    suites: tuple[SuiteSettings, ...] | None = Field(
+        None,
+        description="List of names, files, NAME=FILE or {name, source, config, split, problem_column, answer_column}; "
+        "null: the built-in task for a run on it, else the six of the paper",
+    )
+    limit: Positive | None = Field(None, description="Use only the first so many prompts of each suite")
+    samples: Positive = Field(8, description="Completions per prompt: the n of avg@n, pass@n and maj@n")
+    temperature: Annotated[float, Field(gt=0)] = Field(0.5, description="Sampling temperature")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.7, description="Sample from the likeliest tokens that hold so much probability; 1: from all"
+    )
+    max_new_tokens: Positive | None = Field(None, description="Longest completion; null: rollout.max_new_tokens")
+
+    @field_validator("suites", mode="before")
+    @classmethod
+    def _one_is_a_list_too(cls, suites: Any) -> Any:
+        return [suites] if isinstance(suites, (str, dict)) else suites
+
+    @field_validator("suites")
+    @classmethod
+    def _names_differ(cls, suites: tuple[SuiteSettings, ...] | None) -> tuple[SuiteSettings, ...] | None:
+        names = [suite.name for suite in suites or ()]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two suites are named {name}: write NAME=FILE to tell them apart")
+        return suites
+
+
 class CheckpointSettings(Section):
     every: NonNegative = Field(10, description="Iterations between checkpoints; 0: only at the end or when interrupted")
     keep: Positive = Field(2, description="Newest checkpoints kept")
@@ -152,6 +215,9 @@ class Recipe(Section):
     method: Method = Field(default_factory=lambda: PRESETS["hapo"])
     training: TrainingSettings
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    benchmark: BenchmarkSettings = Field(
+        default_factory=BenchmarkSettings, description="What python -m hapo_lite.evaluate does; training ignores it"
+    )
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
 
@@ -162,9 +228,7 @@ class Recipe(Section):
     @field_validator("name")
     @classmethod
     def _name_is_one_folder(cls, name: str) -> str:
-        if not re.fullmatch(FOLDER_NAME, name):
-            raise ValueError("must be one folder name of letters, digits and . _ + -: a run writes nowhere else")
-        return name
+        return one_folder(name)
 
     @field_validator("method", mode="before")
     @classmethod

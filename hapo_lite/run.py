@@ -55,6 +55,7 @@ MAY_CHANGE = (
     "checkpoint",
     "logging",
     "evaluation.every",
+    "benchmark",
 )
 """What a resumed run may have changed in its recipe without ceasing to be the same run."""
 

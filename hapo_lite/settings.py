@@ -147,7 +147,10 @@ def _nearest_file(path: Path) -> str:
 
 
 def _model_of(annotation: Any) -> type | None:
-    """The settings class inside a field's annotation, such as DataSettings in `DataSettings | None`."""
+    """The settings class inside a field's annotation, such as DataSettings in `DataSettings | None`.
+
+    A list of settings has no dotted keys, so there is none inside `tuple[SuiteSettings, ...]`.
+    """
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and (issubclass(candidate, BaseModel) or dataclasses.is_dataclass(candidate)):
             return candidate
@@ -195,4 +198,6 @@ def _type_text(annotation: Any) -> str:
         return " | ".join(_type_text(a) for a in get_args(annotation))
     if annotation is type(None):
         return "null"
+    if origin is tuple:
+        return "list"
     return getattr(annotation, "__name__", str(annotation))

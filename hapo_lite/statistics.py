@@ -90,19 +90,30 @@ def bootstrap_interval(values: ArrayLike, level: float = 0.95, resamples: int = 
     is too narrow (of 95 % intervals of normal values, 85 % hold the truth at P = 5, 90 % at 10, 94 % at 30). Raises
     ValueError without values.
     """
-    sample = np.asarray(values, dtype=np.float64)
+    return macro_interval([values], level, resamples, seed)
+
+
+def macro_interval(
+    groups: Sequence[ArrayLike], level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """The mean over groups (suites) of each group's mean; every group's [P_i] prompts are drawn among themselves."""
+    rng = np.random.default_rng(seed)
+    samples = [np.asarray(values, dtype=np.float64) for values in groups]
+    means = np.mean([_resampled_means(sample, resamples, rng) for sample in samples], axis=0)
+    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    return Interval(float(np.mean([sample.mean() for sample in samples])), float(low), float(high))
+
+
+def _resampled_means(sample: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
     if sample.ndim != 1 or sample.size == 0 or not np.isfinite(sample).all():
         raise ValueError(f"an interval needs a list of finite values, not one of shape {sample.shape}")
-    rng = np.random.default_rng(seed)
     at_once = max(1, _DRAWS_AT_ONCE // sample.size)
-    means = np.concatenate(
+    return np.concatenate(
         [
             sample[rng.integers(sample.size, size=(min(at_once, resamples - done), sample.size))].mean(axis=1)
             for done in range(0, resamples, at_once)
         ]
     )
-    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
-    return Interval(float(sample.mean()), float(low), float(high))
 
 
 def paired_interval(

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hapo_lite.statistics import Interval, avg_at_k, bootstrap_interval, maj_at_k, paired_interval, pass_at_k
+from hapo_lite.statistics import (
+    Interval,
+    avg_at_k,
+    bootstrap_interval,
+    macro_interval,
+    maj_at_k,
+    paired_interval,
+    pass_at_k,
+)
 
 grids = st.integers(1, 7).flatmap(
     lambda n: st.lists(st.lists(st.integers(0, 1), min_size=n, max_size=n), min_size=1, max_size=4)
@@ -122,6 +130,12 @@ def test_intervals_are_seeded_and_hold_the_truth_as_often_as_they_say():
     )
     found = [bootstrap_interval(rng.normal(2.0, 1.0, 40), resamples=400, seed=i) for i in range(400)]
     assert sum(v.low <= 2.0 <= v.high for v in found) / 400 == pytest.approx(0.94, abs=0.03)
+
+
+def test_groups_weigh_alike_and_are_drawn_apart():
+    # (0, 2) gives 0, 1, 2 with probability 1/4, 1/2, 1/4, and (6, 6, 6) gives 6: the mean of both is 3, 3.5 or 4.
+    assert macro_interval([[0, 2], [6, 6, 6]]) == Interval(3.5, 3.0, 4.0)
+    assert macro_interval([[0, 2], [6, 6, 6]], level=0.4) == Interval(3.5, 3.5, 3.5)
 
 
 def test_many_prompts_are_drawn_in_parts_and_agree_with_the_normal_approximation():

@@ -191,6 +191,11 @@ def _fraction(digits: str) -> Fraction:
     return Fraction(int(whole + decimals or "0"), 10 ** len(decimals)) if decimals else Fraction(int(whole))
 
 
+def normal_form(answer: str) -> str:
+    """The same answer in one of the ways it may be typed: what counts as one vote in maj@k."""
+    return _canonical(_tidy(answer)).casefold()
+
+
 def _text_gold(gold: str, canonical: str) -> str | None:
     """The gold answer's letters where it is words or a choice such as (A), else None."""
     wrapped = _TEXT.fullmatch(gold) is not None
