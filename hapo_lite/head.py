@@ -23,8 +23,10 @@ from torch import Tensor
 TILES = {"cpu": (512, 4096), "cuda": (1024, 4096)}
 """Most tokens x vocabulary entries of one tile, by device type. In fp32 a CPU tile is 8 MiB, to stay in a last-level
 cache."""
-BUFFERS = 56e6
-"""Bytes that all buffers of a tile may take; a wide model gets fewer tokens to a tile."""
+BUFFERS = {"cpu": 42e6, "cuda": 56e6}
+"""Bytes that all buffers of a tile may take; a wide model gets smaller tiles. Less on a CPU, whose heap has gaps."""
+PACKED = 16e6
+"""Bytes of these for a bf16 tile of the weight, which a CPU's matrix library copies into an order of its own."""
 LOG2_E = 1.0 / math.log(2.0)
 MASKED = -1e30
 """What a logit of -inf counts as: its probability is 0, and no inf - inf or 0 * inf arises."""
@@ -250,9 +252,14 @@ class _Tiles:
 
     def __init__(self, hidden: Tensor, inverse: Tensor, logits: _Logits) -> None:
         dtype, device, vocabulary = inverse.dtype, hidden.device.type, logits.vocabulary
-        rows, columns = TILES.get(device, TILES["cuda"])
+        kind, width = device if device in TILES else "cuda", hidden.shape[1]
+        (rows, columns), buffers = TILES[kind], BUFFERS[kind]
+        if kind == "cpu":
+            while 2 * columns * width > PACKED and columns > 512:
+                columns //= 2
+            buffers -= 2 * columns * width
         # A token needs two fp32 tile rows and, for its target and a product, up to four rows of D.
-        fitting = int(BUFFERS / (8 * columns + 16 * hidden.shape[1])) // 128 * 128
+        fitting = int(buffers / (8 * columns + 16 * width)) // 128 * 128
         self.rows = min(rows, max(fitting, 128), max(1, hidden.shape[0]))
         self.columns = min(columns, vocabulary.shape[0])
         self.dtype, self._logits, self._vocabulary = dtype, logits, vocabulary
@@ -371,7 +378,7 @@ class _Head(torch.autograd.Function):
             states, inverse_rows = hidden[rows].to(tiles.product_dtype), inverse[rows]
             target_rows = form.vocabulary[targets[rows]].to(dtype)
             # The target's own logit is known without rounding.
-            target_product = (hidden[rows].to(dtype) * target_rows).sum(dim=1)
+            target_product = torch.linalg.vecdot(hidden[rows].to(dtype), target_rows)
             target_logit, target_slope = form.transform(target_product.clone()[:, None], targets[rows], inverse_rows)
             target_logit = target_logit.squeeze(1)
             reference = tiles.first_reference(states, target_product)
