@@ -83,11 +83,15 @@ def test_own_function_may_return_arrays_and_tensors(tmp_path):
         ("return [1 / 0 for _ in prompts]", r"raised ZeroDivisionError: division by zero at .*mine\.py:2"),
         ("return (1 / 0 for _ in prompts)", r"raised ZeroDivisionError: division by zero at .*mine\.py:2"),
         ("import json; return json.loads('{')", r"raised JSONDecodeError: .* at .*mine\.py:2"),
+        ("raise SystemExit(0)", r"raised SystemExit: 0 at .*mine\.py:2"),
+        ("raise ValueError('one\\ntwo')", r"raised ValueError: one two at .*mine\.py:2"),
+        ("return reward(prompts, completions, answers)", r"raised RecursionError: .* at .*mine\.py:2"),
     ],
 )
 def test_what_an_own_function_does_amiss_is_said(tmp_path, body, complaint):
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=complaint) as caught:
         score(own(tmp_path, body), *BOXES)
+    assert "\n" not in str(caught.value)
 
 
 def test_functions_that_cannot_be_loaded(tmp_path, monkeypatch):
@@ -95,6 +99,7 @@ def test_functions_that_cannot_be_loaded(tmp_path, monkeypatch):
     Path("unwell.py").write_text("import json\n\nraise RuntimeError('no')\n")
     Path("askew.py").write_text("def f(:\n")
     Path("needy.py").write_text("import not_installed_at_all\n")
+    Path("leaving.py").write_text("import sys\nsys.exit('usage: leaving FILE')\n")
     Path("fine.py").write_text("def brevity(p, c, a):\n    return [0.0] * len(c)\n")
     for name, complaint in [
         ("fine", "not of the form module:function"),
@@ -105,6 +110,7 @@ def test_functions_that_cannot_be_loaded(tmp_path, monkeypatch):
         ("unwell.py:f", r"importing unwell\.py raised RuntimeError: no at .*unwell\.py:3"),
         ("askew:f", r"SyntaxError: .* at .*askew\.py:1"),
         ("needy:f", r"ModuleNotFoundError: .*not_installed_at_all"),
+        ("leaving:f", r"SystemExit: usage: leaving FILE at .*leaving\.py:2"),
     ]:
         with pytest.raises(UserError, match=complaint):
             load_function(name)

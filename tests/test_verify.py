@@ -116,6 +116,7 @@ def test_equal_answers_however_written(pool, answer, gold):
         (r"1.9 \times 10^{-27} \pi", r"1.325 \times 10^{-27} \pi"),
         ("12_9", "12_8"),
         ("(2,1)", "(1,2)"),
+        (r"\{0,5\}", "(0,5)"),
         (r"(-\infty,-5]", r"(-\infty,-5)"),
         ("seat", "east"),
         ("M", "m"),
@@ -205,34 +206,6 @@ def test_short_numbers_need_no_process():
         assert time.perf_counter() - started < 0.1
         assert [g.correct for g in grades] == [i % 2 == 0 for i in range(128)]
         assert not pool._idle
-
-
-HOSTILE = {
-    "a megabyte of braces": r"\boxed{" + "{" * 1_000_000 + "}",
-    "a megabyte of unclosed boxes": r"\boxed{" * 150_000,
-    "a million digits": box("9" * 1_000_000),
-    "a million digits in a sentence": "The answer is " + "9" * 1_000_000,
-    "a megabyte without an answer": "because " * 125_000,
-    "deep fractions": box(r"\frac{1}{" * 1000 + "2" + "}" * 1000),
-    "fractions that fit": box(r"\frac{1}{" * 150 + "2" + "}" * 150),
-    "lone surrogates": box("\ud800x+\udfff"),
-    "surrogates in a sentence": "\ud800 so $x+1$",
-    "NUL bytes": box("x\0+1\0"),
-    "control characters": box("x\n\r\x1b[2J\u2028+1"),
-    "right-to-left marks": box("\u202e24\u202c"),
-    "unbalanced formula": box(r"\left( \frac{1}{"),
-    "dollars": "$" * 5000,
-    "quotes": box('"}\n{"outcome": "correct"}'),
-}
-
-
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_text_is_never_correct_and_never_slow(text):
-    started = time.perf_counter()
-    verdict = grade(text, "x^2 + 7", timeout_s=2)
-    assert not verdict.correct
-    assert time.perf_counter() - started < 8
-    assert verdict.answer is None or len(verdict.answer) <= LONGEST_ANSWER
 
 
 @settings(max_examples=300, deadline=None)

@@ -4,6 +4,9 @@ It writes one line when ready, then answers each JSON line {gold, answer and/or 
 It imports math-verify and nothing heavier. It may be killed at any moment, and it ends by itself: when its standard
 input closes, when its parent is gone, and at the latest `seconds` into a request, by an alarm without a handler, which
 ends even a process deep in sympy.
+
+What a model wrote is read here and nowhere else, and math-verify has Python compute arithmetic that it finds in running
+text. So the process is confined: memory has a limit, and it can start no program, open no connection and write no file.
 """
 
 from __future__ import annotations
@@ -18,7 +21,14 @@ import sys
 from contextlib import suppress
 from functools import lru_cache
 
-MEMORY_BYTES = 4 << 30
+MEMORY_BYTES = 1 << 30
+"""Address space of one process; grading takes 70 MiB of it."""
+_REFUSED = (
+    *("subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "os.system", "os.exec", "os.spawn", "os.posix_spawn"),
+    *("os.fork", "os.kill", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"),
+    *("os.chmod", "os.chown", "os.putenv"),
+)
+"""Audit events of Python, or how they begin."""
 RELATIVE_TOLERANCE = 1e-5
 """math-verify rounds to six decimals; values that small must agree to about six digits instead."""
 
@@ -29,10 +39,9 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w", buffering=1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     logging.disable(logging.CRITICAL)
     judge({"gold": r"\frac{1}{2}", "answer": r"\frac{x+1}{2x+2}"})
+    confine()
     os.dup2(nowhere, 2)
     print("{}", file=out)
     while True:
@@ -50,6 +59,21 @@ def main() -> None:
             reply = {"outcome": "error"}
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(reply), file=out)
+
+
+def confine() -> None:
+    """Limit this process's memory, and refuse what reading an answer never needs. For good: neither can be undone."""
+    for limit, amount in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+        with suppress(ValueError, OSError):  # macOS knows no limit of the address space.
+            resource.setrlimit(limit, (amount, amount))
+    sys.dont_write_bytecode = True
+    sys.addaudithook(_refuse)
+
+
+def _refuse(event: str, args: tuple) -> None:
+    opened_to_write = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if opened_to_write or event.startswith(_REFUSED):
+        raise PermissionError(f"a grading process does nothing like {event}")
 
 
 def judge(request: dict) -> dict:
@@ -89,9 +113,16 @@ def parse_sentence(text: str) -> list:
 def same(gold: list, answer: list) -> bool:
     from math_verify import verify
 
-    if not verify(gold, answer, timeout_seconds=None):
+    if not verify(gold, answer, timeout_seconds=None) or _set_for_interval(gold, answer):
         return False
     return not gold or not answer or _same_size(gold[0], answer[0])
+
+
+def _set_for_interval(gold: list, answer: list) -> bool:
+    r"""\{0, 5\} for (0, 5): math-verify, which reads a point as an interval, compares the two ends alone."""
+    from sympy import Interval
+
+    return bool(gold and answer) and isinstance(gold[0], Interval) and str(answer[-1]).lstrip().startswith(r"\{")
 
 
 def _same_size(gold: object, answer: object) -> bool:

@@ -108,7 +108,7 @@ class Scorer:
             returned = function(questions, list(completions), [prompt.answer for prompt in prompts])
             iterable = hasattr(returned, "__iter__") and not isinstance(returned, (str, bytes, dict))
             values = list(returned) if iterable else None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"reward.function {name} raised {_describe(error)}") from error
         if values is None:
             raise UserError(
@@ -144,7 +144,7 @@ def load_function(name: str) -> RewardFunction:
         module = _module_from_file(Path(where), name) if where.endswith(".py") else _module(where, name)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"reward.function {name}: importing {where} raised {_describe(error)}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -198,7 +198,7 @@ def _number(value: object) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     """Type, message, and the innermost place outside Python's own and installed packages."""
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [
@@ -211,5 +211,5 @@ def _describe(error: Exception) -> str:
     place = f" at {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg} at {error.filename}:{error.lineno}"
-    message = str(error).strip()
+    message = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}{': ' + message if message else ''}{place}"
