@@ -91,9 +91,14 @@ def page(browser, address):
     assert not troubles
 
 
+def filled(page, slot: str) -> None:
+    """Waits for the tokens of a finished generation; while it is written they have no buttons."""
+    page.wait_for_selector(f"#{slot}-tokens .hapo-saves")
+
+
 def generated(page) -> None:
     page.click("#generate")
-    page.wait_for_selector("#generated-tokens .hapo-data", state="attached")
+    filled(page, "generated")
 
 
 def details(page, slot: str) -> dict[str, str]:
@@ -156,16 +161,16 @@ def test_the_slider_asks_what_if(page):
 def test_downloads(page):
     generated(page)
     with page.expect_download() as table:
-        page.click("#generated-csv")
+        page.click("#generated-tokens .hapo-save[data-kind=csv]")
     assert table.value.path().read_text("utf-8").startswith("position,text,entropy")
     with page.expect_download() as picture:
-        page.click("#generated-tokens .hapo-png")
+        page.click("#generated-tokens .hapo-save[data-kind=png]")
     assert picture.value.path().read_bytes().startswith(b"\x89PNG")
     page.locator("#generated-figures .hapo-plot").first.scroll_into_view_if_needed()
     buttons = page.locator("#generated-figures .hapo-plot").first.locator(".modebar-btn")
     with page.expect_download() as numbers:
         buttons.nth(1).click()
-    assert numbers.value.path().read_text("utf-8").startswith("series,x,y\n")
+    assert numbers.value.path().read_text("utf-8").startswith('"series","x","y"\n')
     with page.expect_download() as figure:
         buttons.nth(0).click()
     assert figure.value.path().read_bytes().startswith(b"\x89PNG")
@@ -174,7 +179,7 @@ def test_downloads(page):
 @browser_needed
 def test_a_run_opens(page, root):
     open_tab(page, "Run")
-    page.wait_for_selector("#opened-tokens .hapo-data", state="attached")
+    filled(page, "opened")
     assert page.input_value("#run-iteration input[type=number]") == "1"
     assert page.locator("#run-curves .hapo-figure").count() == 1
     page.locator("#run-completion input").click()
@@ -189,11 +194,10 @@ def test_a_run_opens(page, root):
 @browser_needed
 def test_hostile_text_stays_text(page):
     open_tab(page, "Run")
-    page.wait_for_selector("#opened-tokens .hapo-data", state="attached")
+    filled(page, "opened")
     page.locator("#run-name input").click()
     page.get_by_role("option", name="hostile").click()
-    page.wait_for_selector("#run-problems .hapo-error")
-    assert "000000.jsonl:2" in page.locator("#run-problems").inner_text()
+    page.wait_for_selector("#run-problems .hapo-error:has-text('000000.jsonl:2')")
     page.wait_for_selector("#opened-tokens .t:has-text('<script>')")
     for i in range(10):
         page.hover(f"#opened-tokens .t[data-i='{i}']")
@@ -208,15 +212,15 @@ def test_hostile_text_stays_text(page):
 @browser_needed
 def test_compare_marks_differences(page, root):
     open_tab(page, "Compare")
-    page.get_by_role("button", name="Sampling").last.click()
-    page.fill("#compare-tau input[type=number]", "0.5")
+    page.get_by_role("button", name="Limits").click()
+    page.fill("#left-tau input[type=number]", "0.5")
     page.keyboard.press("Tab")
     # With this seed the two sides part at a token where the temperature decides.
     page.fill("#compare-seed input", "2")
     page.keyboard.press("Tab")
     page.click("#compare")
-    page.wait_for_selector("#compare-right .hapo-data", state="attached")
-    assert page.locator("#compare-left .differs").count() and page.locator("#compare-right .differs").count()
+    filled(page, "right")
+    assert page.locator("#left-tokens .differs").count() and page.locator("#right-tokens .differs").count()
     assert "no counterpart" in page.locator("#compare-status").inner_text()
 
 
@@ -255,16 +259,16 @@ def test_a_run_that_is_none_is_named(tmp_path):
 
 @browser_needed
 def test_cancel_keeps_what_was_written(page, monkeypatch):
-    import app
+    from hapo_lite.inspect.tabs import stream
 
     def slow(policy, settings):
         for progress in generate(policy, settings):
             time.sleep(0.3)
             yield progress
 
-    monkeypatch.setattr(app, "generate", slow)
+    monkeypatch.setattr(stream, "generate", slow)
     page.click("#generate")
     page.wait_for_selector("#generated-tokens .t[data-i='2']")
     page.click("#cancel")
     page.wait_for_selector("#generate-status p:has-text('cancelled')")
-    page.wait_for_selector("#generated-tokens .hapo-data", state="attached")
+    filled(page, "generated")

@@ -63,35 +63,41 @@ class Colouring:
         return [f"{self.kind}{step:x}" for step in self.steps]
 
 
-def colour_values(values: Sequence[float], quantity: Quantity, floor: float = 1e-8) -> Colouring:
-    """Steps of a scale from the smallest to the largest value; a diverging one reaches as far to both sides."""
-
-    def place(value: float) -> float:
-        return math.log(max(value, floor)) if quantity.axis == "log" else value
-
-    def value(place: float) -> float:
-        return math.exp(place) if quantity.axis == "log" else place
-
-    kind = "s" if quantity.centre is None else "d"
-    placed = [place(v) for v in values]
+def span_of(values: Sequence[float], quantity: Quantity, floor: float = 1e-8) -> tuple[float, float]:
+    """The ends of a scale for these values: the smallest and the largest, a diverging one equally far to both sides."""
+    placed = [_place(v, quantity, floor) for v in values]
     low, high = min(placed, default=0.0), max(placed, default=0.0)
     if quantity.centre is not None:
-        middle = place(quantity.centre)
+        middle = _place(quantity.centre, quantity, floor)
         reach = max(high - middle, middle - low)
         low, high = middle - reach, middle + reach
-    # Of equal values none is high, and on a diverging scale all are in the middle.
-    resting = 0 if kind == "s" else STEPS[kind] // 2
+    return (math.exp(low), math.exp(high)) if quantity.axis == "log" else (low, high)
+
+
+def colour_values(
+    values: Sequence[float], quantity: Quantity, floor: float = 1e-8, span: tuple[float, float] | None = None
+) -> Colouring:
+    """Steps of a scale. span: its ends, where several texts share one; None for those of `values`."""
+    low, high = span or span_of(values, quantity, floor)
+    start, end = _place(low, quantity, floor), _place(high, quantity, floor)
+    kind = "s" if quantity.centre is None else "d"
     last = STEPS[kind] - 1
-    steps = [round(last * (p - low) / (high - low)) if high - low > 1e-12 else resting for p in placed]
-    return Colouring(kind, steps, value(low), value(high))
+    # Of equal values none is high, and on a diverging scale all are in the middle.
+    resting = 0 if kind == "s" else last // 2
+    scale = last / (end - start) if end - start > 1e-12 else 0.0
+    steps = [round(scale * (_place(v, quantity, floor) - start)) if scale else resting for v in values]
+    return Colouring(kind, [min(max(step, 0), last) for step in steps], low, high)
+
+
+def _place(value: float, quantity: Quantity, floor: float) -> float:
+    return math.log(max(value, floor)) if quantity.axis == "log" else value
 
 
 def palette_css() -> str:
-    """`.s0`-`.sf` and `.d0`-`.de` under .hapo-text, for the light theme and under .dark for the dark one."""
+    """`.s0`-`.sf` and `.d0`-`.de` in texts and legends, for the light theme and under .dark for the dark one."""
     rules = []
-    for (kind, theme), scope in {
-        key: ".dark .hapo-text" if key[1] == "dark" else ".hapo-text" for key in _SCALES
-    }.items():
+    for kind, theme in _SCALES:
+        scope = f"{'.dark ' if theme == 'dark' else ''}:is(.hapo-text, .hapo-legend)"
         for step, colour in enumerate(palette(kind, theme)):
             rules.append(f"{scope} .{kind}{step:x}{{background:{colour};color:{text_colour(colour)}}}")
     return "\n".join(rules)

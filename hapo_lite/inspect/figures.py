@@ -1,6 +1,8 @@
-"""Tables -> plotly figures, and figures -> HTML that the page's script draws when it comes into view.
+"""Tables -> figures, and figures -> HTML that the page's script draws when it comes into view.
 
-The script adds the light or the dark template, and buttons that save the picture and its numbers.
+A figure is what Plotly draws, a mapping of "data" and "layout". Plotly's own classes would check every value of every
+series, which takes a second for a few thousand tokens; a test holds the figures against them instead. The script adds
+the light or the dark template, and buttons that save the picture and its numbers.
 """
 
 from __future__ import annotations
@@ -10,11 +12,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import plotly.graph_objects as go
-
 from hapo_lite.algo.methods import Method
 from hapo_lite.inspect.markup import content_key, hidden_json
-from hapo_lite.inspect.tokens import DualWord, TokenTable, show_number, what_if
+from hapo_lite.inspect.tokens import QUANTITIES, DualWord, TokenTable, show_number, what_if
 from hapo_lite.report import PANELS
 
 BLUE, ORANGE, GREY = "#2f7fb8", "#d9822b", "#8a8f98"
@@ -23,6 +23,9 @@ MOST_MARKERS = 600
 """Tokens that are drawn one by one; of more, only the line can be made out."""
 SERIES = (BLUE, ORANGE, "#7a68a6", "#3a9c8b", GREY)
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
+DASHED = {"color": ORANGE, "dash": "dash", "width": 1.5}
+
+Figure = dict[str, Any]
 
 
 def templates() -> dict[str, dict[str, Any]]:
@@ -40,10 +43,9 @@ def templates() -> dict[str, dict[str, Any]]:
     return {"light": one("#33373d", "#e3e2dc", "#fdfdfb"), "dark": one("#d5d7db", "#363a42", "#15171b")}
 
 
-def figure_html(figure: go.Figure, name: str, reading: str) -> str:
+def figure_html(figure: Figure, name: str, reading: str) -> str:
     """A figure with its sentence. name: of the files that its PNG and CSV buttons save."""
-    data = {"name": name, **figure.to_plotly_json()}
-    height, hidden = figure.layout.height, hidden_json(data, "hapo-spec")
+    height, hidden = figure["layout"]["height"], hidden_json({"name": name, **figure}, "hapo-spec")
     return (
         f'<figure class="hapo-figure" data-key="{content_key(hidden)}"><figcaption>{html.escape(reading)}</figcaption>'
         f'<div class="hapo-plot" style="min-height:{height}px" role="img" aria-label="{html.escape(reading)}"></div>'
@@ -69,7 +71,7 @@ def token_figures(table: TokenTable, method: Method) -> str:
             bounds_figure(table),
             "bounds",
             "Band of clipping bounds around ratio 1: deep where certain, high where uncertain (Eq. 12-13)."
-            + (" Dots: actual ratios." if "ratio" in table.numbers else ""),
+            + (" Dots: actual ratios; crosses: clipped." if "ratio" in table.numbers else ""),
         ),
         figure_html(
             histogram_figure(table),
@@ -81,170 +83,195 @@ def token_figures(table: TokenTable, method: Method) -> str:
     return "".join(parts)
 
 
-def entropy_figure(table: TokenTable) -> go.Figure:
+def entropy_figure(table: TokenTable) -> Figure:
     """Entropy along the sequence, log axis, with the pivot line."""
-    figure = _along(table, [max(v, table.signal.floor) for v in table.numbers["entropy"]], "entropy, nats")
-    figure.update_yaxes(type="log", exponentformat="power")
-    pivot = math.exp(table.signal.pivot)
-    # A line on a log axis takes the logarithm for its annotation, so the pivot is a series of its own.
-    figure.add_scatter(
-        x=[0, max(len(table) - 1, 1)],
-        y=[pivot, pivot],
-        mode="lines",
-        name=f"pivot {show_number(pivot)}",
-        line={"color": ORANGE, "dash": "dash", "width": 1.5},
-        hoverinfo="name",
-    )
-    return figure
+    values = [max(v, table.signal.floor) for v in table.numbers["entropy"]]
+    return _figure("entropy, nats", [_along(table, values, "entropy"), _pivot(table)], yaxis=_log_axis(values))
 
 
-def temperature_figure(table: TokenTable) -> go.Figure:
+def temperature_figure(table: TokenTable) -> Figure:
     """Temperature along the sequence, with its base."""
-    figure = _along(table, table.numbers["temperature"], "temperature")
-    figure.add_hline(table.base_temperature, line={"color": ORANGE, "dash": "dash", "width": 1.5})
-    return figure
+    series = _along(table, table.numbers["temperature"], "temperature")
+    return _figure("temperature", [series], shapes=[_level(table.base_temperature, DASHED)])
 
 
-def bounds_figure(table: TokenTable) -> go.Figure:
+def bounds_figure(table: TokenTable) -> Figure:
     """The band between lower and upper bound, and the actual ratios where the trace has them."""
-    x = list(range(len(table)))
-    shared = {"x": x, "mode": "lines", "line": {"color": BLUE, "width": 1, "shape": "hvh"}, **_hover(table)}
-    lower, upper = table.numbers["lower"], table.numbers["upper"]
-    figure = go.Figure(layout=_layout("ratio"))
-    figure.add_scatter(y=lower, name="lower", **shared)
-    figure.add_scatter(
-        y=upper,
-        name="upper",
-        fill="tonexty",
-        fillcolor="rgba(47,127,184,.18)",
-        **shared,
-    )
-    figure.add_hline(1.0, line={"color": GREY, "width": 1})
+    line = {"mode": "lines", "line": {"color": BLUE, "width": 1, "shape": "hvh"}}
+    lower = _series(table, table.numbers["lower"], "lower", **line)
+    upper = _series(table, table.numbers["upper"], "upper", **line, fill="tonexty", fillcolor="rgba(47,127,184,.18)")
+    data = [lower, upper]
     if "ratio" in table.numbers:
-        ratio = table.numbers["ratio"]
-        figure.add_scatter(
-            x=x,
-            y=ratio,
-            mode="markers",
-            name="ratio",
-            **_hover(table),
-            marker={
-                "color": [ORANGE if c else GREY for c in table.clipped],
-                "symbol": ["x" if c else "circle" for c in table.clipped],
-                "size": 6,
-            },
-        )
-    return figure
+        marker = {
+            "color": [ORANGE if c else GREY for c in table.clipped],
+            "symbol": ["x" if c else "circle" for c in table.clipped],
+            "size": 6,
+        }
+        data.append(_series(table, table.numbers["ratio"], "ratio", mode="markers", marker=marker))
+    return _figure("ratio", data, shapes=[_level(1.0, {"color": GREY, "width": 1})])
 
 
-def histogram_figure(table: TokenTable) -> go.Figure:
+def histogram_figure(table: TokenTable) -> Figure:
     """Log-entropy, with the pivot."""
     logs = [math.log(max(v, table.signal.floor)) for v in table.numbers["entropy"]]
-    figure = go.Figure(layout=_layout("tokens", "log-entropy, log-nats"))
-    figure.add_histogram(x=logs, nbinsx=40, marker={"color": BLUE}, name="tokens")
-    figure.add_vline(table.signal.pivot, line={"color": ORANGE, "dash": "dash", "width": 1.5})
-    return figure
+    bars = {"type": "histogram", "x": logs, "nbinsx": 40, "marker": {"color": BLUE}, "name": "log-entropy"}
+    pivot = {"type": "line", "x0": table.signal.pivot, "x1": table.signal.pivot, "y0": 0, "y1": 1, "yref": "paper"}
+    return _figure("tokens", [bars], "log-entropy, log-nats", shapes=[{**pivot, "line": DASHED}])
 
 
-def what_if_figure(table: TokenTable, method: Method, ratio: float, advantage: float) -> go.Figure:
+def what_if_figure(table: TokenTable, method: Method, ratio: float, advantage: float) -> Figure:
     """Redistributed advantage of every token, were its ratio `ratio`; hollow bars are those that clipping stops."""
     outcome = what_if(table, method, ratio, advantage)
     stopped = [bool(c) for c in outcome.clipped]
-    figure = go.Figure(layout=_layout("advantage"))
-    figure.add_bar(
-        x=list(range(len(table))),
-        y=outcome.credit,
-        name="advantage",
-        hovertext=[
-            f"{_label(table, i)}<br>advantage {show_number(c)}<br>bounds {show_number(low)} to {show_number(high)}"
-            + (f"<br>clipped {clip}" if clip else "")
+    bars = {
+        "type": "bar",
+        "x": list(range(len(table))),
+        "y": outcome.credit,
+        "name": "advantage",
+        "hovertext": [
+            f"{i}: {_plain(table.pieces[i].shown, 40)}<br>advantage {show_number(c)}<br>bounds {show_number(low)} to "
+            f"{show_number(high)}" + (f"<br>clipped {clip}" if clip else "")
             for i, (c, low, high, clip) in enumerate(
                 zip(outcome.credit, outcome.lower, outcome.upper, outcome.clipped, strict=True)
             )
         ],
-        hoverinfo="text",
-        marker={
+        "hoverinfo": "text",
+        "marker": {
             "color": ["rgba(0,0,0,0)" if s else BLUE for s in stopped],
             "line": {"color": [ORANGE if s else BLUE for s in stopped], "width": [1.5 if s else 0 for s in stopped]},
         },
-    )
-    figure.add_hline(advantage, line={"color": GREY, "dash": "dash", "width": 1})
-    return figure
+    }
+    return _figure("advantage", [bars], shapes=[_level(advantage, {"color": GREY, "dash": "dash", "width": 1})])
 
 
-def dual_entropy_figure(words: Sequence[DualWord]) -> go.Figure:
+def dual_entropy_figure(words: Sequence[DualWord]) -> Figure:
     """Every occurrence of each word, by entropy, on a log axis."""
-    figure = go.Figure(layout=_layout("", "entropy, nats"))
+    data: list[dict[str, Any]] = []
     for word in reversed(words):
         label = _plain(word.word, 24)
-        figure.add_scatter(
-            x=[max(e, 1e-8) for e in word.entropies],
-            y=[label] * len(word.entropies),
-            mode="lines+markers",
-            line={"color": GREY, "width": 1},
-            marker={"color": BLUE, "size": 7, "opacity": 0.65},
-            hovertext=[f"{label}<br>{show_number(e)} nats" for e in word.entropies],
-            hoverinfo="text",
+        data.append(
+            {
+                "type": "scatter",
+                "name": label,
+                "x": [max(e, 1e-8) for e in word.entropies],
+                "y": [label] * len(word.entropies),
+                "mode": "lines+markers",
+                "line": {"color": GREY, "width": 1},
+                "marker": {"color": BLUE, "size": 7, "opacity": 0.65},
+                "hovertemplate": "%{y}<br>%{x:.4~g} nats<extra></extra>",
+            }
         )
-    figure.update_xaxes(type="log", exponentformat="power")
-    figure.update_yaxes(type="category", automargin=True)
-    figure.update_layout(height=120 + 22 * len(words))
-    return figure
+    xaxis = _log_axis([e for series in data for e in series["x"]])
+    yaxis = {"type": "category", "automargin": True}
+    return _figure("", data, "entropy, nats", 120 + 22 * len(words), xaxis=xaxis, yaxis=yaxis)
 
 
-def curve_figures(lines: Sequence[dict[str, Any]]) -> list[tuple[str, go.Figure]]:
-    """(heading, figure) for every panel of `report.PANELS` that metrics.jsonl has numbers for."""
+def side_by_side_figure(left: TokenTable, right: TokenTable, quantity: str, title: str) -> Figure:
+    """One quantity of two generations along their tokens, entropy on a log axis."""
+    log = QUANTITIES[quantity].axis == "log"
+    data = []
+    for table, name, colour in ((left, "left", BLUE), (right, "right", ORANGE)):
+        values = [max(v, table.signal.floor) if log else v for v in table.numbers[quantity]]
+        data.append(_along(table, values, name, colour))
+    yaxis = _log_axis([v for series in data for v in series["y"]]) if log else {}
+    legend = {"orientation": "h", "y": 1, "yanchor": "bottom"}
+    return _figure(title, data, yaxis=yaxis, showlegend=True, legend=legend) | {"tokens": False}
+
+
+def curve_figures(lines: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]] = ()) -> list[tuple[str, Figure]]:
+    """(heading, figure) for every panel of `report.PANELS` that metrics.jsonl has numbers for.
+
+    other: the lines of a second run, drawn dashed.
+    """
     figures = []
-    for heading, series in PANELS:
-        figure = go.Figure(layout=_layout("", ""))
-        for (key, label), colour in zip(series.items(), SERIES, strict=False):
-            points = [(line["iteration"], line[key]) for line in lines if _number(line.get(key))]
-            if points:
-                x, y = zip(*points, strict=True)
-                figure.add_scatter(
-                    x=x, y=y, name=label, mode="lines+markers", line={"color": colour, "width": 1.6}, marker={"size": 4}
-                )
-        figure.update_layout(showlegend=True, height=280 + 16 * len(figure.data))
-        if figure.data:
-            figures.append((heading, figure))
+    for heading, panel in PANELS:
+        data = []
+        for (key, label), colour in zip(panel.items(), SERIES, strict=False):
+            for which, suffix, dash in ((lines, ", left" if other else "", "solid"), (other, ", right", "dash")):
+                points = [(line["iteration"], line[key]) for line in which if _number(line.get(key))]
+                if points:
+                    x, y = zip(*points, strict=True)
+                    data.append(
+                        {
+                            "type": "scatter",
+                            "x": list(x),
+                            "y": list(y),
+                            "name": label + suffix,
+                            "mode": "lines+markers",
+                            "line": {"color": colour, "width": 1.6, "dash": dash},
+                            "marker": {"size": 4},
+                        }
+                    )
+        if data:
+            figures.append((heading, _figure("", data, "", 230 + 16 * len(data), showlegend=True)))
     return figures
 
 
-def _along(table: TokenTable, values: Sequence[float], title: str) -> go.Figure:
-    figure = go.Figure(layout=_layout(title))
-    figure.add_scatter(
-        x=list(range(len(table))),
-        y=list(values),
-        mode="lines+markers" if len(table) <= MOST_MARKERS else "lines",
-        name=title,
-        **_hover(table),
-        line={"color": BLUE, "width": 1},
-        marker={"size": 5, "color": BLUE},
-    )
-    return figure
-
-
-def _layout(y: str, x: str = "token") -> dict[str, Any]:
+def _figure(y: str, data: list[dict[str, Any]], x: str = "token", height: int = 280, **layout: Any) -> Figure:
+    axes = {name: {"title": {"text": title}, **layout.pop(name, {})} for name, title in (("xaxis", x), ("yaxis", y))}
     return {
-        "height": 280,
-        "margin": {"l": 56, "r": 16, "t": 28, "b": 40},
-        "font": {"family": FONT, "size": 12},
-        "xaxis": {"title": {"text": x}},
-        "yaxis": {"title": {"text": y}},
-        "showlegend": False,
-        "legend": {"orientation": "h", "y": -0.12, "yanchor": "top"},
-        "template": None,
+        # A click on a point shows the token at its x in the text above.
+        "tokens": x == "token",
+        "data": data,
+        "layout": {
+            "height": height,
+            "margin": {"l": 56, "r": 16, "t": 28, "b": 40},
+            "font": {"family": FONT, "size": 12},
+            "showlegend": False,
+            "legend": {"orientation": "h", "y": -0.12, "yanchor": "top"},
+            **axes,
+            **layout,
+        },
     }
 
 
-def _hover(table: TokenTable) -> dict[str, Any]:
-    """What a point tells: its token, and its value with four digits; plotly puts them together when it is asked."""
-    text = [_plain(piece.shown, 40) for piece in table.pieces]
-    return {"text": text, "hovertemplate": "%{x}: %{text}<br>%{y:.4~g}<extra></extra>"}
+def _log_axis(values: Sequence[float]) -> dict[str, Any]:
+    """A log axis that labels whole decades, at most seven, where there are two or more."""
+    decades = math.log10(max(values) / min(values))
+    ticks = {"dtick": math.ceil(decades / 7)} if decades > 2 else {"nticks": 6}
+    return {"type": "log", "exponentformat": "power", **ticks}
 
 
-def _label(table: TokenTable, i: int) -> str:
-    return f"{i}: {_plain(table.pieces[i].shown, 40)}"
+def _series(table: TokenTable, values: Sequence[float], name: str, **look: Any) -> dict[str, Any]:
+    """Values along the tokens. A point tells its token, and its value with four digits."""
+    return {
+        "type": "scatter",
+        "x": list(range(len(table))),
+        "y": list(values),
+        "name": name,
+        "text": [_plain(piece.shown, 40) for piece in table.pieces],
+        "hovertemplate": "%{x}: %{text}<br>%{y:.4~g}<extra></extra>",
+        **look,
+    }
+
+
+def _along(table: TokenTable, values: Sequence[float], name: str, colour: str = BLUE) -> dict[str, Any]:
+    return _series(
+        table,
+        values,
+        name,
+        mode="lines+markers" if len(table) <= MOST_MARKERS else "lines",
+        line={"color": colour, "width": 1},
+        marker={"size": 5, "color": colour},
+    )
+
+
+def _pivot(table: TokenTable) -> dict[str, Any]:
+    pivot = math.exp(table.signal.pivot)
+    return {
+        "type": "scatter",
+        "x": [0, max(len(table) - 1, 1)],
+        "y": [pivot, pivot],
+        "mode": "lines",
+        "name": f"pivot {show_number(pivot)}",
+        "line": DASHED,
+        "hoverinfo": "name",
+    }
+
+
+def _level(y: float, line: dict[str, Any]) -> dict[str, Any]:
+    """A line across the figure, drawn under no hover."""
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line}
 
 
 def _plain(text: str, longest: int) -> str:

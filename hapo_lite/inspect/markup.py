@@ -12,7 +12,7 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from hapo_lite.inspect.colour import STEPS, colour_values
+from hapo_lite.inspect.colour import STEPS, Colouring, colour_values, span_of
 from hapo_lite.inspect.tokens import QUANTITIES, TokenTable, show_number, visible
 from hapo_lite.trace import Trace
 
@@ -37,21 +37,40 @@ def note(text: str, kind: str = "note") -> str:
     return f'<p class="hapo-{kind}" role="{"alert" if kind == "error" else "note"}">{html.escape(text)}</p>'
 
 
+Spans = dict[str, tuple[float, float]]
+"""Ends of the colour scale of each quantity."""
+
+
+def shared_spans(tables: Sequence[TokenTable]) -> Spans:
+    """Scales that several texts can share, so that a colour means the same number in all of them."""
+    names = [name for name in tables[0].numbers if all(name in table.numbers for table in tables)]
+    return {
+        name: span_of([v for table in tables for v in table.numbers[name]], QUANTITIES[name], tables[0].signal.floor)
+        for name in names
+    }
+
+
 def token_text(
-    table: TokenTable, quantity: str = DEFAULT_QUANTITY, differs: Collection[int] = (), streaming: bool = False
+    table: TokenTable,
+    quantity: str = DEFAULT_QUANTITY,
+    differs: Collection[int] = (),
+    streaming: bool = False,
+    spans: Spans | None = None,
+    csv: str = "",
 ) -> str:
     """The generation as coloured tokens, with a legend and a panel of details that the page's script fills.
 
-    differs: positions to underline. streaming: while tokens still arrive, without the details.
+    differs: positions to underline. streaming: while tokens still arrive, without the details. spans: scales that are
+    shared with another text. csv: id of the page's download, which a button beside the legend then asks for.
     """
     quantity = quantity if quantity in table.numbers else DEFAULT_QUANTITY
+    spans = spans or {}
     colours = {
-        name: colour_values(values, QUANTITIES[name], table.signal.floor)
+        name: colour_values(values, QUANTITIES[name], table.signal.floor, spans.get(name))
         for name, values in table.numbers.items()
-        if not streaming or name == quantity
     }
     classes = colours[quantity].classes
-    spans = []
+    tokens = []
     for i, piece in enumerate(table.pieces):
         marks = [classes[i]]
         marks += ["special"] * piece.special + ["part"] * bool(piece.part) + ["differs"] * (i in differs)
@@ -59,17 +78,30 @@ def token_text(
         focus = "0" if i == 0 else "-1"
         # A line may break before a space, which is drawn as a dot and is no place to break by itself.
         brk = "<wbr>" if piece.shown.startswith("·") else ""
-        spans.append(
+        tokens.append(
             f'{brk}<span class="t {" ".join(marks)}" data-i="{i}" tabindex="{focus}">{html.escape(piece.shown)}</span>'
         )
-    body = f'<div class="hapo-tokens" dir="auto" role="group" aria-label="Tokens">{"".join(spans)}</div>'
-    if streaming:
-        return f'<section class="hapo-text">{body}</section>'
-    options = "".join(_option(name, name == quantity) for name in colours)
     data = {
         "colours": {name: "".join(f"{step:x}" for step in c.steps) for name, c in colours.items()},
         "kinds": {name: c.kind for name, c in colours.items()},
-        "labels": {name: QUANTITIES[name].label for name in colours},
+    }
+    hidden = hidden_json(data if streaming else data | _details(table), "hapo-data")
+    options = "".join(_option(name, name == quantity) for name in colours)
+    legends = "".join(_legend(name, c, name == quantity) for name, c in colours.items())
+    return (
+        f'<section class="hapo-text" data-key="{content_key(hidden)}" data-name="tokens" data-csv="{csv}">'
+        f'<div class="hapo-bar"><label>Colour by <select class="hapo-choose">{options}</select></label>{legends}'
+        f"{'' if streaming else export_buttons(csv=bool(csv))}</div>"
+        f'<div class="hapo-pair"><div class="hapo-tokens" dir="auto" role="group" aria-label="Tokens">'
+        f'{"".join(tokens)}</div><aside class="hapo-details" aria-live="polite" data-hint="{POINT_AT}">'
+        f"{note(POINT_AT)}</aside></div>{hidden}</section>"
+    )
+
+
+def _details(table: TokenTable) -> dict[str, Any]:
+    """What the page's script tells about the token that is pointed at."""
+    return {
+        "labels": {name: QUANTITIES[name].label for name in table.numbers},
         "rows": {name: [show_number(v) for v in values] for name, values in table.numbers.items()},
         "shown": [piece.shown for piece in table.pieces],
         "parts": [piece.part for piece in table.pieces] if any(p.part for p in table.pieces) else [],
@@ -79,16 +111,12 @@ def token_text(
             for choices in table.alternatives
         ],
     }
-    hidden = hidden_json(data, "hapo-data")
-    legends = "".join(_legend(name, c.kind, c.low, c.high, name == quantity) for name, c in colours.items())
-    return (
-        f'<section class="hapo-text" data-key="{content_key(hidden)}"><div class="hapo-bar"><label>Colour by '
-        f'<select class="hapo-choose">{options}</select></label>{legends}'
-        f'<button type="button" class="hapo-png">PNG</button></div>'
-        f'<div class="hapo-pair">{body}'
-        f'<aside class="hapo-details" aria-live="polite" data-hint="{POINT_AT}">{note(POINT_AT)}</aside>'
-        f"</div>{hidden}</section>"
-    )
+
+
+def export_buttons(csv: bool = True) -> str:
+    """Buttons that save what stands in the same section."""
+    more = '<button type="button" class="hapo-save" data-kind="csv">CSV</button>' if csv else ""
+    return f'<span class="hapo-saves"><button type="button" class="hapo-save" data-kind="png">PNG</button>{more}</span>'
 
 
 def summary(trace: Trace, table: TokenTable) -> str:
@@ -106,52 +134,77 @@ def summary(trace: Trace, table: TokenTable) -> str:
         facts.append(trace.outcome)
     if trace.truncated:
         facts.append("cut off")
-    counts = count_treated(table)
-    facts += [f"{count} {name}" for name, count in counts.items() if count]
+    facts += [f"{len(found)} {name}" for name, found in treated_tokens(table).items() if found]
     chips = "".join(f'<span class="hapo-chip">{html.escape(fact)}</span>' for fact in facts)
     return (
         f'<div class="hapo-summary">{prompt}<div>{chips}</div>{note(f"h is measured with {table.signal_from}.")}</div>'
     )
 
 
-def count_treated(table: TokenTable) -> dict[str, int]:
-    """How many tokens the update amplified, suppressed, or clipped low or high; nothing where there was no update."""
-    if "credit" not in table.numbers:
+TREATED = ("amplified", "suppressed", "clipped low", "clipped high")
+
+
+def treated_tokens(table: TokenTable) -> dict[str, list[int]]:
+    """Positions of the tokens that the update amplified, suppressed, or clipped; nothing where there was no update."""
+    if "credit" not in table.numbers or "advantage" not in table.numbers:
         return {}
     pairs = list(zip(table.numbers["credit"], table.numbers["advantage"], strict=True))
-    return {
-        "amplified": sum(abs(c) > abs(a) for c, a in pairs),
-        "suppressed": sum(abs(c) < abs(a) for c, a in pairs),
-        "clipped low": table.clipped.count("low"),
-        "clipped high": table.clipped.count("high"),
-    }
+    tests = (
+        [abs(c) > abs(a) for c, a in pairs],
+        [abs(c) < abs(a) for c, a in pairs],
+        [clip == "low" for clip in table.clipped],
+        [clip == "high" for clip in table.clipped],
+    )
+    return {name: [i for i, holds in enumerate(test) if holds] for name, test in zip(TREATED, tests, strict=True)}
 
 
-def small_text(table: TokenTable) -> str:
+def small_text(table: TokenTable, span: tuple[float, float] | None = None) -> str:
     """A completion in one paragraph, coloured by entropy, without details: for lists of many."""
-    classes = colour_values(table.numbers["entropy"], QUANTITIES["entropy"], table.signal.floor).classes
+    classes = colour_values(table.numbers["entropy"], QUANTITIES["entropy"], table.signal.floor, span).classes
     spans = "".join(
         f'<span class="t {c}">{html.escape(piece.shown)}</span>' for c, piece in zip(classes, table.pieces, strict=True)
     )
     return f'<div class="hapo-text hapo-small"><div class="hapo-tokens" dir="auto">{spans}</div></div>'
 
 
-def cards(items: Sequence[tuple[str, str, str]]) -> str:
-    """(heading, mark, HTML) -> a list of cards. mark: an outcome, shown beside the heading. The HTML is ours."""
-    return "".join(
-        f'<article class="hapo-card"><header>{html.escape(heading)} <b class="hapo-chip">{html.escape(mark)}</b>'
-        f"</header>{inner}</article>"
-        for heading, mark, inner in items
+def entropy_legend(span: tuple[float, float]) -> str:
+    """The scale of `small_text`."""
+    legend = _legend("entropy", colour_values([], QUANTITIES["entropy"], span=span), True)
+    return f"<span>Entropy, nats</span>{legend}"
+
+
+def cards(items: Sequence[tuple[str, str, str]], name: str, above: str = "") -> str:
+    """(heading, mark, HTML) -> a list of cards. mark: an outcome, shown beside the heading. The HTML is ours.
+
+    name: of the files that its buttons save. above: HTML to the left of the buttons.
+    """
+    inner = "".join(
+        f'<article class="hapo-card"><header>{html.escape(_cut(heading, 200))} '
+        f'<b class="hapo-chip">{html.escape(mark)}</b></header>{body}</article>'
+        for heading, mark, body in items
+    )
+    return (
+        f'<section class="hapo-list" data-name="{name}"><div class="hapo-bar">{above}{export_buttons()}</div>'
+        f'<div class="hapo-cards">{inner}</div></section>'
     )
 
 
-def plain_table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -> str:
-    """A table of text and numbers."""
-    top = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row) + "</tr>" for row in rows)
+def plain_table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str, name: str) -> str:
+    """A table of text and numbers. name: of the files that its buttons save."""
+
+    def cell(value: Any, tag: str, number: bool) -> str:
+        look = ' class="n"' if number else ""
+        return f"<{tag}{look}>{html.escape(str(value))}</{tag}>"
+
+    numbers = [isinstance(value, int) for value in rows[0]]
+    top = "".join(cell(h, "th", n) for h, n in zip(head, numbers, strict=True))
+    body = "".join(
+        "<tr>" + "".join(cell(v, "td", n) for v, n in zip(row, numbers, strict=True)) + "</tr>" for row in rows
+    )
     return (
-        f'<div class="hapo-scroll"><table class="hapo-table"><caption>{html.escape(caption)}</caption>'
-        f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<section class="hapo-list" data-name="{name}"><div class="hapo-bar"><span>{html.escape(caption)}</span>'
+        f'{export_buttons()}</div><div class="hapo-scroll"><table class="hapo-table"><thead><tr>{top}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div></section>"
     )
 
 
@@ -159,12 +212,12 @@ def _option(name: str, chosen: bool) -> str:
     return f'<option value="{name}"{" selected" if chosen else ""}>{html.escape(QUANTITIES[name].label)}</option>'
 
 
-def _legend(name: str, kind: str, low: float, high: float, chosen: bool) -> str:
-    swatches = "".join(f'<i class="{kind}{step:x}"></i>' for step in range(STEPS[kind]))
+def _legend(name: str, colouring: Colouring, chosen: bool) -> str:
+    swatches = "".join(f'<i class="{colouring.kind}{step:x}"></i>' for step in range(STEPS[colouring.kind]))
     hidden = "" if chosen else " hidden"
     return (
         f'<span class="hapo-legend" data-name="{name}"{hidden} title="{html.escape(QUANTITIES[name].meaning)}">'
-        f"{show_number(low)} {swatches} {show_number(high)}</span>"
+        f"{show_number(colouring.low)} {swatches} {show_number(colouring.high)}</span>"
     )
 
 

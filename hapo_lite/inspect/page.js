@@ -44,7 +44,7 @@
   function show(token) {
     const section = token.closest(".hapo-text");
     const all = data(section), panel = section.querySelector(".hapo-details");
-    if (!all || !panel) return;
+    if (!all || !all.rows || !panel) return;
     const i = Number(token.dataset.i);
     const previous = section.querySelector(".t.pointed");
     if (previous) previous.classList.remove("pointed");
@@ -62,13 +62,13 @@
     const choices = all.alternatives[i];
     if (choices && choices.length) {
       const table = make("table", "hapo-table"), head = make("tr");
-      for (const name of ["next token", "at base T", "at its T"]) head.append(make("th", "", name));
+      for (const name of ["next token", "at base T", "at its T"]) head.append(make("th", head.cells.length ? "n" : "", name));
       table.append(head);
       for (const [text, base, own] of choices) {
         const row = make("tr", text === all.shown[i] ? "chosen" : "");
         const cell = make("td");
         cell.append(make("bdi", "", text.replace("\n", "")));
-        row.append(cell, make("td", "", base), make("td", "", own));
+        row.append(cell, make("td", "n", base), make("td", "n", own));
         table.append(row);
       }
       panel.append(table);
@@ -88,7 +88,10 @@
   for (const kind of ["pointerover", "click", "focusin"]) {
     document.addEventListener(kind, (event) => {
       const token = tokenOf(event);
-      if (token) show(token);
+      if (!token) return;
+      show(token);
+      // On a narrow page the details lie below the tokens, often below the fold.
+      if (kind === "click") token.closest(".hapo-text").querySelector(".hapo-details").scrollIntoView({ block: "nearest" });
     });
   }
   document.addEventListener("keydown", (event) => {
@@ -111,33 +114,48 @@
     const link = Object.assign(make("a"), { download: name, href: url });
     link.click();
   }
+  const saveCsv = (name, rows) => {
+    const cell = (value) => (typeof value === "number" ? String(value) : `"${String(value ?? "").replaceAll('"', '""')}"`);
+    const text = rows.map((row) => row.map(cell).join(",")).join("\n") + "\n";
+    save(`${name}.csv`, URL.createObjectURL(new Blob([text], { type: "text/csv" })));
+  };
 
-  // The tokens as they stand on the page, painted box by box: a picture of HTML would need the browser's own renderer.
+  // A section as it stands on the page, painted box by box: a picture of HTML would need the browser's own renderer.
   function paint(section) {
-    const box = section.querySelector(".hapo-tokens"), frame = box.getBoundingClientRect(), scale = 2, edge = 12;
+    section.classList.add("hapo-unrolled");
+    const frame = section.getBoundingClientRect(), edge = 12;
+    const height = Math.max(frame.height, section.scrollHeight), scale = Math.min(2, 16000 / (height + 2 * edge));
     const canvas = Object.assign(document.createElement("canvas"), {
-      width: (frame.width + 2 * edge) * scale, height: (box.scrollHeight + 2 * edge) * scale,
+      width: (frame.width + 2 * edge) * scale, height: (height + 2 * edge) * scale,
     });
-    const pen = canvas.getContext("2d"), style = getComputedStyle(box);
+    const pen = canvas.getContext("2d"), left = edge - frame.left, top = edge - frame.top;
     pen.scale(scale, scale);
     pen.fillStyle = getComputedStyle(document.body).backgroundColor;
     pen.fillRect(0, 0, canvas.width, canvas.height);
-    pen.font = `${style.fontSize} ${style.fontFamily}`;
     pen.textBaseline = "middle";
-    const left = edge - frame.left, top = edge - frame.top + box.scrollTop;
-    box.querySelectorAll(".t").forEach((token) => {
-      const look = getComputedStyle(token), node = token.firstChild, range = document.createRange();
-      for (const r of token.getClientRects()) {
+    const range = document.createRange();
+    const mark = getComputedStyle(section).getPropertyValue("--hapo-mark");
+    const bar = (r, y) => pen.fillRect(r.left + left, y + top, r.width, 2);
+
+    function box(node) {
+      const look = getComputedStyle(node);
+      for (const r of node.getClientRects()) {
         pen.fillStyle = look.backgroundColor;
         pen.fillRect(r.left + left, r.top + top, r.width, r.height);
+        pen.fillStyle = mark;
+        if (node.matches(".differs, .clip-low")) bar(r, r.bottom - 2);
+        if (node.matches(".clip-high")) bar(r, r.top);
       }
-      if (!node) return;
+    }
+    function words(node) {
+      const look = getComputedStyle(node.parentElement);
+      pen.font = `${look.fontWeight} ${look.fontSize} ${look.fontFamily}`;
       pen.fillStyle = look.color;
       pen.direction = look.direction;
       pen.textAlign = "left";
       let start = 0, row = null;
       const flush = (end) => {
-        if (!row || end <= start) return;
+        if (row === null || end <= start) return;
         range.setStart(node, start);
         range.setEnd(node, end);
         const r = range.getClientRects()[0];
@@ -153,23 +171,54 @@
         }
       }
       flush(node.length);
-    });
-    save("tokens.png", canvas.toDataURL("image/png"));
+    }
+    const walker = document.createTreeWalker(section, NodeFilter.SHOW_ELEMENT | NodeFilter.SHOW_TEXT, (node) =>
+      node instanceof Element && (node.hidden || node.matches(".hapo-saves, .hapo-data, option"))
+        ? NodeFilter.FILTER_REJECT : NodeFilter.FILTER_ACCEPT);
+    for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+      if (node instanceof Text) words(node);
+      else if (node instanceof HTMLSelectElement) {
+        const r = node.getBoundingClientRect(), look = getComputedStyle(node);
+        pen.font = `${look.fontSize} ${look.fontFamily}`;
+        pen.fillStyle = look.color;
+        pen.fillText(node.selectedOptions[0].text, r.left + left + 8, r.top + top + r.height / 2);
+      } else box(node);
+    }
+    section.classList.remove("hapo-unrolled");
+    save(`${section.dataset.name}.png`, canvas.toDataURL("image/png"));
+  }
+
+  function sectionCsv(section) {
+    if (section.dataset.csv) {
+      // Full precision, from the server.
+      document.querySelector(`#${section.dataset.csv}`).click();
+      return;
+    }
+    const text = (node) => node.textContent.trim();
+    const rows = [...section.querySelectorAll("tr")].map((row) => [...row.cells].map(text));
+    for (const card of section.querySelectorAll(".hapo-card")) {
+      const head = card.querySelector("header"), outcome = text(head.querySelector("b"));
+      rows.push([text(head.firstChild), outcome, text(card.querySelector(".hapo-tokens"))]);
+    }
+    saveCsv(section.dataset.name, section.querySelector("tr") ? rows : [["completion", "outcome", "tokens"], ...rows]);
   }
   document.addEventListener("click", (event) => {
-    if (event.target.matches && event.target.matches(".hapo-png")) paint(event.target.closest(".hapo-text"));
+    const button = event.target instanceof Element && event.target.closest(".hapo-save");
+    if (!button) return;
+    const section = button.closest("[data-name]");
+    if (button.dataset.kind === "png") paint(section);
+    else sectionCsv(section);
   });
 
   function figureCsv(plot, name) {
-    const cell = (value) => (typeof value === "number" ? String(value) : JSON.stringify(String(value ?? "")).replaceAll('\\"', '""'));
-    const rows = ["series,x,y"];
+    const rows = [["series", "x", "y"]];
     for (const series of plot.data) {
       const values = series.y || series.x || [];
       Array.from(values).forEach((_, i) => {
-        rows.push([series.name || "", series.x ? series.x[i] : i, series.y ? series.y[i] : ""].map(cell).join(","));
+        rows.push([series.name || "", series.x ? series.x[i] : i, series.y ? series.y[i] : ""]);
       });
     }
-    save(`${name}.csv`, URL.createObjectURL(new Blob([rows.join("\n") + "\n"], { type: "text/csv" })));
+    saveCsv(name, rows);
   }
 
   // --- figures ----------------------------------------------------------------------------------------------------
@@ -182,6 +231,8 @@
     }
     const figure = holder.closest(".hapo-figure"), spec = read(figure, "hapo-spec");
     const layout = { ...spec.layout };
+    // Where fingers point, a drag across a figure scrolls the page.
+    if (matchMedia("(pointer: coarse)").matches) layout.dragmode = false;
     if (holder.data) Plotly.purge(holder);
     Plotly.newPlot(holder, spec.data, layout, {
       displaylogo: false,
@@ -193,7 +244,21 @@
         "zoom2d", "resetScale2d",
       ]],
       toImageButtonOptions: { format: "png", filename: spec.name, scale: 2 },
-    }).then(() => dress(holder));
+    }).then(() => {
+      dress(holder);
+      if (!spec.tokens) return;
+      holder.removeAllListeners("plotly_click");
+      holder.on("plotly_click", (event) => pick(holder, event.points[0].x));
+    });
+  }
+  // A point of a figure that was clicked: its token is shown in the text above it.
+  function pick(holder, position) {
+    const sections = [...document.querySelectorAll(".hapo-text[data-key]")].filter((section) => section.offsetParent);
+    const section = sections.findLast((one) => one.compareDocumentPosition(holder) & Node.DOCUMENT_POSITION_FOLLOWING);
+    const token = section && section.querySelector(`.t[data-i="${position}"]`);
+    if (!token) return;
+    token.scrollIntoView({ block: "nearest" });
+    show(token);
   }
   function dress(holder) {
     if (window.Plotly && holder.data) Plotly.relayout(holder, window.HAPO_TEMPLATES[dark() ? "dark" : "light"]);

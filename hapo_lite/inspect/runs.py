@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +15,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hapo_lite.algo.methods import Method
 from hapo_lite.errors import UserError
-from hapo_lite.inspect.markup import count_treated
+from hapo_lite.inspect.markup import TREATED, treated_tokens
 from hapo_lite.inspect.tokens import TokenTable, token_table
 from hapo_lite.policy import TINY_MODEL
 from hapo_lite.recipe import Recipe, load_recipe
+from hapo_lite.status import read_status
 from hapo_lite.trace import Trace, read_traces
 
 FILES_HELD = 8
@@ -53,7 +54,10 @@ def open_run(root: Path, name: str) -> Run:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is remembered of one completion. place: which trace of its file; treated: counts of `count_treated`."""
+    """What is remembered of one completion. place: which trace of its file.
+
+    treated: the tokens that the update amplified, suppressed or clipped, as text with their counts; empty without one.
+    """
 
     iteration: int
     place: int
@@ -63,11 +67,11 @@ class Entry:
     outcome: str
     reward: float
     length: int
-    treated: dict[str, int]
+    treated: dict[str, Counter[str]]
 
     @property
     def title(self) -> str:
-        return f"{self.stage} · {self.prompt_id} · {self.sample} · {self.outcome}"
+        return f"{self.stage} · {self.prompt_id[:80]} · {self.sample} · {self.outcome[:40]}"
 
 
 @dataclass
@@ -86,7 +90,7 @@ class Run:
         """An iteration's traces, and a sentence for every line that could not be read."""
         file = self._file(iteration)
         try:
-            stamp = _stamp(inside(self.path, file))
+            stamp = self.stamp(iteration)
         except (UserError, OSError) as error:
             return [], [str(error)]
         if iteration not in self._held or self._held[iteration][0] != stamp:
@@ -100,23 +104,20 @@ class Run:
 
     def entries(self, iteration: int) -> tuple[list[Entry], list[str]]:
         """A line for each of an iteration's completions, and the sentences about the others."""
-        known = self._entries.get(iteration)
         try:
-            if known and known[0] == _stamp(self._file(iteration)):
-                return known[1], known[2]
-        except OSError:
-            pass
-        traces, problems = self.traces(iteration)
-        entries, problems = [], list(problems)
-        for place, trace in enumerate(traces):
-            try:
-                table = self.table(trace, text=False)
-                entries.append(_entry(trace, iteration, place, table))
-            except (UserError, ValueError, TypeError) as error:
-                problems.append(f"{self._file(iteration)}: {error}")
-        if iteration in self._held:
-            self._entries[iteration] = (self._held[iteration][0], entries, problems)
-        return entries, problems
+            stamp = self.stamp(iteration)
+        except (UserError, OSError) as error:
+            return [], [str(error)]
+        if iteration not in self._entries or self._entries[iteration][0] != stamp:
+            traces, problems = self.traces(iteration)
+            entries = [_entry(t, iteration, place, self.table(t, text=False)) for place, t in enumerate(traces)]
+            self._entries[iteration] = (stamp, entries, problems)
+        return self._entries[iteration][1], self._entries[iteration][2]
+
+    def stamp(self, iteration: int) -> tuple[int, int]:
+        """Changes when the iteration's file does. Raises UserError if it leads out of the folder, OSError if absent."""
+        stat = inside(self.path, self._file(iteration)).stat()
+        return stat.st_mtime_ns, stat.st_size
 
     def table(self, trace: Trace, text: bool = True) -> TokenTable:
         """The trace's tokens under the run's method and temperature. text: put cut characters together."""
@@ -124,12 +125,19 @@ class Run:
         base = evaluation if trace.stage == "eval" else training
         return token_table(trace, method, base, self.tokenizer if text else None)
 
+    def table_of(self, entry: Entry) -> TokenTable:
+        """Raises UserError if the file no longer holds the completion, as after a run went on from a checkpoint."""
+        traces, _ = self.traces(entry.iteration)
+        if entry.place >= len(traces):
+            raise UserError(f"{self._file(entry.iteration)} has been written anew: refresh the page")
+        return self.table(traces[entry.place])
+
     def prompts(self) -> dict[str, list[Entry]]:
         """Completions by prompt over the whole run, for the prompts that were met in several iterations."""
         found: dict[str, list[Entry]] = {}
         for iteration in self.iterations():
             for entry in self.entries(iteration)[0]:
-                found.setdefault(f"{entry.stage}: {entry.prompt_id}", []).append(entry)
+                found.setdefault(f"{entry.stage}: {entry.prompt_id[:80]}", []).append(entry)
         return {name: entries for name, entries in found.items() if len({e.iteration for e in entries}) > 1}
 
     def metrics(self) -> tuple[list[dict[str, Any]], list[str]]:
@@ -159,13 +167,30 @@ class Run:
             return Method(), 1.0, 1.0
         return recipe.method, recipe.rollout.temperature, recipe.evaluation.temperature
 
-    @functools.cached_property
+    @property
     def recipe(self) -> Recipe | None:
         """The run's settings; None where recipe.yaml is missing or of another version."""
+        return self._recipe_and_problems[0]
+
+    @property
+    def recipe_problems(self) -> list[str]:
+        return self._recipe_and_problems[1]
+
+    @property
+    def doing(self) -> str:
+        """What the run is doing, or did last, as a sentence; "" where it keeps no status."""
         try:
-            return load_recipe(str(inside(self.path, self.path / "recipe.yaml")), [])
+            doing = read_status(inside(self.path, self.path / "status.json"))
         except (UserError, OSError):
-            return None
+            return ""
+        return f"{self.path.name}: {doing.stage}, iteration {doing.iteration}." if doing else ""
+
+    @functools.cached_property
+    def _recipe_and_problems(self) -> tuple[Recipe | None, list[str]]:
+        try:
+            return load_recipe(inside(self.path, self.path / "recipe.yaml")), []
+        except (UserError, OSError) as error:
+            return None, [f"{error} (HAPO's defaults are assumed)"]
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -183,26 +208,24 @@ class Run:
         return self.path / "traces" / f"{iteration:06d}.jsonl"
 
 
-def treated_counts(entries: Sequence[Entry]) -> dict[str, int]:
-    """How many tokens of these completions were amplified, suppressed, clipped low or high."""
-    names = ("amplified", "suppressed", "clipped low", "clipped high")
-    return {name: sum(e.treated.get(name, 0) for e in entries) for name in names}
+def treated_together(entries: Sequence[Entry]) -> dict[str, Counter[str]]:
+    """The treated tokens of several completions."""
+    together: dict[str, Counter[str]] = {name: Counter() for name in TREATED}
+    for entry in entries:
+        for name, texts in entry.treated.items():
+            together[name].update(texts)
+    return together
 
 
 def _entry(trace: Trace, iteration: int, place: int, table: TokenTable) -> Entry:
     return Entry(
         iteration=iteration,
         place=place,
-        stage=str(trace.stage),
-        prompt_id=str(trace.prompt_id),
-        sample=int(trace.sample),
-        outcome=str(trace.outcome),
-        reward=float(trace.reward),
+        stage=trace.stage,
+        prompt_id=trace.prompt_id,
+        sample=trace.sample,
+        outcome=trace.outcome,
+        reward=trace.reward,
         length=len(table),
-        treated=count_treated(table),
+        treated={name: Counter(table.pieces[i].shown for i in found) for name, found in treated_tokens(table).items()},
     )
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    stat = file.stat()
-    return stat.st_mtime_ns, stat.st_size

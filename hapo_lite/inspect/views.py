@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from hapo_lite.algo.methods import PRESETS, Method
+from hapo_lite.algo.methods import Method
 from hapo_lite.inspect import figures, markup
-from hapo_lite.inspect.runs import Entry, Run, treated_counts
-from hapo_lite.inspect.tokens import TokenTable, dual_entropy, show_number
+from hapo_lite.inspect.colour import span_of
+from hapo_lite.inspect.runs import Entry, Run, treated_together
+from hapo_lite.inspect.tokens import QUANTITIES, TokenTable, dual_entropy, show_number
 from hapo_lite.trace import Trace
 
 MOST_CARDS = 60
 """Completions of a list that are drawn; the rest is counted."""
-
-
-def method_of(hapo: bool, tau: float, rho: float) -> Method:
-    """HAPO with these constants, or DAPO, which is HAPO with all its pieces off."""
-    return replace(PRESETS["hapo" if hapo else "dapo"], tau=tau, quantile=rho)
+MOST_TEXTS = 12
+"""Different tokens of one treatment that are named."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,11 @@ class Generation:
     words: str
 
 
-def generation(trace: Trace, table: TokenTable, method: Method) -> Generation:
+def generation(trace: Trace, table: TokenTable, method: Method, csv: str = "") -> Generation:
+    """csv: id of the page's download of the tokens."""
     return Generation(
         summary=markup.summary(trace, table),
-        tokens=markup.token_text(table),
+        tokens=markup.token_text(table, csv=csv),
         figures=f'<div class="hapo-figures">{figures.token_figures(table, method)}</div>',
         words=dual_words([table]),
     )
@@ -72,8 +71,19 @@ def differing(left: Sequence[int], right: Sequence[int]) -> tuple[set[int], set[
     return set(range(len(left))) - same_left, set(range(len(right))) - same_right
 
 
-def comparison(left: tuple[Trace, TokenTable], right: tuple[Trace, TokenTable]) -> tuple[str, str, str]:
-    """(one sentence, left HTML, right HTML), with the tokens that differ marked."""
+@dataclass(frozen=True)
+class Comparison:
+    """HTML of two generations: one sentence, each side's facts and tokens with what differs marked, figures of both."""
+
+    sentence: str
+    sides: list[tuple[str, str]]
+    figures: str
+
+
+def comparison(
+    left: tuple[Trace, TokenTable], right: tuple[Trace, TokenTable], csv: Sequence[str] = ("", "")
+) -> Comparison:
+    """csv: ids of the page's downloads of the two sides."""
     ids = left[0].tokens["id"], right[0].tokens["id"]
     marks = differing(*ids)
     first = next((i for i, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), min(map(len, ids)))
@@ -84,68 +94,95 @@ def comparison(left: tuple[Trace, TokenTable], right: tuple[Trace, TokenTable]) 
             f"The first {first} tokens agree; {len(marks[0])} of {len(ids[0])} on the left and {len(marks[1])} of "
             f"{len(ids[1])} on the right have no counterpart and are underlined."
         )
+    tables = left[1], right[1]
+    spans = markup.shared_spans(tables)
     sides = [
-        markup.summary(trace, table) + markup.token_text(table, differs=mark)
-        for (trace, table), mark in zip((left, right), marks, strict=True)
+        (markup.summary(trace, table), markup.token_text(table, differs=mark, spans=spans, csv=download))
+        for (trace, table), mark, download in zip((left, right), marks, csv, strict=True)
     ]
-    return markup.note(sentence), *sides
+    drawn = [
+        figures.figure_html(
+            figures.side_by_side_figure(*tables, "entropy", "entropy, nats"),
+            "entropy_both",
+            "Entropy of every token on both sides, log axis: they are one line as far as the texts agree (Eq. 5).",
+        ),
+        figures.figure_html(
+            figures.side_by_side_figure(*tables, "temperature", "temperature"),
+            "temperature_both",
+            "Sampling temperature of every token on both sides; flat without the adaptive temperature (Eq. 8).",
+        ),
+    ]
+    return Comparison(markup.note(sentence), sides, f'<div class="hapo-figures">{"".join(drawn)}</div>')
 
 
-def curves(run: Run) -> tuple[str, list[str]]:
-    """The run's metrics as figures, and what could not be read."""
+def curves(run: Run, other: Run | None = None) -> tuple[str, list[str]]:
+    """The run's metrics as figures, a second run's dashed, and what could not be read."""
     lines, problems = run.metrics()
+    more, more_problems = other.metrics() if other else ([], [])
     parts = [
         figures.figure_html(
             figure, heading.split(",")[0].replace(" ", "_"), f"{heading[0].upper()}{heading[1:]}, by iteration"
         )
-        for heading, figure in figures.curve_figures(lines)
+        for heading, figure in figures.curve_figures(lines, more)
     ]
     if not parts:
-        return markup.note("This run has no metrics yet."), problems
-    return f'<div class="hapo-figures">{"".join(parts)}</div>', problems
+        return markup.note("This run has no metrics yet."), problems + more_problems
+    return f'<div class="hapo-figures hapo-curves">{"".join(parts)}</div>', problems + more_problems
 
 
 def treated(entries: Sequence[Entry]) -> str:
-    """Counts of what the update did to tokens, by outcome."""
+    """What the update did to tokens: how many, by outcome, and which."""
     trained = [e for e in entries if e.treated]
     if not trained:
         return markup.note("No completion here took part in an update.")
+    outcomes = sorted({e.outcome for e in trained})
+    by_outcome = [treated_together([e for e in trained if e.outcome == outcome]) for outcome in outcomes]
     rows = []
-    for outcome in sorted({e.outcome for e in trained}):
-        mine = [e for e in trained if e.outcome == outcome]
-        rows.append([outcome, len(mine), sum(e.length for e in mine), *treated_counts(mine).values()])
-    head = ["outcome", "completions", "tokens", *treated_counts([])]
-    return markup.plain_table(head, rows, "Tokens amplified, suppressed (Eq. 10-11), clipped low or high (Eq. 12-13)")
+    for name, texts in treated_together(trained).items():
+        often = "   ".join(f"{text.strip() or text} ×{count}" for text, count in texts.most_common(MOST_TEXTS))
+        rows.append([name, *(found[name].total() for found in by_outcome), often or "none"])
+    head = [f"{o}, of {sum(e.length for e in trained if e.outcome == o):,} tokens" for o in outcomes]
+    caption = "Tokens that the update amplified or suppressed (Eq. 10-11), or clipped low or high (Eq. 12-13)"
+    return markup.plain_table(["treatment", *head, "most often"], rows, caption, "treated")
 
 
-def right_against_wrong(run: Run, iteration: int, entries: Sequence[Entry]) -> tuple[str, str]:
-    """An iteration's right completions and its others, as two lists of cards."""
+def right_against_wrong(run: Run, entries: Sequence[Entry]) -> tuple[str, str]:
+    """An iteration's right completions and its others, as two lists of cards under one scale."""
     right = [e for e in entries if e.outcome == "correct"]
     wrong = [e for e in entries if e.outcome != "correct"]
-    return _cards(run, right), _cards(run, wrong)
+    tables = [_tables(run, right), _tables(run, wrong)]
+    span = _entropy_span([*tables[0], *tables[1]])
+    return _cards("right", right, tables[0], span), _cards("wrong", wrong, tables[1], span)
 
 
 def over_training(run: Run, entries: Sequence[Entry]) -> str:
     """One prompt's completions, from the first iteration to the last."""
-    return f'<div class="hapo-cards">{_cards(run, entries, with_iteration=True)}</div>'
+    tables = _tables(run, entries)
+    return _cards("over_training", entries, tables, _entropy_span(tables))
 
 
 def iteration_words(run: Run, entries: Sequence[Entry]) -> str:
     """Dual-entropy words over an iteration's completions."""
-    return dual_words([run.table(_trace(run, entry)) for entry in entries[:MOST_CARDS]])
+    return dual_words(_tables(run, entries))
 
 
-def _trace(run: Run, entry: Entry) -> Trace:
-    return run.traces(entry.iteration)[0][entry.place]
+def _tables(run: Run, entries: Sequence[Entry]) -> list[TokenTable]:
+    """Of the first `MOST_CARDS` entries."""
+    return [run.table_of(entry) for entry in entries[:MOST_CARDS]]
 
 
-def _cards(run: Run, entries: Sequence[Entry], with_iteration: bool = False) -> str:
+def _entropy_span(tables: Sequence[TokenTable]) -> tuple[float, float]:
+    return span_of([v for table in tables for v in table.numbers["entropy"]], QUANTITIES["entropy"])
+
+
+def _cards(name: str, entries: Sequence[Entry], tables: Sequence[TokenTable], span: tuple[float, float]) -> str:
+    """tables: of the first entries, which are shown; the others are counted."""
     if not entries:
         return markup.note("None here.")
     items = []
-    for entry in entries[:MOST_CARDS]:
-        place = f"iteration {entry.iteration} · " if with_iteration else f"{entry.stage} · {entry.prompt_id} · "
-        heading = f"{place}sample {entry.sample} · {entry.length:,} tokens"
-        items.append((heading, entry.outcome, markup.small_text(run.table(_trace(run, entry)))))
+    for entry, table in zip(entries, tables, strict=False):
+        heading = f"iteration {entry.iteration} · {entry.stage} · {entry.prompt_id} · sample {entry.sample}"
+        items.append((f"{heading} · {entry.length:,} tokens", entry.outcome, markup.small_text(table, span)))
     more = len(entries) - len(items)
-    return markup.cards(items) + (markup.note(f"and {more:,} more") if more > 0 else "")
+    below = markup.note(f"and {more:,} more") if more > 0 else ""
+    return markup.cards(items, name, markup.entropy_legend(span)) + below

@@ -1,0 +1,141 @@
+"""The boxes that say what is generated: the problem, the model and its method, the limits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+
+from hapo_lite.algo.methods import PRESETS
+from hapo_lite.errors import UserError
+from hapo_lite.inspect.generate import MOST_SECONDS, MOST_TOKENS, GenerationSettings
+from hapo_lite.inspect.tabs.desk import Desk, latest_signal
+from hapo_lite.policy import Policy
+from hapo_lite.tiny.task import problems
+
+FIRST_PASS, FROM_RUN = "first pass", "run's latest"
+Values = dict[Any, Any]
+"""What gradio hands to an event whose inputs are a set: component -> what stands in it."""
+
+
+def problem_box() -> gr.Dropdown:
+    examples = [p.prompt for p in problems("test")[:8]]
+    return gr.Dropdown(
+        examples, value=examples[0], label="Problem", info="type one or pick one", allow_custom_value=True
+    )
+
+
+class LimitBoxes:
+    """Most tokens, seed, time limit and system prompt."""
+
+    def __init__(self, desk: Desk, view: str) -> None:
+        with gr.Row():
+            self.tokens = gr.Number(256, label="Max tokens", precision=0, minimum=1, maximum=MOST_TOKENS)
+            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id=f"{view}-seed")
+            self.seconds = gr.Number(120, label="Time limit, s", minimum=1, maximum=MOST_SECONDS)
+        self.system_prompt = gr.Textbox(desk.start().system_prompt, label="System prompt", info="empty: none")
+        self.inputs = {self.tokens, self.seed, self.seconds, self.system_prompt}
+
+
+class ModelBoxes:
+    """Which model writes and what its method makes of the tokens; picking a run fills the boxes with its settings."""
+
+    def __init__(self, desk: Desk, side: str, limits: LimitBoxes, preset: str = "") -> None:
+        self.desk = desk
+        start = desk.start()
+        with gr.Row():
+            self.run = gr.Dropdown(
+                ["", *desk.runs()],
+                value="" if desk.model or desk.adapter else desk.first_run,
+                label="As in run",
+                info="fills the boxes",
+                elem_id=f"{side}-run",
+            )
+            self.method = gr.Dropdown(
+                list(PRESETS),
+                value=preset or start.method.preset,
+                label="Method",
+                info="dapo: HAPO off, every token alike",
+                elem_id=f"{side}-method",
+            )
+        with gr.Row():
+            self.model = gr.Textbox(
+                start.model, label="Model", info="tiny (bundled), a hub name or a folder", elem_id=f"{side}-model"
+            )
+            self.adapter = gr.Dropdown(
+                desk.adapters(),
+                value=start.adapter,
+                label="Adapter",
+                info="runs/NAME/adapter; empty: none",
+                allow_custom_value=True,
+                elem_id=f"{side}-adapter",
+            )
+        with gr.Row():
+            self.quantization = gr.Radio(
+                ["none", "nf4"], value=start.quantization, label="Quantisation", info="nf4: 4-bit base"
+            )
+            self.signal = gr.Radio(
+                [FIRST_PASS, FROM_RUN], value=FIRST_PASS, label="Signal", info="what h is measured against (Eq. 5)"
+            )
+        with gr.Row():
+            self.temperature = gr.Slider(
+                0.05, 2.5, start.temperature, step=0.05, label="Temperature", info="T_base (Eq. 8)", min_width=210
+            )
+            self.tau = gr.Slider(
+                0.0,
+                0.9,
+                start.method.tau,
+                step=0.01,
+                label="tau",
+                info="how far it moves (Eq. 8)",
+                min_width=210,
+                elem_id=f"{side}-tau",
+            )
+            self.rho = gr.Slider(
+                0.0,
+                1.0,
+                start.method.quantile,
+                step=0.01,
+                label="rho",
+                info="quantile of the pivot (Eq. 5)",
+                min_width=210,
+            )
+        filled = [self.method, self.model, self.adapter, self.quantization, self.temperature, self.tau, self.rho]
+        self.inputs = {self.run, self.signal, *filled}
+        self.run.input(self._fill, self.run, [*filled, limits.system_prompt], show_progress="hidden")
+
+    def _fill(self, run: str) -> list:
+        try:
+            d = self.desk.defaults(run)
+        except UserError as error:
+            raise gr.Error(str(error)) from None
+        method = d.method
+        known = [method.preset, d.model, d.adapter, d.quantization, d.temperature, method.tau, method.quantile]
+        return [*known, d.system_prompt]
+
+    def policy(self, values: Values) -> Policy:
+        """The model of these boxes, loaded if need be. Raises UserError."""
+        return self.desk.shelf.get(values[self.model], values[self.adapter] or "", values[self.quantization])
+
+    def settings(self, values: Values, problem: str | None, limits: LimitBoxes) -> GenerationSettings:
+        """What the boxes say. A run's own constants are kept while its method is. Raises UserError."""
+        run = self.desk.run(values[self.run]) if values[self.run] else None
+        method = PRESETS[values[self.method]]
+        if run and run.recipe and run.recipe.method.preset == method.preset:
+            method = run.recipe.method
+        signal = None
+        if values[self.signal] == FROM_RUN:
+            if run is None:
+                raise UserError(f"no run is picked: pick one, or set the signal to {FIRST_PASS}")
+            signal = latest_signal(run)
+        return GenerationSettings(
+            problem=problem or "",
+            method=replace(method, tau=values[self.tau], quantile=values[self.rho]),
+            temperature=values[self.temperature],
+            max_new_tokens=int(values[limits.tokens] or 0),
+            seed=int(values[limits.seed] or 0),
+            seconds=values[limits.seconds] or 0.0,
+            signal=signal,
+            system_prompt=values[limits.system_prompt].strip(),
+        )
