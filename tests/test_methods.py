@@ -179,6 +179,23 @@ def test_tokens_left_out_of_the_gradient_are_counted_and_traced(make_recipe, mak
         assert credit == (advantage if uncertain else 0.0) or abs(math.log(entropy) - signal.pivot) < 1e-5
 
 
+def test_a_step_is_divided_by_its_own_trained_tokens(make_recipe, make_loop):
+    """Those of resting completions included. The warm-up starts from a rate of 0, so every ratio is still 1."""
+    loop = make_loop(make_recipe("method=forking_tokens", "rollout.old_logprobs=sampled"))
+    collected = loop.rollout(TrainState(), iteration=1)
+    advantage = advantages(collected, loop.recipe.method)
+    plan = loop.plan(collected.completions, advantage, [], iteration=1)
+    scored = loop.score(collected.completions, plan)
+    _, metrics = loop.update(collected.completions, advantage, scored, plan)
+    by_hand = []
+    for members in plan.members:
+        counts = [int(scored.uncertain[i].sum()) for i in members]
+        gain = sum(float(advantage[i]) * n for i, n in zip(members, counts, strict=True))
+        by_hand.append(-gain / sum(counts))
+    assert metrics["update/loss"] == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-4)
+    assert abs(metrics["update/loss"]) > 1e-3
+
+
 def test_the_wrong_sign_reaches_the_sampler_and_survives_a_checkpoint(make_recipe, make_loop):
     loop = make_loop(make_recipe("method=hapo_public_code"))
     state, lines = run_steps(loop, 2)
