@@ -70,6 +70,7 @@ def trained(trace: Trace, method: Method, advantage: float, ratio: list[float]) 
         "lower": credit.lower[0].tolist(),
         "upper": credit.upper[0].tolist(),
         "clipped": ["low" if r < 0.7 else "" for r in ratio],
+        "kl_base": [0.25 * i for i in range(len(ratio))],
     }
     return dataclasses.replace(trace, stage="train", tokens=trace.tokens | update, signal=signal)
 
@@ -172,7 +173,7 @@ def test_what_the_update_recorded_is_shown_as_it_is():
     method, ratio = Method(), [1.0, 1.0, 0.5, 1.0, 1.3, 1.0]
     trace = trained(make_trace(), method, -0.5, ratio)
     table = token_table(trace, method)
-    for name in ("h", "ratio", "credit", "lower", "upper", "advantage"):
+    for name in ("h", "ratio", "credit", "lower", "upper", "advantage", "kl_base"):
         assert table.numbers[name] == trace.tokens[name]
     assert table.numbers["weight"] == [c / -0.5 for c in trace.tokens["credit"]]
     found = markup.treated_tokens(table)

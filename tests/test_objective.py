@@ -146,14 +146,8 @@ PIECES_OFF = dict.fromkeys(("adaptive_temperature", "token_level_advantage", "re
         ("entropy_adv", {"entropy_bonus": 0.0}, "grpo"),
         (
             "archer",
-            {
-                "eps_uncertain": None,
-                "kl_certain": 0.0,
-                "uncertain_among": "iteration",
-                "dual_clip": None,
-                "loss_average": "sequence",
-            },
-            "grpo",
+            {"eps_uncertain": None, "kl_certain": 0.0, "uncertain_among": "iteration", "eps_high": 0.28},
+            "dapo",
         ),
     ],
 )

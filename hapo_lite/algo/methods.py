@@ -116,13 +116,12 @@ PRESETS: dict[str, Method] = {
         replace(_HAPO, preset="hapo_public_code", low_side="positive", neutral_zone="adapted"),
         replace(_DAPO, preset="forking_tokens", trained_tokens="uncertain"),  # arXiv 2506.01939
         replace(  # arXiv 2507.15778
-            _GRPO,
+            _DAPO,
             preset="archer",
-            loss_average="token",
+            eps_high=0.2,
             eps_uncertain=0.5,
             kl_certain=0.001,
             uncertain_among="completion",
-            dual_clip=3.0,
         ),
         replace(_GRPO, preset="edge_grpo", entropy_scale=True),  # arXiv 2507.21848
         replace(_GRPO, preset="entropy_adv", entropy_bonus=0.4),  # arXiv 2506.14758
