@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -73,7 +74,7 @@ class Scored:
 class Evaluation:
     """avg@n on the held-out prompts, and traces of a few of them."""
 
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     traces: list[Trace]
 
 
@@ -336,6 +337,9 @@ class Loop:
         count = len(scores)
         metrics = {
             "eval/accuracy": sum(s.correct for s in scores) / count,
+            "eval/solved": [
+                sum(s.correct for s in scores[i : i + settings.samples]) for i in range(0, count, settings.samples)
+            ],
             "eval/length_mean": sum(c.length for c in completions) / count,
             "eval/truncated_share": sum(c.truncated for c in completions) / count,
             "eval/entropy_mean": float(torch.cat([c.entropy for c in completions]).mean()),

@@ -13,7 +13,7 @@ import platform
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from hapo_lite.status import Status
 from hapo_lite.tasks.data import load_prompts, split_held_out
 from hapo_lite.tasks.rewards import Scorer
 from hapo_lite.trace import drop_traces_after, write_traces
+from hapo_lite.verdict import judge_run
 
 MAY_CHANGE = (
     "output_dir",
@@ -192,7 +193,7 @@ class Recorder:
     def evaluates(self) -> bool:
         return bool(self.loop.held_out)
 
-    def record(self, metrics: dict[str, float], traces: list, evaluate: bool) -> None:
+    def record(self, metrics: dict[str, Any], traces: list, evaluate: bool) -> None:
         """Add an iteration's line to metrics.jsonl and its traces, after an evaluation if one is due."""
         if evaluate:
             evaluation = self.loop.evaluate(int(metrics["iteration"]))
@@ -206,7 +207,8 @@ class Recorder:
             write_traces(self.folder.traces, int(metrics["iteration"]), traces)
             self.folder.metrics.append(metrics)
         if self.recipe.logging.report_to != "none":
-            self.loop.accelerator.log(metrics, step=int(metrics["iteration"]))
+            numbers = {key: value for key, value in metrics.items() if not isinstance(value, list)}
+            self.loop.accelerator.log(numbers, step=int(metrics["iteration"]))
 
     def save(self, state: TrainState) -> None:
         if self.main and state.iteration:
@@ -223,7 +225,7 @@ class Recorder:
         return {key: f"{value:.3f}" for key, value in shown.items()}
 
     def finish(self, state: TrainState) -> dict[str, Any]:
-        """Write adapter/, summary.json and curves.png, and print the closing table."""
+        """Write adapter/, summary.json and curves.png, and print the closing table and the verdict."""
         self.loop.enter("closing")
         self.loop.accelerator.wait_for_everyone()
         if not self.main:
@@ -232,9 +234,11 @@ class Recorder:
             save_adapter(self.loop.policy, self.folder.adapter)
             draw_curves(self.lines, self.folder.curves, title=self.recipe.name)
             # Last, since it says that the run is complete.
-            summary = self._summary(state)
+            verdict = judge_run(self.lines, self.recipe)
+            summary = self._summary(state) | {"verdict": asdict(verdict)}
             self.folder.summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         print(closing_table(self.lines, self.recipe.evaluation.samples))
+        print(verdict)
         print(f"{self.folder.path}: adapter/, curves.png, summary.json, metrics.jsonl, traces/")
         return summary
 

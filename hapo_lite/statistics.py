@@ -130,6 +130,17 @@ def paired_interval(
     return bootstrap_interval(second - first, level, resamples, seed)
 
 
+def unpaired_interval(
+    before: ArrayLike, after: ArrayLike, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """mean(after) - mean(before), [P] and [Q] values that do not belong together in pairs, with its interval."""
+    rng = np.random.default_rng(seed)
+    first, second = (np.asarray(values, dtype=np.float64) for values in (before, after))
+    change = -_resampled_means(first, resamples, rng) + _resampled_means(second, resamples, rng)
+    low, high = np.quantile(change, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    return Interval(float(second.mean() - first.mean()), float(low), float(high))
+
+
 def _samples(correct: ArrayLike) -> NDArray[np.float64]:
     samples = np.asarray(correct, dtype=np.float64)
     if samples.ndim != 2 or samples.size == 0:

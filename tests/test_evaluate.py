@@ -19,10 +19,11 @@ from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
 from hapo_lite.evaluation import runner
 from hapo_lite.evaluation.samples import Sample, SampleFile
-from hapo_lite.evaluation.scores import by_prompt, differences, intervals, judge, outcomes, steps
+from hapo_lite.evaluation.scores import by_prompt, differences, intervals, outcomes, steps
 from hapo_lite.evaluation.suites import NAMED, chosen, read_problems
 from hapo_lite.recipe import load_recipe
 from hapo_lite.statistics import Interval
+from hapo_lite.verdict import judge
 from tests.conftest import ROOT, TINY
 
 DATA = ROOT.parent / "shared" / "data"
@@ -122,7 +123,7 @@ def arms(base: list[list[int]], adapter: list[list[int]]):
         for grid in (base, adapter)
     ]
     figures, change = intervals(values[:1]), differences(values[:1], values[1:])
-    return judge(figures, change, len(base[0]), len(base))
+    return judge(figures, change, len(base[0]), f"{len(base)} prompts")
 
 
 @pytest.mark.parametrize(
@@ -131,12 +132,22 @@ def arms(base: list[list[int]], adapter: list[list[int]]):
         # Solves prompts that it never solved, and more often.
         ([[0, 0]] * 20, [[0, 1]] * 20, "learned", "avg@2 rose by 0.500 [0.500, 0.500], pass@2 by 1.000"),
         # Solves the same prompts, every time instead of every other.
-        ([[0, 1]] * 10 + [[0, 0]] * 10, [[1, 1]] * 10 + [[0, 0]] * 10, "sharpened", "more often what the base finds"),
-        ([[0, 1]] * 20, [[1, 1]] * 20, "sharpened", "solves 100 % of them in 2 attempts, so there was hardly"),
+        (
+            [[0, 1]] * 10 + [[0, 0]] * 10,
+            [[1, 1]] * 10 + [[0, 0]] * 10,
+            "sharpened",
+            "the same ones are solved, more often",
+        ),
+        ([[0, 1]] * 20, [[1, 1]] * 20, "sharpened", "100 % of them were solved in 2 attempts before"),
         ([[1, 1]] * 20, [[0, 1]] * 20, "worse", "avg@2 fell by 0.500 [0.500, 0.500]"),
         # One prompt more out of twenty is within what other prompts would have given.
-        ([[0, 0]] * 20, [[1, 1]] + [[0, 0]] * 19, "no difference", "does not show on 20 prompts"),
-        ([[0, 0]] * 20, [[0, 0]] * 20, "no difference", "as many right on 20 prompts"),
+        (
+            [[0, 0]] * 20,
+            [[1, 1]] + [[0, 0]] * 19,
+            "no difference",
+            "on 20 prompts; less than about 0.100 would not show",
+        ),
+        ([[0, 0]] * 20, [[0, 0]] * 20, "no difference", "on 20 prompts; as many were right on each"),
         ([[0]] * 20, [[1]] * 20, "learned", "avg@1 rose by 1.000 [1.000, 1.000] on 20 prompts"),
     ],
 )

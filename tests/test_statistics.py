@@ -18,6 +18,7 @@ from hapo_lite.statistics import (
     maj_at_k,
     paired_interval,
     pass_at_k,
+    unpaired_interval,
 )
 
 grids = st.integers(1, 7).flatmap(
@@ -153,6 +154,12 @@ def test_pairing_takes_out_what_the_prompts_add():
     assert paired_interval([0, 1], [1, 1]) == Interval(0.5, 0.0, 1.0)
     assert not paired_interval([0, 1], [1, 1]).above_zero
     assert paired_interval([0.3, 0.5], [0.2, 0.1]).below_zero
+
+
+def test_an_unpaired_difference_by_hand():
+    # 2 less the mean of two draws from (0, 1), which is 0, 0.5 or 1 with probability 1/4, 1/2, 1/4.
+    assert unpaired_interval([0, 1], [2, 2, 2]) == Interval(1.5, 1.0, 2.0)
+    assert unpaired_interval([0, 1], [2, 2, 2], level=0.4) == Interval(1.5, 1.5, 1.5)
 
 
 @pytest.mark.parametrize("values", [[], [float("nan"), 1.0], [[1.0]]])

@@ -22,7 +22,7 @@ import hapo_lite
 from hapo_lite.checkpoint import file_hash
 from hapo_lite.errors import writing
 from hapo_lite.evaluation.samples import Sample, SampleFile
-from hapo_lite.evaluation.scores import Values, by_prompt, differences, intervals, judge, notes, outcomes, table
+from hapo_lite.evaluation.scores import Values, by_prompt, differences, intervals, notes, outcomes, table
 from hapo_lite.evaluation.suites import Suite, chosen, fit, read_problems
 from hapo_lite.interrupt import Interrupted, Interrupts
 from hapo_lite.policy import Policy, load_policy, resolve_dtype
@@ -33,6 +33,7 @@ from hapo_lite.rollout.transformers_engine import BENCHMARK, TransformersEngine
 from hapo_lite.run import make_accelerator, someone_wants_to_stop
 from hapo_lite.status import Status
 from hapo_lite.tasks.rewards import Scorer
+from hapo_lite.verdict import judge
 
 BASE, ADAPTER = "base", "adapter"
 
@@ -233,7 +234,7 @@ class Evaluation:
         out: dict[str, Any] = {"figures": figures}
         if ADAPTER in values:
             change = differences(values[BASE], values[ADAPTER])
-            verdict = judge(figures[BASE], change, self.settings.samples, prompts)
+            verdict = judge(figures[BASE], change, self.settings.samples, f"{prompts:,} prompts")
             out |= {"difference": change, "verdict": verdict.word, "sentence": verdict.sentence}
         return out | {"notes": notes(figures, self.max_new_tokens)}
 

@@ -1,4 +1,4 @@
-"""What samples say: avg@n, pass@k, maj@k with intervals, base against adapter, and the verdict in one sentence.
+"""What samples say: avg@n, pass@k and maj@k with intervals, base against adapter.
 
 Axes: P prompts, n samples of each. Pure functions; the intervals are hapo_lite.statistics'.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,22 +15,9 @@ from hapo_lite.evaluation.samples import Sample
 from hapo_lite.metrics import OUTCOMES
 from hapo_lite.statistics import Interval, avg_at_k, macro_interval, maj_at_k, pass_at_k
 from hapo_lite.tasks.verify import normal_form
+from hapo_lite.verdict import CUT_OFF, percent, signed
 
-CEILING = 0.95
-"""From this pass@n of the base on, few prompts are left on which the adapter could find anything new."""
-CUT_OFF = 0.1
-"""Share of completions cut off at the limit from which on the numbers are about the limit too."""
-
-Word = Literal["learned", "sharpened", "no difference", "worse"]
 Values = Mapping[str, NDArray[np.float64]]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """learned: avg@n and pass@n rose. sharpened: avg@n rose, pass@n did not. worse: avg@n fell. By 95 % intervals."""
-
-    word: Word
-    sentence: str
 
 
 def steps(n: int) -> list[int]:
@@ -69,27 +54,6 @@ def differences(base: Sequence[Values], adapter: Sequence[Values]) -> dict[str, 
     return intervals([{name: a[name] - b[name] for name in b} for b, a in zip(base, adapter, strict=True)])
 
 
-def judge(base: Mapping[str, Interval], change: Mapping[str, Interval], n: int, prompts: int) -> Verdict:
-    """The verdict on the adapter. prompts: how many the numbers rest on."""
-    avg, best = change[f"avg@{n}"], change[f"pass@{n}"]
-    on = f"on {prompts:,} prompts"
-    if avg.below_zero:
-        return Verdict("worse", f"worse: avg@{n} fell by {_plain(avg, -1)} {on}")
-    if not avg.above_zero:
-        width = max(avg.high - avg.value, avg.value - avg.low)
-        limit = f"; a change of less than about {width:.3f} does not show {on}" if width else f": as many right {on}"
-        return Verdict("no difference", f"no difference: avg@{n} changed by {signed(avg)}{limit}")
-    if n == 1 or best.above_zero:
-        both = "" if n == 1 else f", pass@{n} by {_plain(best)}"
-        return Verdict("learned", f"learned: avg@{n} rose by {_plain(avg)}{both} {on}")
-    why = "the adapter finds more often what the base finds too"
-    if (level := base[f"pass@{n}"].value) >= CEILING:
-        why = f"the base solves {percent(level)} of them in {n} attempts, so there was hardly anything new to find"
-    return Verdict(
-        "sharpened", f"sharpened: avg@{n} rose by {_plain(avg)} {on}, pass@{n} did not ({signed(best)}): {why}"
-    )
-
-
 def notes(arms: Mapping[str, Mapping[str, Interval]], max_new_tokens: int) -> list[str]:
     """What a reader must know about the numbers, each with the setting to change."""
     return [
@@ -113,19 +77,6 @@ def table(arms: Mapping[str, Mapping[str, Interval]], change: Mapping[str, Inter
         rows.append([label, *cells, *([signed(change[name], digits)] if change else [])])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def signed(change: Interval, digits: int = 3) -> str:
-    return f"{change.value:+.{digits}f} [{change.low:+.{digits}f}, {change.high:+.{digits}f}]"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def _plain(change: Interval, sign: int = 1) -> str:
-    low, high = sorted((sign * change.low, sign * change.high))
-    return _cell(Interval(sign * change.value, low, high), 3)
 
 
 def _cell(figure: Interval, digits: int) -> str:

@@ -1,0 +1,221 @@
+"""The verdict at the end of a run: the right words for made-up metrics and for real short runs."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from hapo_lite.cli import run_command
+from hapo_lite.recipe import Recipe, load_recipe
+from hapo_lite.train import main
+from hapo_lite.verdict import judge_run
+from tests.conftest import ROOT, TINY
+
+HEALTHY = {
+    "reward/mean": 0.5,
+    "reward/correct_share": 0.5,
+    "length/truncated_share": 0.02,
+    "grade/unparseable_share": 0.02,
+    "grade/timeout_share": 0.0,
+    "grade/error_share": 0.0,
+    "groups/equal_share": 0.3,
+    "groups/discarded": 0,
+    "entropy/all_mean": 0.5,
+    "ratio/kl_old": 1e-4,
+}
+
+
+def lines(before: list[int] | None, after: list[int] | None, iterations: int = 40, **series) -> list[dict]:
+    """metrics.jsonl of a healthy run, but for `series`: a value, or a function of the iteration, by name."""
+    out = [{"iteration": 0}] + [{"iteration": i, "updates": 4 * i, **HEALTHY} for i in range(1, iterations + 1)]
+    for line in out[1:]:
+        for name, value in series.items():
+            line[name] = value(line["iteration"]) if callable(value) else value
+    if before is not None:
+        out[0]["eval/solved"], out[-1]["eval/solved"] = before, after
+    return out
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(TINY, ["evaluation.samples=4", "rollout.max_new_tokens=1024", *overrides])
+
+
+# Solved of 4 attempts, by prompt: avg@4 0.25 and 0.5; pass@4 0.5 and 0.5, or 1.
+HALF = [2, 0] * 20
+MORE_OFTEN = [4, 0] * 20
+MORE_OF_THEM = [4, 1] * 20
+
+
+@pytest.mark.parametrize(
+    ("after", "series", "word", "says"),
+    [
+        (MORE_OF_THEM, {}, "learned", ["avg@4 rose by 0.375 [0.338, 0.412], pass@4 by 0.500 [0.350, 0.650]"]),
+        (MORE_OFTEN, {}, "sharpened", ["rose by 0.250", "pass@4 did not (+0.000 [+0.000, +0.000])"]),
+        ([1, 0] * 20, {}, "worse", ["fell by 0.125 [0.087, 0.163]", "lower training.learning_rate (0.0005)"]),
+        # One prompt in forty: from 0 to 1 of 4 attempts.
+        ([2, 1] + [2, 0] * 19, {}, "no difference", ["would not show", "evaluation.prompts (64)"]),
+        (HALF, {}, "no difference", ["as many were right on each", "raise training.iterations (40)"]),
+        (
+            HALF,
+            {"groups/equal_share": 0.71, "reward/correct_share": 0.04},
+            "no difference",
+            ["no signal: 71 % of the groups had equal rewards", "4 % of the answers", "easier problems (data.source)"],
+        ),
+        (
+            HALF,
+            {"groups/equal_share": 0.8, "reward/correct_share": 0.97},
+            "no difference",
+            ["80 % of the groups", "harder problems (data.source)", "rollout.dynamic_sampling"],
+        ),
+        (
+            HALF,
+            {"groups/equal_share": 0.9, "groups/discarded": 300},
+            "no difference",
+            ["90 % of the groups", "now and then (data.source)", "rollout.token_budget"],
+        ),
+        (
+            HALF,
+            {"length/truncated_share": 0.4},
+            "no difference",
+            ["40 % of the completions were cut off at 1,024 tokens: raise rollout.max_new_tokens"],
+        ),
+        (
+            HALF,
+            {"grade/unparseable_share": 0.97},
+            "no difference",
+            [r"no answer was found in 97 % of the completions: ask for a \boxed{} in data.system_prompt"],
+        ),
+        (HALF, {"grade/timeout_share": 0.08}, "no difference", ["gave up on 8 %", "reward.timeout_s (5)"]),
+        (
+            HALF,
+            {"entropy/all_mean": lambda i: 0.5 if i < 30 else 0.02},
+            "no difference",
+            ["entropy collapsed at iteration 30, from 0.5 to 0.02 nats: lower training.learning_rate (0.0005)"],
+        ),
+        (
+            [0, 0] * 20,
+            {"entropy/all_mean": lambda i: 0.5 + 0.2 * i, "groups/equal_share": 1.0},
+            "worse",
+            ["entropy rose from 0.7 to 8.5 nats, towards random text: lower training.learning_rate"],
+        ),
+        (
+            [0, 0] * 20,
+            {"ratio/kl_old": lambda i: 2.5 if i == 7 else 1e-3},
+            "worse",
+            ["jumped 2.5 nats away from itself within iteration 7"],
+        ),
+        (HALF, {"ratio/kl_old": 1e-12}, "no difference", ["hardly moved", "raise training.learning_rate (0.0005)"]),
+        (
+            MORE_OF_THEM,
+            {"groups/equal_share": lambda i: i / 40, "reward/correct_share": 0.97},
+            "learned",
+            ["the problems are nearly used up: at the end 97 % of the answers were right and 85 % of the groups"],
+        ),
+    ],
+)
+def test_every_case_has_its_words_and_its_setting(after, series, word, says):
+    verdict = judge_run(lines(HALF, after, **series), recipe())
+    told = str(verdict)
+    assert verdict.word == word and told.startswith(f"{word}: ")
+    for part in says:
+        assert part in told, told
+    # Nothing is blamed that is not amiss: one cause a case, and none for a healthy run that learned.
+    assert len(verdict.because) == (0 if word in ("learned", "sharpened") and not series else 1)
+
+
+def test_too_few_iterations_to_tell():
+    few = judge_run(lines(HALF, [2, 1] + [2, 0] * 19, iterations=3), recipe())
+    assert few.word == "too short"
+    assert "in 3 iterations (12 updates, 10 of them warm-up): raise training.iterations" in few.sentence
+    assert judge_run(lines(HALF, HALF, iterations=12), recipe("training.warmup_updates=48")).word == "too short"
+    assert judge_run(lines(HALF, HALF, iterations=12), recipe("training.warmup_updates=47")).word == "no difference"
+    # What is plain to see after three iterations is said.
+    assert judge_run(lines(HALF, MORE_OF_THEM, iterations=3), recipe()).word == "learned"
+
+
+def test_noise_is_not_called_learning():
+    """Two evaluations of one policy: hardly ever a verdict, however often it is asked."""
+    rng, words = np.random.default_rng(0), []
+    for _ in range(40):
+        skill = rng.random(64)
+        solved = [rng.binomial(4, skill).tolist() for _ in range(2)]
+        words.append(judge_run(lines(*solved), recipe()).word)
+    assert words.count("no difference") >= 34
+
+
+def test_symptoms_are_told_beside_success_but_not_blamed_for_it():
+    verdict = judge_run(lines(HALF, MORE_OF_THEM, **{"length/truncated_share": lambda i: i / 40}), recipe())
+    assert verdict.word == "learned"
+    [cut] = verdict.because
+    assert cut.startswith("85 % of the completions were cut off at 1,024 tokens, 2 % in the first iteration")
+
+
+def test_a_low_entropy_that_comes_with_right_answers_is_no_collapse():
+    done = {"entropy/all_mean": lambda i: 0.5 / i**2, "reward/correct_share": 0.95}
+    assert not any("entropy" in reason for reason in judge_run(lines(HALF, HALF, **done), recipe()).because)
+
+
+def test_groups_that_are_equal_because_the_policy_came_apart_are_not_blamed_on_the_problems():
+    broken = {"ratio/kl_old": 3.0, "groups/equal_share": 1.0, "reward/correct_share": 0.0}
+    told = str(judge_run(lines(HALF, [0, 0] * 20, **broken), recipe()))
+    assert "jumped" in told and "no signal" not in told
+
+
+def test_without_evaluations_the_training_reward_is_all_there_is():
+    rising = judge_run(lines(None, None, **{"reward/mean": lambda i: i / 40}), recipe("evaluation.prompts=0"))
+    assert rising.word == "not measured" and "rose from the first third" in rising.sentence
+    assert "set evaluation.prompts" in rising.sentence
+    flat = judge_run(lines(None, None, **{"reward/mean": lambda i: i % 2}), recipe("evaluation.prompts=0"))
+    assert "did not change for certain" in flat.sentence
+    assert "no evaluations to compare" in judge_run(lines(None, None, iterations=1), recipe()).sentence
+
+
+def test_iterations_that_found_no_group_and_runs_without_any():
+    """Under dynamic sampling an iteration may end empty-handed: no entropy, no ratio, no outcome."""
+    empty = lines(HALF, HALF, **{"groups/equal_share": 1.0, "groups/discarded": 16})
+    for line in empty[1:]:
+        for name in ("entropy/all_mean", "ratio/kl_old"):
+            del line[name]
+    assert "no signal: 100 % of the groups" in str(judge_run(empty, recipe()))
+    assert judge_run([{"iteration": 0, "eval/solved": HALF}], recipe()).word == "not measured"
+
+
+def test_every_setting_that_is_named_exists():
+    text = (ROOT / "hapo_lite" / "verdict.py").read_text()
+    named = set(re.findall(r"\b(?:training|rollout|evaluation|data|reward|method|benchmark)\.[a-z_]+\b", text))
+    tree = recipe().model_dump()
+    for name in named - {"reward.mean"}:
+        section, field = name.split(".")
+        assert field in tree[section], name
+    assert len(named) > 10
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word", "says"),
+    [
+        (
+            ["training.iterations=4", "training.learning_rate=3e-3"],
+            ("learned", "sharpened"),
+            ["on 32 held-out prompts"],
+        ),
+        (
+            ["training.iterations=3", "rollout.max_new_tokens=8"],
+            ("too short",),
+            ["in 3 iterations (12 updates, 10 of them warm-up)", "were cut off at 8 tokens", "no signal: "],
+        ),
+        (["training.iterations=2", "training.learning_rate=0.03"], ("worse",), ["lower training.learning_rate (0.03)"]),
+    ],
+)
+def test_real_runs(tmp_path, capsys, overrides, word, says):
+    warmup = "training.warmup_updates=" + ("10" if word == ("too short",) else "0")
+    settings = [f"output_dir={tmp_path}", "evaluation.prompts=32", "evaluation.every=0", "reward.workers=1", warmup]
+    assert run_command(main, [str(TINY), *settings, "logging.progress=false", *overrides]) == 0
+    summary = json.loads((tmp_path / "tiny_cpu" / "summary.json").read_text())["verdict"]
+    printed = capsys.readouterr().out
+    assert summary["word"] in word
+    assert summary["sentence"] in printed and all(f"- {reason}" in printed for reason in summary["because"])
+    for part in says:
+        assert part in printed
