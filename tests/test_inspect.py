@@ -30,6 +30,7 @@ from hapo_lite.inspect.tokens import (
     show_number,
     token_pieces,
     token_table,
+    treated_tokens,
     visible,
     what_if,
 )
@@ -176,7 +177,7 @@ def test_what_the_update_recorded_is_shown_as_it_is():
     for name in ("h", "ratio", "credit", "lower", "upper", "advantage", "kl_base"):
         assert table.numbers[name] == trace.tokens[name]
     assert table.numbers["weight"] == [c / -0.5 for c in trace.tokens["credit"]]
-    found = markup.treated_tokens(table)
+    found = treated_tokens(trace)
     assert {name: len(positions) for name, positions in found.items()} == {
         "amplified": 1,
         "suppressed": 3,
@@ -296,7 +297,7 @@ def test_a_run_opens(run_folder):
     assert run.iterations() == [0, 1, 2]
     entries, problems = run.entries(1)
     assert [e.stage for e in entries] == ["eval", "train"] and not problems
-    assert entries[1].treated["clipped low"] == {"·b": 1}
+    assert entries[1].treated["clipped low"] == {" b": 1}
     assert {name: len(found) for name, found in run.prompts().items()} == {"eval: p": 3, "train: p": 3}
     assert "hapo-card" in views.over_training(run, run.prompts()["eval: p"])
     assert "suppressed" in views.treated(entries)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from hapo_lite.inspect.colour import STEPS, Colouring, colour_values, span_of
-from hapo_lite.inspect.tokens import QUANTITIES, TokenTable, show_number, visible
+from hapo_lite.inspect.tokens import QUANTITIES, TokenTable, show_number, treated_tokens, visible
 from hapo_lite.trace import Trace
 
 DEFAULT_QUANTITY = "entropy"
@@ -134,28 +134,11 @@ def summary(trace: Trace, table: TokenTable) -> str:
         facts.append(trace.outcome)
     if trace.truncated:
         facts.append("cut off")
-    facts += [f"{len(found)} {name}" for name, found in treated_tokens(table).items() if found]
+    facts += [f"{len(found)} {name}" for name, found in treated_tokens(trace).items() if len(found)]
     chips = "".join(f'<span class="hapo-chip">{html.escape(fact)}</span>' for fact in facts)
     return (
         f'<div class="hapo-summary">{prompt}<div>{chips}</div>{note(f"h is measured with {table.signal_from}.")}</div>'
     )
-
-
-TREATED = ("amplified", "suppressed", "clipped low", "clipped high")
-
-
-def treated_tokens(table: TokenTable) -> dict[str, list[int]]:
-    """Positions of the tokens that the update amplified, suppressed, or clipped; nothing where there was no update."""
-    if "credit" not in table.numbers or "advantage" not in table.numbers:
-        return {}
-    pairs = list(zip(table.numbers["credit"], table.numbers["advantage"], strict=True))
-    tests = (
-        [abs(c) > abs(a) for c, a in pairs],
-        [abs(c) < abs(a) for c, a in pairs],
-        [clip == "low" for clip in table.clipped],
-        [clip == "high" for clip in table.clipped],
-    )
-    return {name: [i for i, holds in enumerate(test) if holds] for name, test in zip(TREATED, tests, strict=True)}
 
 
 def small_text(table: TokenTable, span: tuple[float, float] | None = None) -> str:

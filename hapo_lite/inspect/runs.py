@@ -15,8 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hapo_lite.algo.methods import Method
 from hapo_lite.errors import UserError
-from hapo_lite.inspect.markup import TREATED, treated_tokens
-from hapo_lite.inspect.tokens import TokenTable, token_table
+from hapo_lite.inspect.tokens import TREATED, TokenTable, token_table, treated_tokens
 from hapo_lite.policy import TINY_MODEL
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.status import read_status
@@ -65,7 +64,6 @@ class Entry:
     prompt_id: str
     sample: int
     outcome: str
-    reward: float
     length: int
     treated: dict[str, Counter[str]]
 
@@ -110,7 +108,7 @@ class Run:
             return [], [str(error)]
         if iteration not in self._entries or self._entries[iteration][0] != stamp:
             traces, problems = self.traces(iteration)
-            entries = [_entry(t, iteration, place, self.table(t, text=False)) for place, t in enumerate(traces)]
+            entries = [_entry(trace, iteration, place) for place, trace in enumerate(traces)]
             self._entries[iteration] = (stamp, entries, problems)
         return self._entries[iteration][1], self._entries[iteration][2]
 
@@ -119,11 +117,11 @@ class Run:
         stat = inside(self.path, self._file(iteration)).stat()
         return stat.st_mtime_ns, stat.st_size
 
-    def table(self, trace: Trace, text: bool = True) -> TokenTable:
-        """The trace's tokens under the run's method and temperature. text: put cut characters together."""
+    def table(self, trace: Trace) -> TokenTable:
+        """The trace's tokens under the run's method and temperature."""
         method, training, evaluation = self.settings
         base = evaluation if trace.stage == "eval" else training
-        return token_table(trace, method, base, self.tokenizer if text else None)
+        return token_table(trace, method, base, self.tokenizer)
 
     def table_of(self, entry: Entry) -> TokenTable:
         """Raises UserError if the file no longer holds the completion, as after a run went on from a checkpoint."""
@@ -217,7 +215,8 @@ def treated_together(entries: Sequence[Entry]) -> dict[str, Counter[str]]:
     return together
 
 
-def _entry(trace: Trace, iteration: int, place: int, table: TokenTable) -> Entry:
+def _entry(trace: Trace, iteration: int, place: int) -> Entry:
+    texts = trace.tokens["text"]
     return Entry(
         iteration=iteration,
         place=place,
@@ -225,7 +224,6 @@ def _entry(trace: Trace, iteration: int, place: int, table: TokenTable) -> Entry
         prompt_id=trace.prompt_id,
         sample=trace.sample,
         outcome=trace.outcome,
-        reward=trace.reward,
-        length=len(table),
-        treated={name: Counter(table.pieces[i].shown for i in found) for name, found in treated_tokens(table).items()},
+        length=len(texts),
+        treated={name: Counter(texts[i] for i in found) for name, found in treated_tokens(trace).items()},
     )

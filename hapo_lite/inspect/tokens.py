@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -215,6 +216,19 @@ def what_if(table: TokenTable, method: Method, ratio: float, advantage: float) -
         upper=credit.upper[0].tolist(),
         clipped=["low" if low else "high" if high else "" for low, high in flags],
     )
+
+
+TREATED = ("amplified", "suppressed", "clipped low", "clipped high")
+
+
+def treated_tokens(trace: Trace) -> dict[str, list[int]]:
+    """Positions of the tokens that the update amplified, suppressed, or clipped; nothing where there was no update."""
+    if not {"credit", "advantage", "clipped"} <= trace.tokens.keys():
+        return {}
+    credit, advantage = (np.abs(trace.tokens[name]) for name in ("credit", "advantage"))
+    clipped = np.array(trace.tokens["clipped"])
+    tests = (credit > advantage, credit < advantage, clipped == "low", clipped == "high")
+    return {name: np.flatnonzero(test).tolist() for name, test in zip(TREATED, tests, strict=True)}
 
 
 @dataclass(frozen=True)

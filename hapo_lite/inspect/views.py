@@ -10,7 +10,7 @@ from hapo_lite.algo.methods import Method
 from hapo_lite.inspect import figures, markup
 from hapo_lite.inspect.colour import span_of
 from hapo_lite.inspect.runs import Entry, Run, treated_together
-from hapo_lite.inspect.tokens import QUANTITIES, TokenTable, dual_entropy, show_number
+from hapo_lite.inspect.tokens import QUANTITIES, TokenTable, dual_entropy, show_number, visible
 from hapo_lite.trace import Trace
 
 MOST_CARDS = 60
@@ -139,7 +139,7 @@ def treated(entries: Sequence[Entry]) -> str:
     by_outcome = [treated_together([e for e in trained if e.outcome == outcome]) for outcome in outcomes]
     rows = []
     for name, texts in treated_together(trained).items():
-        often = "   ".join(f"{text.strip() or text} ×{count}" for text, count in texts.most_common(MOST_TEXTS))
+        often = "   ".join(f"{visible(text, 40).strip()} ×{count}" for text, count in texts.most_common(MOST_TEXTS))
         rows.append([name, *(found[name].total() for found in by_outcome), often or "none"])
     head = [f"{o}, of {sum(e.length for e in trained if e.outcome == o):,} tokens" for o in outcomes]
     caption = "Tokens that the update amplified or suppressed (Eq. 10-11), or clipped low or high (Eq. 12-13)"

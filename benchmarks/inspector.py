@@ -1,0 +1,257 @@
+"""How fast the inspector's page is, in a real browser: Debian's chromium, driven by Playwright.
+
+    python benchmarks/inspector.py [--tokens 4096] [--completions 1000] [--length 300]
+
+One generation of `--tokens` tokens by the bundled model, its context made longer and its stop tokens taken away: from
+the last token to the page at rest, then pointing at tokens, colouring, the what-if slider, drawing every figure. Then a
+run of `--completions` recorded completions of `--length` tokens each, in one file and in files of eight: from choosing
+the run to the page at rest. At rest: what is asked for is in place, and the browser has nothing left to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import platform
+import random
+import shutil
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from hapo_lite.algo.methods import Method  # noqa: E402
+from hapo_lite.algo.objective import assign_credit  # noqa: E402
+from hapo_lite.algo.tokens import TokenSignals, fit_signal  # noqa: E402
+from hapo_lite.cli import quiet_libraries  # noqa: E402
+from hapo_lite.policy import TINY_MODEL  # noqa: E402
+from hapo_lite.trace import Trace, write_traces  # noqa: E402
+
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update"
+PER_FILE = 8
+
+AT_REST = """(selector) => new Promise((done) => {
+  const look = () => document.querySelector(selector)
+    ? requestIdleCallback(() => done(Date.now() / 1000)) : requestAnimationFrame(look);
+  look();
+})"""
+HOVER = """() => {
+  window.hovers = [];
+  document.addEventListener("pointerover", (event) => {
+    if (!event.target.closest(".hapo-text .t")) return;
+    // The frame after the handler has run shows the details.
+    requestAnimationFrame(() => setTimeout(() => window.hovers.push(performance.now() - event.timeStamp)));
+  });
+}"""
+DRAWN = """async () => {
+  const started = performance.now();
+  for (const plot of document.querySelectorAll("#generated-figures .hapo-plot, #generated-words .hapo-plot")) {
+    plot.scrollIntoView();
+    while (!plot.classList.contains("js-plotly-plot")) await new Promise(requestAnimationFrame);
+  }
+  return (performance.now() - started) / 1000;
+}"""
+COLOURED = """async () => {
+  const choose = document.querySelector("#generated-tokens .hapo-choose"), started = performance.now();
+  choose.value = "h";
+  choose.dispatchEvent(new Event("change", { bubbles: true }));
+  await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+  return performance.now() - started;
+}"""
+
+
+def long_model(folder: Path, context: int) -> Path:
+    """The bundled model, which never stops and takes `context` tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    tokenizer.chat_template = None
+    model = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32)
+    tokenizer.add_tokens([f"<|{i}|>" for i in range(len(tokenizer), model.config.vocab_size)])
+    # Its id lies behind the vocabulary of the model, which therefore cannot write it.
+    tokenizer.add_special_tokens({"eos_token": "<|never|>"})
+    assert tokenizer.eos_token_id >= model.config.vocab_size
+    model.config.max_position_embeddings = context
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def recorded(rng: random.Random, texts: list[str], iteration: int, sample: int, length: int) -> Trace:
+    """A completion as training records it, of random tokens."""
+    method = Method()
+    ids = [rng.randrange(len(texts)) for _ in range(length)]
+    entropy = torch.tensor([2.718 ** rng.uniform(-14.0, 1.0) for _ in ids])
+    signal = fit_signal(method, entropy)
+    tokens = TokenSignals.of_one(method, signal, entropy)
+    ratio = torch.tensor([[rng.gauss(1.0, 0.15) for _ in ids]]).clamp_min(0.1)
+    advantage = rng.choice([-1.0, 1.0]) * rng.random()
+    credit = assign_credit(method, torch.tensor([advantage]), tokens, ratio)
+
+    def short(values: torch.Tensor) -> list[float]:
+        return [float(f"{v:.7g}") for v in values.flatten().tolist()]
+
+    logp = short(-entropy)
+    low, high = ratio < credit.lower, ratio > credit.upper
+    clipped = ["low" if a else "high" if b else "" for a, b in zip(low[0].tolist(), high[0].tolist(), strict=True)]
+    return Trace(
+        stage="train",
+        iteration=iteration,
+        prompt_id=f"problem-{rng.randrange(100)}",
+        sample=sample,
+        messages=[("user", "What is 9*7+4?")],
+        gold="67",
+        text="".join(texts[i] for i in ids),
+        reward=float(advantage > 0),
+        outcome="correct" if advantage > 0 else "wrong",
+        truncated=False,
+        tokens={
+            "id": ids,
+            "text": [texts[i] for i in ids],
+            "logp_sampling": logp,
+            "logp_base": logp,
+            "entropy": short(entropy),
+            "temperature": short(1.0 + 0.05 * tokens.h),
+            "logp_old": logp,
+            "logp_new": logp,
+            "h": short(tokens.h),
+            "ratio": short(ratio),
+            "advantage": [advantage] * length,
+            "credit": short(credit.advantage),
+            "lower": short(credit.lower),
+            "upper": short(credit.upper),
+            "clipped": clipped,
+        },
+        signal=signal,
+    )
+
+
+def write_runs(root: Path, completions: int, length: int) -> None:
+    """`one_file`: all completions in one iteration; `many_files`: eight an iteration."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    rng = random.Random(0)
+    traces = [recorded(rng, texts, 0, i, length) for i in range(completions)]
+    write_traces(root / "one_file" / "traces", 0, traces)
+    for start in range(0, completions, PER_FILE):
+        some = [dataclasses.replace(t, iteration=start // PER_FILE) for t in traces[start : start + PER_FILE]]
+        write_traces(root / "many_files" / "traces", start // PER_FILE, some)
+
+
+class Measurement:
+    """A served page in a browser."""
+
+    def __init__(self, page, ends: list[float]) -> None:
+        self.page, self.ends = page, ends
+
+    def generation(self, tokens: int) -> None:
+        page = self.page
+        page.get_by_role("button", name="Model and sampling").click()
+        page.wait_for_timeout(1000)
+        for label, value in (("Max tokens", tokens), ("Time limit, s", 600)):
+            page.get_by_label(label).first.fill(str(value))
+            page.keyboard.press("Tab")
+        started = time.time()
+        page.click("#generate")
+        rest = page.evaluate(AT_REST, "#generated-tokens .hapo-saves")
+        count = page.locator("#generated-tokens .t").count()
+        took = self.ends[-1] - started
+        print(f"{count:,} tokens written, streamed, in {took:.1f} s; page at rest {rest - self.ends[-1]:.2f} s later")
+        self.hover(count)
+        print(f"colour by another quantity: {page.evaluate(COLOURED):.0f} ms")
+        print(f"every figure drawn: {page.evaluate(DRAWN):.2f} s")
+        started = time.time()
+        page.fill("#generated-ratio input[type=number]", "1.5")
+        page.keyboard.press("Tab")
+        page.wait_for_selector("#generated-what-if figcaption:has-text('ratio were 1.5')")
+        print(f"what-if answered: {time.time() - started:.2f} s")
+
+    def hover(self, count: int, times: int = 60) -> None:
+        page, rng = self.page, random.Random(0)
+        page.evaluate(HOVER)
+        first = None
+        for i in rng.sample(range(count), times):
+            page.locator(f"#generated-tokens .t[data-i='{i}']").hover()
+            page.wait_for_timeout(60)
+            first = first or page.evaluate("window.hovers[0]")
+        took = page.evaluate("window.hovers")
+        print(
+            f"hover to details, {len(took)} tokens: median {statistics.median(took):.0f} ms, most {max(took):.0f} ms, "
+            f"the first {first:.0f} ms"
+        )
+
+    def run(self, name: str) -> None:
+        page = self.page
+        page.locator("#run-name input").click()
+        option = page.get_by_role("option", name=name)
+        option.wait_for()
+        page.evaluate("document.querySelectorAll('#opened-tokens .hapo-saves').forEach((node) => node.remove())")
+        started = time.time()
+        option.click()
+        rest = page.evaluate(AT_REST, "#opened-tokens .hapo-saves")
+        print(f"{name} opened in {rest - started:.2f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--completions", type=int, default=1000)
+    parser.add_argument("--length", type=int, default=300)
+    arguments = parser.parse_args()
+    from playwright.sync_api import sync_playwright
+
+    quiet_libraries()
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
+    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
+        root = Path(folder)
+        write_runs(root / "runs", arguments.completions, arguments.length)
+        size = (root / "runs/one_file/traces/000000.jsonl").stat().st_size / 1e6
+        print(f"{arguments.completions:,} completions of {arguments.length} tokens: {size:.0f} MB")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        import app
+        from hapo_lite.inspect.tabs import stream
+
+        ends: list[float] = []
+        generate = stream.generate
+
+        def timed(policy, settings):
+            for progress in generate(policy, settings):
+                if progress.ended:
+                    ends.append(time.time())
+                yield progress
+
+        stream.generate = timed
+        model = long_model(root / "model", arguments.tokens + 256)
+        command = ["--model", str(model), "--run", str(root / "runs" / "many_files"), "--port", str(port)]
+        _, address = app.serve(command, block=False)
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS.split())
+        page = browser.new_page(viewport={"width": 1366, "height": 850})
+        page.set_default_timeout(600_000)
+        started = time.time()
+        page.goto(address)
+        page.wait_for_selector("#generate")
+        print(f"page loaded in {time.time() - started:.2f} s")
+        measurement = Measurement(page, ends)
+        measurement.generation(arguments.tokens)
+        page.get_by_role("tab", name="Run").click()
+        for name in ("one_file", "many_files"):
+            measurement.run(name)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
