@@ -205,7 +205,7 @@ class Measurement:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=4096, help="0: no generation")
     parser.add_argument("--completions", type=int, default=1000)
     parser.add_argument("--length", type=int, default=300)
     arguments = parser.parse_args()
@@ -246,7 +246,8 @@ def main() -> None:
         page.wait_for_selector("#generate")
         print(f"page loaded in {time.time() - started:.2f} s")
         measurement = Measurement(page, ends)
-        measurement.generation(arguments.tokens)
+        if arguments.tokens:
+            measurement.generation(arguments.tokens)
         page.get_by_role("tab", name="Run").click()
         for name in ("one_file", "many_files"):
             measurement.run(name)

@@ -56,47 +56,47 @@ class RunTab:
         news = gr.State()
 
         opening = [self.problems, self.curves, self.iteration, self.prompt, self.over]
-        showing = [self.completion, self.treated, self.right, self.wrong, self.words]
+        showing = [self.completion, self.treated, self.right, self.wrong, self.words, *self.view.outputs]
         where = [session, self.iteration, self.completion]
-        timer.tick(self.look, session, news, show_progress="hidden")
-        steps = [
-            gr.on([self.name.input, blocks.load], self.open, [session, self.name], opening, show_progress="minimal"),
-            refresh.click(self.refresh, [session, self.name], [self.name, *opening], show_progress="minimal"),
-            news.change(self.follow, [session, self.iteration], opening, show_progress="hidden"),
-            self.iteration.input(lambda: None, **QUIET),
-        ]
-        for step in steps:
-            shown = step.then(self.show_iteration, where, showing, show_progress="hidden")
-            shown = shown.then(self.show_completion, where, self.view.outputs, **QUIET)
-            shown = shown.then(self.view.write_csv, session, self.view.csv, show_progress="hidden")
-            shown.then(self.index, session, [self.problems, self.prompt], show_progress="hidden")
-        self.completion.input(self.show_completion, where, self.view.outputs, **QUIET).then(
-            self.view.write_csv, session, self.view.csv, show_progress="hidden"
-        )
+        everything, quiet = [*opening, *showing], {"show_progress": "hidden"}
+        timer.tick(self.look, session, news, **quiet)
+        # One event fills the page, since every further one would cost a round trip; what may come later follows.
+        for filled in (
+            gr.on([self.name.input, blocks.load], self.open, [session, self.name], everything, show_progress="minimal"),
+            refresh.click(self.refresh, [session, self.name], [self.name, *everything], show_progress="minimal"),
+            news.change(self.follow, where, everything, **quiet),
+            self.iteration.input(self.show, where, showing, **QUIET),
+            self.completion.input(self.show_completion, where, self.view.outputs, **QUIET),
+        ):
+            filled.then(self.view.write_csv, session, self.view.csv, **quiet).then(
+                self.index, session, [self.problems, self.prompt], **quiet
+            )
         self.prompt.input(self.show_prompt, [session, self.prompt], self.over, **QUIET)
-        live.input(lambda on: gr.Timer(active=on), live, timer, show_progress="hidden")
+        live.input(lambda on: gr.Timer(active=on), live, timer, **quiet)
         for part, name, outputs in (
             (sides, SIDES, [self.right, self.wrong]),
             (words, WORDS, [self.words]),
         ):
-            part.expand(self.unfold(name), [session, self.iteration], outputs, show_progress="hidden")
-            part.collapse(self.fold(name), session, None, show_progress="hidden")
+            part.expand(self.unfold(name), [session, self.iteration], outputs, **quiet)
+            part.collapse(self.fold(name), session, None, **quiet)
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
     def open(self, session: Session, name: str | None) -> Update:
-        """Open a run and show its curves; the slider goes to its last iteration."""
-        session.run = session.on_page = None
+        """Open a run and show it; the slider goes to its last iteration."""
+        if session.run is None or session.run.path != self.desk.root / (name or ""):
+            session.run = session.on_page = None
         if not name:
             hint = f"No run is open: pick one of {self.desk.root}, or start with --run runs/NAME."
-            return {self.problems: markup.note(hint), self.curves: ""}
+            return {self.problems: markup.note(hint), self.curves: "", **self.show(session, 0, None)}
         try:
-            session.run = self.desk.run(name)
+            session.run = session.run or self.desk.run(name)
         except UserError as error:
-            return {self.problems: failed(error), self.curves: ""}
+            return {self.problems: failed(error), self.curves: "", **self.show(session, 0, None)}
         return self.overview(session)
 
     def refresh(self, session: Session, name: str | None) -> Update:
+        session.run = None
         return {self.name: gr.Dropdown(choices=self.desk.runs()), **self.open(session, name)}
 
     def look(self, session: Session) -> Any:
@@ -104,27 +104,31 @@ class RunTab:
         now = fingerprint(session.run) if session.run else None
         return gr.skip() if now is None or now == session.seen else now
 
-    def follow(self, session: Session, iteration: int) -> Update:
+    def follow(self, session: Session, iteration: int, completion: int | None) -> Update:
         """As `overview`; a reader who stands at the last iteration is taken along."""
         if session.run is None:
             return {self.curves: gr.skip()}
         shown = session.seen[0] if session.seen else []
-        return self.overview(session, None if shown and iteration >= shown[-1] else iteration)
+        at_end = not shown or iteration >= shown[-1]
+        return self.overview(session, None if at_end else iteration, completion)
 
-    def overview(self, session: Session, iteration: int | None = None) -> Update:
+    def overview(self, session: Session, iteration: int | None = None, completion: int | None = None) -> Update:
+        """The whole tab, at an iteration or at the last one."""
         run = session.run
         session.seen = fingerprint(run)
         curves, troubles = views.curves(run)
         iterations = run.iterations()
         low, high = (iterations[0], iterations[-1]) if iterations else (0, 0)
-        if not iterations:
+        iteration = high if iteration is None else iteration
+        if iterations:
+            troubles = troubles + run.entries(nearest(run, iteration))[1]
+        else:
             troubles = [*troubles, f"{run.path} has no traces yet"]
         return {
             self.problems: problems_html(run, troubles),
             self.curves: curves,
-            self.iteration: gr.Slider(
-                minimum=low, maximum=max(high, low + 1), value=high if iteration is None else iteration
-            ),
+            self.iteration: gr.Slider(minimum=low, maximum=max(high, low + 1), value=iteration),
+            **self.show(session, iteration, completion),
         }
 
     def index(self, session: Session) -> Update:
@@ -140,23 +144,25 @@ class RunTab:
 
     # --- an iteration and a completion ------------------------------------------------------------------------------
 
-    def show_iteration(self, session: Session, iteration: int, completion: Any) -> Update:
+    def show(self, session: Session, iteration: int, completion: int | None) -> Update:
+        """An iteration, and one of its completions: the one that was shown, else the first."""
         run = session.run
         if run is None:
             nothing = {self.treated: "", self.right: "", self.wrong: "", self.words: ""}
-            return {self.completion: gr.Dropdown(choices=[], value=None), **nothing}
-        iteration = nearest(run, iteration)
-        entries, _ = run.entries(iteration)
+            empty = gr.Dropdown(choices=[], value=None)
+            return {self.completion: empty, **nothing, **self.show_completion(session, iteration, None)}
+        number = nearest(run, iteration)
+        entries, _ = run.entries(number)
         places = [entry.place for entry in entries]
         choices = [(entry.title, entry.place) for entry in entries]
         value = completion if completion in places else places[0] if places else None
         update = {
-            self.completion: gr.Dropdown(choices=choices, value=value, label=f"Completion of iteration {iteration}"),
+            self.completion: gr.Dropdown(choices=choices, value=value, label=f"Completion of iteration {number}"),
             self.treated: views.treated(entries),
         }
         for name in (SIDES, WORDS):
             update |= self.part(name, run, entries if name in session.unfolded else [])
-        return update
+        return update | self.show_completion(session, iteration, value)
 
     def show_completion(self, session: Session, iteration: int, place: int | None) -> Update:
         run = session.run
