@@ -20,14 +20,16 @@ from hapo_lite.settings import Section, apply_override, describe, nearest, read_
 
 QWEN_SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
 
-FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
+FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 
 
 def one_folder(name: str) -> str:
     if not re.fullmatch(FOLDER_NAME, name):
-        raise ValueError("must be one folder name of letters, digits and . _ + -: a run writes nowhere else")
+        raise ValueError(
+            "must be one folder name of at most 100 letters, digits and . _ + -: a run writes nowhere else"
+        )
     return name
 
 
@@ -207,7 +209,9 @@ class Recipe(Section):
 
     name: str = Field(description="The run's folder below output_dir")
     output_dir: str = Field("runs", description="Where run folders are made")
-    seed: NonNegative = Field(0, description="Decides prompts, sampling, adapter initialisation and shuffling")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        0, description="Decides prompts, sampling, adapter initialisation and shuffling"
+    )
     model: ModelSettings
     data: DataSettings
     reward: RewardSettings = Field(default_factory=RewardSettings)
@@ -237,9 +241,9 @@ class Recipe(Section):
             method = {"preset": method}
         if not isinstance(method, dict):
             return method
-        preset = method.get("preset", "hapo")
+        preset = str(method.get("preset", "hapo"))
         if preset not in PRESETS:
-            raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}{nearest(str(preset), PRESETS)}")
+            raise ValueError(f"preset {preset[:60]!r} is not one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
         return {**dataclasses.asdict(PRESETS[preset]), **method}
 
     @model_validator(mode="after")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 import types
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from hapo_lite.errors import UserError
 
@@ -18,28 +19,44 @@ from hapo_lite.errors import UserError
 class Section(BaseModel):
     """A mapping of known fields and no others."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and ("\0" in text or any("\ud800" <= c <= "\udfff" for c in text)):
+                raise ValueError("holds a character that no file name, prompt or setting can have")
+        return value
 
 
+LARGEST_FILE = 1 << 15
+"""Bytes of a settings file; the longest that is shipped has 2,000."""
+DEEPEST = 20
+"""Sections in sections; recipes have four."""
 Model = TypeVar("Model", bound=Section)
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
     """The mapping in a YAML file. what: `recipe` or `comparison`, for the sentences. Raises UserError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"there is no {what} at {path}{_nearest_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the {what} {path} cannot be read: {error}") from None
+    if len(content) > LARGEST_FILE:
+        raise UserError(f"{path} is larger than {LARGEST_FILE:,} bytes, which is no {what}: check the path")
     try:
-        settings = yaml.load(text, Loader=_StrictLoader)
+        settings = _load_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply for a {what}") from None
+        raise UserError(f"{where}: not valid YAML: {_problem(error)}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: a {what} is a mapping of sections, such as `model:` and `training:`")
     return settings
@@ -70,11 +87,11 @@ def parse_override(override: str) -> tuple[str, Any]:
     """Key and value of `section.key=value`, the value as YAML reads it. Raises UserError."""
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise UserError(f"{override!r} is not an override: write section.key=value")
+        raise UserError(f"{_shown(override)} is not an override: write section.key=value")
     try:
-        return key, yaml.safe_load(value)
+        return key, _load_yaml(value)
     except yaml.YAMLError:
-        raise UserError(f"{override!r}: {value!r} is not a YAML value") from None
+        raise UserError(f"{_shown(override)}: {_shown(value)} is not a YAML value") from None
 
 
 def put(settings: dict[str, Any], key: str, value: Any, shown: str) -> None:
@@ -88,14 +105,45 @@ def put(settings: dict[str, Any], key: str, value: Any, shown: str) -> None:
         if below is None:
             below = {}
         if not isinstance(below, dict):
-            raise UserError(f"{shown!r}: {'.'.join(sections[: depth + 1])} is a single value, not a section")
+            section = ".".join(sections[: depth + 1])
+            raise UserError(f"{_shown(shown)}: {section} is a single value, not a section")
         target[section] = below
         target = below
     target[last] = value
 
 
+def _load_yaml(text: str) -> Any:
+    """Plain YAML as Python. Raises YAMLError, and nothing else, whatever the text is."""
+    return yaml.load(text, Loader=_StrictLoader)
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key may stand only once in a mapping."""
+    """YAML in which a key may stand only once in a mapping, nothing refers to anything else, and depth has an end.
+
+    A few lines of references can stand for thousands of millions of values.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "an alias (*name): write the value out", mark)
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, "nested too deeply", mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+            # PyYAML lets through what Python says to `2001-99-99`, `!!int x` or a number of 5,000 digits.
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a value that is no {node.tag.rsplit(':', 1)[-1]}", node.start_mark
+            ) from None
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -110,8 +158,25 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _problem(error: yaml.YAMLError) -> str:
+    """What is wrong, in one line."""
+    return " ".join(str(getattr(error, "problem", None) or error).split())[:200]
+
+
+def _shown(value: Any) -> str:
+    """A value for a sentence: short, on one line, whatever it holds."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits.
+        return f"a huge {type(value).__name__}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+
+
 def _sentence(detail: dict[str, Any], model: type[Section]) -> str:
-    location = [str(part) for part in detail["loc"]]
+    location = [part if str(part).isidentifier() and len(part) < 60 else _shown(part) for part in detail["loc"]]
     name = ".".join(location)
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _fields_at(model, location[:-1])
@@ -123,7 +188,7 @@ def _sentence(detail: dict[str, Any], model: type[Section]) -> str:
         return message
     if detail["type"] == "value_error":
         return f"{name}: {message}"
-    return f"{name} = {detail['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{name} = {_shown(detail['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def nearest(word: str, known: Iterable[str], section: str = "", model: type[Section] | None = None) -> str:

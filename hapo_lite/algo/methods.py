@@ -5,6 +5,7 @@ No code asks for a preset's name: it asks which pieces are on. docs/methods.md h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -79,8 +80,9 @@ class Method:
             "importance_cap": self.importance_cap > 0.0,
         }
         for name, holds in bounds.items():
-            if not holds:
-                raise ValueError(f"{name} = {getattr(self, name)} is out of range")
+            value = getattr(self, name)
+            if not holds or value == math.inf:
+                raise ValueError(f"{name} = {value} is out of range")
         if self.adaptive_clip and self.low_side == "negative" and self.eps_low >= 0.5:
             raise ValueError("eps_low must stay below 0.5 with adaptive_clip: the lower bound reaches 1 - 2 * eps_low")
         if self.adaptive_clip and self.eps_uncertain is not None:
