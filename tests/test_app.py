@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -47,6 +48,11 @@ def root(tmp_path_factory):
     hostile.tokens["alternatives"] = [[[attack, 0.9, 0.8]] for _ in range(len(texts) + 1)]
     hostile.tokens["entropy"] = [0.1 * (i + 1) for i in range(len(texts) + 1)]
     write_traces(root / "hostile" / "traces", 0, [hostile])
+    write_traces(root / "live" / "traces", 0, [make_trace(iteration=0)])
+    (root / "live" / "recipe.yaml").write_text(
+        "model: {name: tiny}\ndata: {source: tiny}\nmethod: {preset: dapo, tau: 0.2}\ntraining: {iterations: 2}\n",
+        "utf-8",
+    )
     with (root / "hostile" / "traces" / "000000.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"foreign": true}\n')
     return root
@@ -73,10 +79,10 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
-def page(browser, address):
-    """A fresh browser tab; an error of the page's script, or a request to another host, fails the test."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
+@contextlib.contextmanager
+def opened_page(browser, address, **context):
+    """A browser tab; an error of the page's script, or a request to another host, fails what was done with it."""
+    context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | context))
     context.set_default_timeout(WAIT)
     page = context.new_page()
     troubles: list[str] = []
@@ -89,6 +95,26 @@ def page(browser, address):
     yield page
     context.close()
     assert not troubles
+
+
+@pytest.fixture(scope="module")
+def shared(browser, address):
+    with opened_page(browser, address) as page:
+        yield page
+
+
+@pytest.fixture
+def page(shared):
+    """One tab for most tests, since loading it takes longer than they do; each begins on Generate."""
+    open_tab(shared, "Generate")
+    return shared
+
+
+@pytest.fixture
+def fresh(browser, address):
+    """A tab of its own."""
+    with opened_page(browser, address) as page:
+        yield page
 
 
 def filled(page, slot: str) -> None:
@@ -138,6 +164,7 @@ def test_colours_follow_the_chosen_quantity(page):
     page.select_option("#generated-tokens .hapo-choose", "h")
     assert re.search(r"\bd[0-9a-f]\b", token.get_attribute("class"))
     assert page.locator("#generated-tokens .hapo-legend:visible").get_attribute("data-name") == "h"
+    page.select_option("#generated-tokens .hapo-choose", "entropy")
 
 
 @browser_needed
@@ -154,7 +181,11 @@ def test_the_slider_asks_what_if(page):
     drawn = json.loads(page.locator("#generated-what-if .hapo-spec").text_content())["data"][0]["y"]
     assert drawn == what_if(table, Method(), 1.5, -1.0).credit
     page.locator("#generated-what-if").scroll_into_view_if_needed()
-    page.wait_for_selector("#generated-what-if .js-plotly-plot")
+    plot = page.locator("#generated-what-if .js-plotly-plot")
+    plot.wait_for()
+    # A click on a bar shows its token in the text above.
+    plot.evaluate("(plot) => plot.emit('plotly_click', { points: [{ x: 3 }] })")
+    assert details(page, "generated")["h"] == show_number(table.numbers["h"][3])
 
 
 @browser_needed
@@ -188,7 +219,38 @@ def test_a_run_opens(page, root):
     page.hover("#opened-tokens .t[data-i='4']")
     trace = open_run(root, "plain").traces(1)[0][1]
     assert details(page, "opened")["Credit"] == show_number(trace.tokens["credit"][4])
-    assert "suppressed" in page.locator("#run-treated").inner_text()
+    clipped = page.locator("#run-treated tr:has-text('clipped low')")
+    assert clipped.locator("td").all_inner_texts() == ["clipped low", "1", "·b ×1"]
+    page.get_by_role("button", name="Right against wrong").click()
+    page.wait_for_selector("#run-right .hapo-card")
+    for kind, start in (("csv", b'"completion","outcome","tokens"'), ("png", b"\x89PNG")):
+        with page.expect_download() as saved:
+            page.click(f"#run-right .hapo-save[data-kind={kind}]")
+        assert saved.value.path().read_bytes().startswith(start)
+    page.get_by_role("button", name="The same prompt over training").click()
+    page.locator("#run-prompt input").click()
+    page.get_by_role("option", name=re.compile("eval: p: 2")).click()
+    page.wait_for_selector("#run-over .hapo-card >> nth=1")
+
+
+@browser_needed
+def test_a_live_run_is_followed_and_a_reader_left_in_peace(page, root):
+    open_tab(page, "Run")
+    page.locator("#run-name input").click()
+    page.get_by_role("option", name="live").click()
+    page.wait_for_selector("#run-completion :text('iteration 0')")
+    # Taken along from the last iteration to the next.
+    write_traces(root / "live" / "traces", 1, [make_trace(iteration=1)])
+    page.wait_for_selector("#run-completion :text('iteration 1')")
+    page.fill("#run-iteration input[type=number]", "0")
+    page.keyboard.press("Tab")
+    page.wait_for_selector("#run-completion :text('iteration 0')")
+    page.hover("#opened-tokens .t[data-i='2']")
+    details(page, "opened")
+    write_traces(root / "live" / "traces", 2, [make_trace(iteration=2)])
+    page.wait_for_function("document.querySelector('#run-iteration input[type=range]').max === '2'")
+    assert page.input_value("#run-iteration input[type=number]") == "0"
+    details(page, "opened")
 
 
 @browser_needed
@@ -222,10 +284,21 @@ def test_compare_marks_differences(page, root):
     filled(page, "right")
     assert page.locator("#left-tokens .differs").count() and page.locator("#right-tokens .differs").count()
     assert "no counterpart" in page.locator("#compare-status").inner_text()
+    scale = [page.locator(f"#{side}-tokens .hapo-legend:visible").inner_text() for side in ("left", "right")]
+    assert scale[0] == scale[1]
+    assert page.locator("#compare-figures .hapo-figure").count() == 2
+    with page.expect_download() as table:
+        page.click("#right-tokens .hapo-save[data-kind=csv]")
+    assert table.value.path().read_text("utf-8").count("\n") == page.locator("#right-tokens .t").count() + 1
+    page.locator("#right-run input").click()
+    page.get_by_role("option", name="live").click()
+    page.wait_for_function("document.querySelector('#right-tau input[type=number]').value === '0.2'")
+    assert page.input_value("#right-method input") == "dapo"
 
 
 @browser_needed
-def test_a_user_error_is_one_sentence(page):
+def test_a_user_error_is_one_sentence(fresh):
+    page = fresh
     page.get_by_role("button", name="Model and sampling").click()
     # What an accordion holds is built when it opens, and takes input a moment later.
     page.wait_for_timeout(500)
@@ -237,14 +310,14 @@ def test_a_user_error_is_one_sentence(page):
 
 
 @browser_needed
-def test_two_tabs_do_not_disturb_each_other(page, browser, address):
+def test_two_tabs_do_not_disturb_each_other(page, fresh):
     generated(page)
     mine = page.locator("#generated-tokens .hapo-tokens").inner_text()
-    other = browser.new_page()
-    other.goto(address)
-    other.wait_for_selector("#generate")
-    assert other.locator("#generated-tokens .t").count() == 0
-    other.close()
+    assert fresh.locator("#generated-tokens .t").count() == 0
+    fresh.locator("input[aria-label='Problem']").fill("2+3*4=?")
+    fresh.keyboard.press("Enter")
+    generated(fresh)
+    assert fresh.locator("#generated-tokens .hapo-tokens").inner_text() != mine
     page.click("#generated-answer label:has-text('wrong')")
     page.wait_for_selector("#generated-what-if figcaption:has-text('answer wrong')")
     assert page.locator("#generated-tokens .hapo-tokens").inner_text() == mine
@@ -258,7 +331,7 @@ def test_a_run_that_is_none_is_named(tmp_path):
 
 
 @browser_needed
-def test_cancel_keeps_what_was_written(page, monkeypatch):
+def test_tokens_stream_in_colour_and_cancel_keeps_them(page, monkeypatch):
     from hapo_lite.inspect.tabs import stream
 
     def slow(policy, settings):
@@ -269,6 +342,21 @@ def test_cancel_keeps_what_was_written(page, monkeypatch):
     monkeypatch.setattr(stream, "generate", slow)
     page.click("#generate")
     page.wait_for_selector("#generated-tokens .t[data-i='2']")
+    page.select_option("#generated-tokens .hapo-choose", "h")
+    page.wait_for_selector("#generated-tokens .t[data-i='3']:is(.d0, .d7, .de, .d1, .d2, .d3, .d4, .d5, .d6)")
+    assert page.locator("#generated-tokens .hapo-legend:visible").get_attribute("data-name") == "h"
     page.click("#cancel")
     page.wait_for_selector("#generate-status p:has-text('cancelled')")
     filled(page, "generated")
+
+
+@browser_needed
+def test_on_a_phone_a_tap_shows_the_details(browser, address):
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    with opened_page(browser, address, **phone) as page:
+        generated(page)
+        page.tap("#generated-tokens .t[data-i='3']")
+        details(page, "generated")
+        panel = page.locator("#generated-tokens .hapo-details").bounding_box()
+        assert panel["y"] >= 0 and panel["y"] + panel["height"] <= 845
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -242,6 +242,33 @@ def test_lightness_alone_orders_the_sequential_scale(theme):
     assert against_black == sorted(against_black, reverse=theme == "light")
 
 
+# What the three forms of dichromacy make of linear RGB (Machado, Oliveira and Fernandes 2009, severity 1).
+DICHROMACY = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("vision", DICHROMACY)
+def test_both_sides_of_the_diverging_scale_differ_for_colour_blind_readers(vision, theme):
+    scale = colour.palette("d", theme)
+    rgb = torch.tensor([[int(step[i : i + 2], 16) / 255 for i in (1, 3, 5)] for step in scale])
+    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = (linear @ torch.tensor(DICHROMACY[vision]).T).clamp(0, 1).pow(1 / 2.4)
+    for step in range(3, 8):
+        assert torch.dist(seen[7 - step], seen[7 + step]) > 0.25, step
+
+
+def test_texts_that_share_a_scale_give_a_number_one_colour():
+    tables = [token_table(make_trace()), token_table(make_trace(entropy=[v / 50 for v in ENTROPIES]))]
+    span = markup.shared_spans(tables)["entropy"]
+    assert span == pytest.approx((1e-6 / 50, 2.0))
+    alone, together = (colour.colour_values([2.0, 0.04], QUANTITIES["entropy"], span=s).steps for s in (None, span))
+    assert alone == [15, 0] and together[0] == 15 and together[1] > 8
+
+
 def test_a_diverging_scale_has_its_centre_in_the_middle():
     scale = colour.colour_values([-0.2, 0.0, 1.0], QUANTITIES["h"])
     assert scale.steps[1] == 7 and scale.steps[2] == 14 and (scale.low, scale.high) == (-1.0, 1.0)
@@ -289,6 +316,18 @@ def run_folder(tmp_path) -> Path:
     (root / "one" / "metrics.jsonl").write_text('{"iteration": 0, "reward/mean": 0.5}\nnonsense\n{"x": 1}\n', "utf-8")
     (root / "empty").mkdir()
     return root
+
+
+def test_a_run_without_a_recipe_says_what_is_assumed(run_folder):
+    [problem] = open_run(run_folder, "one").recipe_problems
+    assert "recipe.yaml" in problem and "assumed" in problem
+
+
+def test_which_tokens_were_treated_is_named(run_folder):
+    page = html.unescape(views.treated(open_run(run_folder, "one").entries(1)[0]))
+    rows = re.findall(r"<td>([^<]*)</td><td[^>]*>(\d+)</td><td>([^<]*)</td>", page)
+    assert ("clipped low", "1", "·b ×1") in rows
+    assert [name for name, *_ in rows] == ["amplified", "suppressed", "clipped low", "clipped high"]
 
 
 def test_a_run_opens(run_folder):
