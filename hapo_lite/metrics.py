@@ -24,6 +24,8 @@ from hapo_lite.tasks.rewards import Score
 
 OUTCOMES = ("correct", "wrong", "unparseable", "timeout", "error")
 QUANTILES = (0.2, 0.5, 0.8, 0.95)
+LONGEST_LINE = 1 << 16
+"""Bytes at the end of metrics.jsonl that hold its last whole line."""
 
 
 def rollout_metrics(collected: Collected) -> dict[str, float]:
@@ -149,6 +151,20 @@ class MetricsFile:
             except ValueError:
                 continue
         return lines
+
+    def last(self) -> dict[str, Any]:
+        """The last whole line, without reading the others; empty if there is none."""
+        if not self.path.is_file():
+            return {}
+        with self.path.open("rb") as file:
+            file.seek(max(0, self.path.stat().st_size - LONGEST_LINE))
+            tail = file.read().decode("utf-8", errors="replace").splitlines()
+        for line in reversed(tail):
+            try:
+                return json.loads(line)
+            except ValueError:
+                continue
+        return {}
 
     def keep_up_to(self, iteration: int) -> None:
         """Drop the lines that a run resumed after `iteration` will write again."""

@@ -1,0 +1,194 @@
+"""The comparison file: arms, seeds and a budget of tokens; and the recipe of every run that follows from them.
+
+recipe: tiny_cpu.yaml             # of one run, beside this file, or its settings themselves
+settings: {evaluation.every: 5}   # changes for all arms
+arms:
+  dapo: {method: dapo}            # changes for one arm, written as on the command line of a run
+  hapo: {method: hapo}
+seeds: [0, 1, 2]
+tokens: 100000
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from hapo_lite.errors import UserError
+from hapo_lite.recipe import FOLDER_NAME, NonNegative, Positive, Recipe, parse_recipe
+from hapo_lite.settings import Section, nearest, parse_override, put, read_mapping, validate
+
+CAP = 4
+"""Times the recipe's iterations that a run may take to its tokens, where max_iterations is null."""
+OURS = {
+    "name": "a run is named after its arm and seed",
+    "output_dir": "it is a field of the comparison",
+    "seed": "use seeds",
+    "training.max_tokens": "use tokens",
+}
+"""Settings of a run that the comparison makes itself, and what to do instead."""
+ALIKE = {
+    "data": "pairs of runs see the same prompts in the same order",
+    "evaluation": "all arms are measured alike",
+    "training.iterations": "an arm ends by its tokens; max_iterations bounds all of them",
+}
+"""Settings in which arms may not differ, and why."""
+
+
+class Comparison(Section):
+    """Methods x seeds at equal tokens."""
+
+    name: str = Field(description="The comparison's folder below output_dir")
+    output_dir: str = Field("runs", description="Where that folder is made")
+    about: str = Field("", description="What is asked, in a sentence or two; heads the report")
+    recipe: dict[str, Any] = Field(description="Recipe of a run: a file, relative to this one, or the settings")
+    settings: dict[str, Any] = Field(default_factory=dict, description="Changes of that recipe for all arms")
+    arms: dict[str, dict[str, Any]] = Field(description="Name of each arm, and its changes of the recipe")
+    reference: str | None = Field(None, description="The arm that the others are compared with; null: the first")
+    seeds: tuple[NonNegative, ...] = Field((0, 1, 2, 3, 4), description="Each arm runs once with each of them")
+    tokens: Positive = Field(description="Completion tokens that every run samples in training")
+    max_iterations: Positive | None = Field(
+        None, description=f"Most iterations of a run, if its tokens take longer; null: {CAP} x the recipe's"
+    )
+    threshold: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Accuracy to be reached; null: half-way from the accuracy before to the reference's last"
+    )
+    workers: Positive = Field(1, description="Runs at a time, each on one thread; more than 1 on a CPU only")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    @property
+    def base(self) -> str:
+        """The arm that the others are compared with."""
+        return self.reference or next(iter(self.arms))
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_one_folder(cls, name: str) -> str:
+        if not re.fullmatch(FOLDER_NAME, name):
+            raise ValueError("must be one folder name of letters, digits and . _ + -")
+        return name
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _an_arm_may_change_nothing(cls, arms: Any) -> Any:
+        return {str(n): {} if a is None else a for n, a in arms.items()} if isinstance(arms, dict) else arms
+
+    @model_validator(mode="after")
+    def _rules(self) -> Comparison:
+        for name in self.arms:
+            # No dot, which on the command line leads into the arm.
+            if not re.fullmatch(FOLDER_NAME, name) or "." in name:
+                raise ValueError(f"arms: {name!r} must be of letters, digits and _ + -: folders are named after it")
+        for broken, sentence in (
+            (len(self.arms) < 2, "arms must hold at least two: there is nothing to compare"),
+            (
+                self.base not in self.arms,
+                f"reference: {self.reference!r} is not one of the arms{nearest(self.base, self.arms)}",
+            ),
+            (not self.seeds, "seeds must hold at least one"),
+            (len(set(self.seeds)) < len(self.seeds), "seeds must differ: a repeated seed repeats its runs"),
+        ):
+            if broken:
+                raise ValueError(sentence)
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One arm with one seed."""
+
+    arm: str
+    seed: int
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
+
+
+def load_comparison(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Comparison:
+    """Read a comparison file, with the recipe it names. Raises UserError with one sentence.
+
+    overrides: `key=value` of the comparison (`seeds=[0,1]`, `arms.hapo.method.tau=0.1`) or, for all arms, of the recipe
+    (`training.learning_rate=1e-4`).
+    """
+    path = Path(path)
+    fields = read_mapping(path, "comparison")
+    if "model" in fields and "arms" not in fields:
+        raise UserError(f"{path} is the recipe of one run: use python -m hapo_lite.train {path}, or give it arms")
+    for override in overrides:
+        _override(fields, override)
+    fields.setdefault("name", path.stem)
+    if isinstance(fields.get("recipe"), str):
+        fields["recipe"] = read_mapping(path.parent / fields["recipe"], "recipe")
+    return validate(Comparison, fields, str(path))
+
+
+def planned_runs(comparison: Comparison) -> list[PlannedRun]:
+    """Every run, seed by seed, so that the arms advance together. Raises UserError naming the arm that is wrong."""
+    return [
+        PlannedRun(arm, seed, _recipe_of(comparison, arm, seed)) for seed in comparison.seeds for arm in comparison.arms
+    ]
+
+
+def flat_changes(changes: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """{"method": {"tau": 0.1}, "reward.wrong": 0} -> ("method.tau", 0.1), ("reward.wrong", 0)."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and value:
+            yield from flat_changes(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _override(fields: dict[str, Any], override: str) -> None:
+    key, value = parse_override(override)
+    section = key.partition(".")[0]
+    if section in Recipe.model_fields and section not in Comparison.model_fields:
+        changes = fields.get("settings") or {}
+        if not isinstance(changes, dict):
+            raise UserError("settings is a single value, not a section")
+        # To the end, so that it comes after what the file says about the same field.
+        changes.pop(key, None)
+        fields["settings"] = {**changes, key: value}
+    else:
+        put(fields, key, value, override)
+
+
+def _recipe_of(comparison: Comparison, arm: str, seed: int) -> Recipe:
+    settings = copy.deepcopy(comparison.recipe)
+    for where, changes in (("settings", comparison.settings), (f"arms.{arm}", comparison.arms[arm])):
+        for key, value in flat_changes(changes):
+            _check_change(where, key)
+            put(settings, key, copy.deepcopy(value), f"{where}: {key}")
+    settings |= {"name": f"{arm}-seed{seed}", "output_dir": str(comparison.folder), "seed": seed}
+    where = f"{comparison.name}, arm {arm}"
+    alone = parse_recipe(settings, where)
+    if not alone.evaluation.prompts:
+        raise UserError(f"{where}: evaluation.prompts is 0, which leaves nothing to compare by")
+    put(settings, "training.max_tokens", comparison.tokens, where)
+    put(settings, "training.iterations", comparison.max_iterations or CAP * alone.training.iterations, where)
+    put(settings, "logging.progress", False, where)
+    return parse_recipe(settings, where)
+
+
+def _check_change(where: str, key: str) -> None:
+    def inside(table: dict[str, str]) -> str | None:
+        return next((reason for known, reason in table.items() if f"{key}.".startswith(f"{known}.")), None)
+
+    if reason := inside(OURS):
+        raise UserError(f"{where}: {key} is not set here: {reason}")
+    if where != "settings" and (reason := inside(ALIKE)):
+        raise UserError(f"{where}: {key} must be the same for all arms, since {reason}: put it under settings")
