@@ -369,17 +369,25 @@ def check_same_run(folder: RunFolder, recipe: Recipe) -> None:
         return
     if recipe.checkpoint.resume == "never":
         raise UserError(f"{folder.path} holds a run already: choose another name=, or checkpoint.resume=auto")
+    for key, before, now in changed_settings(folder, recipe):
+        raise UserError(
+            f"{folder.path} was made with {key} = {before}, the recipe now says {now}: "
+            "choose another name= to start a new run"
+        )
+
+
+def changed_settings(folder: RunFolder, recipe: Recipe) -> list[tuple[str, Any, Any]]:
+    """(field, value in the folder, value in the recipe) of each difference that makes another run of it."""
     try:
         before = flatten(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{folder.recipe}, which the run is to be continued from, cannot be read: {error}") from None
     now = flatten(yaml.safe_load(recipe.to_yaml()))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
-            raise UserError(
-                f"{folder.path} was made with {key} = {before.get(key)}, the recipe now says {now.get(key)}: "
-                "choose another name= to start a new run"
-            )
+    return [
+        (key, before.get(key), now.get(key))
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+    ]
 
 
 def resume(folder: RunFolder, recipe: Recipe, loop: Loop, say) -> TrainState:

@@ -121,7 +121,7 @@ def in_words(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     if hours < 36:
         return f"{hours} h {minutes} min" if minutes else f"{hours} h"
-    days, hours = divmod(hours, 24)
+    days, hours = divmod(round(seconds / 3600), 24)
     return f"{days} d {hours} h" if hours else f"{days} d"
 
 

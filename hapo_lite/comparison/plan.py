@@ -180,6 +180,7 @@ def _recipe_of(comparison: Comparison, arm: str, seed: int) -> Recipe:
         raise UserError(f"{where}: evaluation.prompts is 0, which leaves nothing to compare by")
     put(settings, "training.max_tokens", comparison.tokens, where)
     put(settings, "training.iterations", comparison.max_iterations or CAP * alone.training.iterations, where)
+    put(settings, "checkpoint.resume", "auto", where)
     put(settings, "logging.progress", False, where)
     return parse_recipe(settings, where)
 

@@ -18,14 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
 from tqdm.auto import tqdm
 
 from hapo_lite.comparison.pace import Pace
 from hapo_lite.comparison.plan import Comparison, PlannedRun
 from hapo_lite.errors import UserError, writing
 from hapo_lite.interrupt import Interrupted, Interrupts
-from hapo_lite.run import RunFolder, check_same_run
+from hapo_lite.run import RunFolder, changed_settings, check_same_run
 
 POLL_S, SHOW_S = 0.2, 1.0
 PATIENCE_S = 60.0
@@ -155,16 +154,15 @@ class Runner:
 
 
 def is_complete(run: PlannedRun) -> bool:
-    """Whether the run has its tokens (or iterations) and has written everything, under this recipe."""
+    """Whether the run, under this recipe, has its tokens (or iterations) and has written everything."""
     folder = RunFolder(run.recipe.run_dir)
     try:
         summary = json.loads(folder.summary.read_text(encoding="utf-8"))
-        made_with = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
         training = run.recipe.training
         enough = summary["sampled_tokens"] >= training.max_tokens or summary["iterations"] >= training.iterations
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return enough and not changed_settings(folder, run.recipe)
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return False
-    return enough and made_with == yaml.safe_load(run.recipe.to_yaml())
 
 
 def outcome(run: PlannedRun) -> str:
@@ -205,9 +203,7 @@ def locked(folder: Path) -> Iterator[int]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise UserError(
-                        f"another process works on {folder}: wait for it, or choose another name="
-                    ) from None
+                    raise UserError(f"another command works on {folder}: wait for it, or choose another name") from None
                 if not told:
                     print(f"waiting for the runs of another command in {folder} to save and end", flush=True)
                     told = True

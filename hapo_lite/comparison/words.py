@@ -60,8 +60,8 @@ def caveats(numbers: Numbers) -> list[str]:
     pairs = [count for count in pairs if count]
     said = []
     if not pairs:
-        return [f"There is no pair of runs to compare with {comparison.base} yet."]
-    if min(pairs) < 2:
+        said.append(f"There is no pair of runs to compare with {comparison.base} yet.")
+    elif min(pairs) < 2:
         said.append("One seed has no interval: repeat with five or more before believing a difference.")
     else:
         alarms = FALSE_ALARMS[max(n for n in FALSE_ALARMS if n <= min(pairs))]
