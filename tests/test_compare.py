@@ -51,6 +51,7 @@ FIELDS = {
     "arms": {"dapo": {"method": "dapo"}, "hapo": {"method": "hapo", "method.tau": 0.5}},
     "seeds": [0, 1],
     "tokens": 1000,
+    "threshold": 0.3,
 }
 
 
