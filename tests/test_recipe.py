@@ -6,11 +6,14 @@ import pytest
 import yaml
 
 from hapo_lite.algo.methods import PRESETS
+from hapo_lite.comparison.plan import load_comparison, planned_runs
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import Recipe, describe_fields, load_recipe
 from tests.conftest import ROOT, TINY
 
-SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
+FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
+COMPARISONS = [p for p in FILES if "arms" in yaml.safe_load(p.read_text(encoding="utf-8"))]
+SHIPPED = [p for p in FILES if p not in COMPARISONS]
 MINIMAL = {"model": {"name": "tiny"}, "data": {"source": "tiny"}, "training": {"iterations": 1}}
 
 
@@ -22,8 +25,28 @@ def test_every_shipped_recipe_loads_and_survives_a_round_trip(path, write_recipe
     assert not recipe.advice()
 
 
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda p: p.stem)
+def test_every_shipped_comparison_plans_its_runs(path):
+    comparison = load_comparison(path)
+    runs = planned_runs(comparison)
+    assert len(runs) == len(comparison.arms) * len(comparison.seeds)
+    assert len(comparison.seeds) >= 5 and not set(comparison.seeds) & set(range(100, 105))  # the setting's own seeds
+    assert not [note for run in runs for note in run.recipe.advice()]
+    assert len({str(run.recipe.method) for run in runs}) == len(comparison.arms)
+
+
+def test_the_comparisons_hold_every_method_and_every_piece():
+    methods = {path.stem: {r.recipe.method for r in planned_runs(load_comparison(path))} for path in COMPARISONS}
+    assert methods["compare_tiny"] == set(PRESETS.values())
+    pieces = ("adaptive_temperature", "token_level_advantage", "redistribution", "adaptive_clip")
+    switches = {tuple(getattr(m, p) for p in pieces) for m in methods["ablation_tiny"]}
+    one_by_one = {tuple(i == j for j in range(4)) for i in range(4)}
+    assert switches == one_by_one | {tuple(j < n for j in range(4)) for n in range(5)}
+
+
 def test_there_are_recipes_to_load():
     assert {p.stem for p in SHIPPED} >= {"tiny_cpu", "qwen1_5b_lora", "qwen7b_lora"}
+    assert {p.stem for p in COMPARISONS} >= {"compare_tiny", "ablation_tiny"}
 
 
 def test_overrides_reach_every_depth(write_recipe):

@@ -16,7 +16,7 @@ from hapo_lite.recipe import Recipe, load_recipe, parse_recipe
 from tests.test_recipe import MINIMAL, SHIPPED
 
 SECONDS = 3.0
-TEXTS = [path.read_text(encoding="utf-8") for path in SHIPPED if "arms:" not in path.read_text(encoding="utf-8")]
+TEXTS = [path.read_text(encoding="utf-8") for path in SHIPPED]
 BASE = yaml.safe_dump(MINIMAL)
 OFTEN = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
