@@ -1,7 +1,8 @@
 """Checkpoints: written aside, then renamed, so that a kill at any moment leaves the last good one.
 
 A checkpoint is a folder `checkpoints/000010/` with the adapter (as peft writes it), `optimizer.pt`, and `state.json`:
-the counters, the signal, and a hash of every file. Nothing in it is unpickled.
+the counters, the signal, the recipe, a digest of the prompts, and a hash of every file and of itself. Nothing in it is
+unpickled.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,11 @@ from safetensors.torch import load_file
 
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.errors import UserError, disk_problem
+from hapo_lite.files import replacing_folder
 from hapo_lite.policy import Policy
+from hapo_lite.recipe import Recipe, departure
 
-VERSION = 1
+VERSION = 2
 STATE, OPTIMIZER = "state.json", "optimizer.pt"
 
 
@@ -55,35 +57,41 @@ class TrainState:
 
 
 def save_checkpoint(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, scheduler: Any, state: TrainState, keep: int
+    folder: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    state: TrainState,
+    recipe: Recipe,
+    prompts: str,
 ) -> Path:
-    """Write `folder/NNNNNN`, drop all but the newest `keep`. Raises UserError if the disk refuses; older ones stay."""
+    """Write `folder/NNNNNN` and drop all but the newest ones. Raises UserError if the disk refuses; older ones stay.
+
+    prompts: digest of the training prompts, which a resumed run must find the same.
+    """
     final = folder / f"{state.iteration:06d}"
-    if is_whole(final):
+    if problem_of(final, recipe) is None:
         return final
-    aside = folder / f".writing-{final.name}"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_adapter(policy, aside)
-        # Through memory, so that a full disk is an OSError and not one of torch's own.
-        buffer = io.BytesIO()
-        torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, buffer)
-        (aside / OPTIMIZER).write_bytes(buffer.getbuffer())
-        hashes = {f.name: file_hash(f) for f in sorted(aside.iterdir())}
-        (aside / STATE).write_text(
-            json.dumps({"version": VERSION, "files": hashes, "state": state.to_json()}, indent=1)
-        )
-        for file in aside.iterdir():
-            _flush(file)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        _flush(folder)
+        with replacing_folder(final) as aside:
+            save_adapter(policy, aside)
+            # Through memory, so that a full disk is an OSError and not one of torch's own.
+            buffer = io.BytesIO()
+            torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, buffer)
+            (aside / OPTIMIZER).write_bytes(buffer.getbuffer())
+            record = {
+                "version": VERSION,
+                "state": state.to_json(),
+                "recipe": recipe.model_dump(mode="json"),
+                "prompts": prompts,
+                "files": {f.name: file_hash(f) for f in sorted(aside.iterdir())},
+            }
+            (aside / STATE).write_text(json.dumps(record | {"sha256": _digest(record)}, indent=1))
+        up_to_here = [path for path in list_checkpoints(folder) if path.name <= final.name]
+        for old in [*up_to_here[: -recipe.checkpoint.keep], *folder.glob(".writing-*")]:
+            shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"the checkpoint {final} could not be written: {disk_problem(error)}") from error
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
     return final
 
 
@@ -95,18 +103,28 @@ def save_adapter(policy: Policy, folder: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("[0-9]*") if (p / STATE).is_file())
+    """Checkpoints, damaged ones too, oldest first."""
+    return sorted(folder.glob("[0-9]*"))
 
 
-def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, scheduler: Any) -> TrainState:
-    """Put the adapter, the optimiser and the schedule back, and return the state. Raises UserError on damage."""
-    state = read_state(path)
+def load_checkpoint(
+    path: Path, policy: Policy, optimizer: torch.optim.Optimizer, scheduler: Any, prompts: str
+) -> TrainState:
+    """Put the adapter, the optimiser and the schedule back, and return the state.
+
+    Raises UserError on damage, or if the training prompts, whose digest `prompts` is, are others than they were.
+    """
+    record = read_record(path)
+    if record["prompts"] != prompts:
+        raise UserError(
+            f"the training prompts are others than when {path} was written: put the data back as it was, or choose "
+            "another name= to start a new run"
+        )
     load_adapter(policy, path)
     saved = torch.load(path / OPTIMIZER, map_location=policy.device, weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
     scheduler.load_state_dict(saved["scheduler"])
-    return state
+    return TrainState.from_json(record["state"])
 
 
 def load_adapter(policy: Policy, folder: Path) -> None:
@@ -117,38 +135,41 @@ def load_adapter(policy: Policy, folder: Path) -> None:
         raise UserError(f"the adapter in {folder} does not fit this model and these model.lora settings")
 
 
-def read_state(path: Path) -> TrainState:
-    """Check a checkpoint's version and hashes. Raises UserError naming the file that is damaged."""
+def read_record(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.json, its version and every hash checked. Raises UserError naming what is not right."""
     try:
         record = json.loads((path / STATE).read_text())
         if record["version"] != VERSION:
             raise UserError(f"the checkpoint {path} has version {record['version']}; this program reads {VERSION}")
+        if record.pop("sha256") != _digest(record):
+            raise UserError(f"the checkpoint {path} is damaged: {STATE} has changed since it was written")
         for name, digest in record["files"].items():
             if file_hash(path / name) != digest:
                 raise UserError(f"the checkpoint {path} is damaged: {name} has changed since it was written")
-        return TrainState.from_json(record["state"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return record
+    except FileNotFoundError as error:
+        raise UserError(f"the checkpoint {path} is damaged: {Path(error.filename).name} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is there and undamaged."""
+def problem_of(path: Path, recipe: Recipe) -> str | None:
+    """Why a run of `recipe` cannot go on from a checkpoint; None where it can."""
     try:
-        read_state(path)
-    except UserError:
-        return False
-    return True
+        changed = departure(read_record(path)["recipe"], recipe)
+    except UserError as error:
+        return str(error)
+    return f"the checkpoint {path} is of another recipe: it was made with {changed}" if changed else None
 
 
-def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and a sentence about each newer one that is not."""
+def newest_good(folder: Path, recipe: Recipe) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that a run of `recipe` can go on from, and a sentence about each newer one."""
     complaints = []
     for path in reversed(list_checkpoints(folder)):
-        try:
-            read_state(path)
+        problem = problem_of(path, recipe)
+        if problem is None:
             return path, complaints
-        except UserError as error:
-            complaints.append(str(error))
+        complaints.append(problem)
     return None, complaints
 
 
@@ -157,9 +178,5 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 class UserError(Exception):
     """Something the user can mend: one sentence that says what is wrong, where, and what to do.
@@ -18,10 +20,10 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError into a UserError that names `path`."""
+    """Turn an OSError, or safetensors' own for it, into a UserError that names `path`."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {disk_problem(error)}") from error
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hapo_lite.algo.signal import EntropySignal
+from hapo_lite.files import replace_text
 from hapo_lite.records import Completion, TokenOutcome
 from hapo_lite.rollout.collect import Collected
 from hapo_lite.tasks.rewards import Score
@@ -139,6 +140,8 @@ class MetricsFile:
     def append(self, metrics: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole line. The last one may be cut off by a kill; it is left out."""
@@ -169,9 +172,7 @@ class MetricsFile:
     def keep_up_to(self, iteration: int) -> None:
         """Drop the lines that a run resumed after `iteration` will write again."""
         kept = [line for line in self.read() if line["iteration"] <= iteration]
-        aside = self.path.with_suffix(".writing")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(aside, self.path)
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _flat(rows: Sequence[Tensor]) -> Tensor:

@@ -24,6 +24,17 @@ FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 
+MAY_CHANGE = (
+    "output_dir",
+    "training.iterations",
+    "training.max_tokens",
+    "checkpoint",
+    "logging",
+    "evaluation.every",
+    "benchmark",
+)
+"""What a resumed run may have changed in its recipe without ceasing to be the same run."""
+
 
 def one_folder(name: str) -> str:
     if not re.fullmatch(FOLDER_NAME, name):
@@ -334,6 +345,32 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def parse_recipe(settings: dict[str, Any], where: str = "recipe") -> Recipe:
     """Validate a mapping. Raises UserError naming the first field that is wrong."""
     return validate(Recipe, settings, where)
+
+
+def departure(before: dict[str, Any], now: Recipe) -> str | None:
+    """The first setting that makes `now` another run than `before`, an earlier recipe as a mapping; None: the same run.
+
+    A setting that `before` lacks, as of an older version, had its default.
+    """
+    try:
+        then = flatten(parse_recipe(before).model_dump(mode="json"))
+    except UserError as error:
+        return f"other settings than this version has ({error})"
+    for key, value in flatten(now.model_dump(mode="json")).items():
+        if then.get(key) != value and not key.startswith(MAY_CHANGE):
+            return f"{key} = {then.get(key)}, the recipe now says {value}"
+    return None
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists become text."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, (int, float, str, bool)) or value is None else str(value)
+    return flat
 
 
 def describe_fields() -> str:

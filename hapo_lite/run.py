@@ -13,32 +13,23 @@ import platform
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
 
 import hapo_lite
-from hapo_lite.checkpoint import (
-    TrainState,
-    file_hash,
-    list_checkpoints,
-    load_checkpoint,
-    newest_good,
-    save_adapter,
-    save_checkpoint,
-)
+from hapo_lite.checkpoint import TrainState, file_hash, save_adapter, save_checkpoint
 from hapo_lite.errors import UserError, writing
+from hapo_lite.files import replace_text, replacing_folder
+from hapo_lite.folder import RunFolder, check_same_run, open_folder, resume
 from hapo_lite.interrupt import Interrupted, Interrupts
 from hapo_lite.loop import Loop
-from hapo_lite.metrics import MetricsFile
 from hapo_lite.policy import Policy, load_policy, resolve_dtype
-from hapo_lite.recipe import DataSettings, Recipe
+from hapo_lite.recipe import DataSettings, Recipe, flatten
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.report import closing_table, draw_curves
 from hapo_lite.rollout.collect import Collector, PromptStream
@@ -46,56 +37,8 @@ from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.status import Status
 from hapo_lite.tasks.data import load_prompts, split_held_out
 from hapo_lite.tasks.rewards import Scorer
-from hapo_lite.trace import drop_traces_after, write_traces
+from hapo_lite.trace import write_traces
 from hapo_lite.verdict import judge_run
-
-MAY_CHANGE = (
-    "output_dir",
-    "training.iterations",
-    "training.max_tokens",
-    "checkpoint",
-    "logging",
-    "evaluation.every",
-    "benchmark",
-)
-"""What a resumed run may have changed in its recipe without ceasing to be the same run."""
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    path: Path
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def status(self) -> Path:
-        return self.path / "status.json"
-
-    @property
-    def metrics(self) -> MetricsFile:
-        return MetricsFile(self.path / "metrics.jsonl")
-
-    @property
-    def traces(self) -> Path:
-        return self.path / "traces"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
-
-    @property
-    def curves(self) -> Path:
-        return self.path / "curves.png"
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -213,8 +156,8 @@ class Recorder:
     def save(self, state: TrainState) -> None:
         if self.main and state.iteration:
             self.loop.enter("checkpoint")
-            loop, keep = self.loop, self.recipe.checkpoint.keep
-            save_checkpoint(self.folder.checkpoints, loop.policy, loop.optimizer, loop.scheduler, state, keep)
+            loop, folder = self.loop, self.folder.checkpoints
+            save_checkpoint(folder, loop.policy, loop.optimizer, loop.scheduler, state, self.recipe, loop.stream.digest)
 
     def headline(self) -> dict[str, str]:
         line = self.lines[-1]
@@ -231,12 +174,13 @@ class Recorder:
         if not self.main:
             return {}
         with writing(self.folder.path):
-            save_adapter(self.loop.policy, self.folder.adapter)
+            with replacing_folder(self.folder.adapter) as aside:
+                save_adapter(self.loop.policy, aside)
             draw_curves(self.lines, self.folder.curves, title=self.recipe.name)
             # Last, since it says that the run is complete.
             verdict = judge_run(self.lines, self.recipe)
             summary = self._summary(state) | {"verdict": asdict(verdict)}
-            self.folder.summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            replace_text(self.folder.summary, json.dumps(summary, indent=1) + "\n")
         print(closing_table(self.lines, self.recipe.evaluation.samples))
         print(verdict)
         print(f"{self.folder.path}: adapter/, curves.png, summary.json, metrics.jsonl, traces/")
@@ -354,66 +298,3 @@ def encode_prompts(
             "rollout.max_new_tokens"
         )
     return kept
-
-
-def open_folder(folder: RunFolder, recipe: Recipe, status: Status) -> None:
-    with writing(folder.path):
-        folder.path.mkdir(parents=True, exist_ok=True)
-        status.claim()
-        folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
-
-
-def check_same_run(folder: RunFolder, recipe: Recipe) -> None:
-    """Refuse to continue a run under a recipe that would have made another one of it."""
-    if not list_checkpoints(folder.checkpoints):
-        return
-    if recipe.checkpoint.resume == "never":
-        raise UserError(f"{folder.path} holds a run already: choose another name=, or checkpoint.resume=auto")
-    for key, before, now in changed_settings(folder, recipe):
-        raise UserError(
-            f"{folder.path} was made with {key} = {before}, the recipe now says {now}: "
-            "choose another name= to start a new run"
-        )
-
-
-def changed_settings(folder: RunFolder, recipe: Recipe) -> list[tuple[str, Any, Any]]:
-    """(field, value in the folder, value in the recipe) of each difference that makes another run of it."""
-    try:
-        before = flatten(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder.recipe}, which the run is to be continued from, cannot be read: {error}") from None
-    now = flatten(yaml.safe_load(recipe.to_yaml()))
-    return [
-        (key, before.get(key), now.get(key))
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
-    ]
-
-
-def resume(folder: RunFolder, recipe: Recipe, loop: Loop, say) -> TrainState:
-    """The state to go on from, with weights, optimiser and schedule put back; a fresh one if there is no checkpoint."""
-    newest, complaints = newest_good(folder.checkpoints)
-    for complaint in complaints:
-        say(f"note: {complaint}; an older one is used")
-    if newest is None and complaints:
-        raise UserError(f"no checkpoint in {folder.checkpoints} is whole: move the folder away to start over")
-    state = TrainState()
-    if newest is not None:
-        state = load_checkpoint(newest, loop.policy, loop.optimizer, loop.scheduler)
-        say(f"resuming {folder.path} after iteration {state.iteration}")
-    if loop.accelerator.is_main_process:
-        with writing(folder.path):
-            folder.metrics.keep_up_to(state.iteration if newest else -1)
-            drop_traces_after(folder.traces, state.iteration if newest else -1)
-    return state
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists become text."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, (int, float, str, bool)) or value is None else str(value)
-    return flat

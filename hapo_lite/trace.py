@@ -9,7 +9,6 @@ from __future__ import annotations
 import array
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from pydantic_core import from_json
 
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.errors import UserError
+from hapo_lite.files import replace_text
 from hapo_lite.policy import Policy
 from hapo_lite.records import Completion, TokenOutcome
 from hapo_lite.tasks.rewards import Score
@@ -116,9 +116,8 @@ def write_traces(folder: Path, iteration: int, traces: Sequence[Trace]) -> None:
     if not traces:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".writing-{iteration:06d}"
-    aside.write_text("".join(json.dumps(dataclasses.asdict(t), ensure_ascii=False) + "\n" for t in traces), "utf-8")
-    os.replace(aside, folder / f"{iteration:06d}.jsonl")
+    lines = (json.dumps(dataclasses.asdict(t), ensure_ascii=False) + "\n" for t in traces)
+    replace_text(folder / f"{iteration:06d}.jsonl", "".join(lines))
 
 
 def read_traces(path: Path, problems: list[str] | None = None) -> list[Trace]:

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from hapo_lite import checkpoint
 from hapo_lite.cli import run_command
 from hapo_lite.train import main
 from tests.conftest import ROOT, TINY
@@ -60,29 +59,6 @@ def test_one_sentence_and_exit_code_2(capsys, tmp_path, overrides, message):
 
 def test_a_missing_recipe(capsys, tmp_path):
     assert "there is no recipe at" in complaint(capsys, [tmp_path / "none.yaml"])
-
-
-def test_a_full_disk_keeps_the_last_good_checkpoint(capsys, tmp_path, monkeypatch):
-    runs = f"output_dir={tmp_path}"
-    assert run_command(main, [str(TINY), runs, *SHORT]) == 0
-    whole = {p: p.read_bytes() for p in (tmp_path / "tiny_cpu" / "checkpoints").rglob("*") if p.is_file()}
-    capsys.readouterr()
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_adapter", full)
-    line = complaint(capsys, [TINY, runs, *SHORT, "training.iterations=2"])
-    assert "000002 could not be written: the disk is full" in line
-    folder = tmp_path / "tiny_cpu" / "checkpoints"
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == whole
-
-
-def test_a_file_that_nobody_may_write_is_reported(capsys, tmp_path):
-    run = tmp_path / "tiny_cpu"
-    run.mkdir()
-    (run / "metrics.jsonl").mkdir()
-    assert "cannot be written" in complaint(capsys, [TINY, f"output_dir={tmp_path}", *SHORT])
 
 
 def test_metrics_reach_a_tracker(tmp_path):

@@ -8,7 +8,7 @@ import yaml
 from hapo_lite.algo.methods import PRESETS
 from hapo_lite.comparison.plan import load_comparison, planned_runs
 from hapo_lite.errors import UserError
-from hapo_lite.recipe import Recipe, describe_fields, load_recipe
+from hapo_lite.recipe import Recipe, departure, describe_fields, load_recipe
 from tests.conftest import ROOT, TINY
 
 FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -167,3 +167,16 @@ def test_help_lists_every_field_with_a_meaning():
     fields = set(leaves(yaml.safe_load(Recipe.model_validate(MINIMAL | {"name": "x"}).to_yaml())))
     assert fields - {"evaluation.data"} <= set(listed)
     assert all(listed.values())
+
+
+def test_what_makes_another_run_of_a_recipe(write_recipe):
+    now = load_recipe(write_recipe(MINIMAL), ["training.iterations=9", "checkpoint.keep=5", "output_dir=there"])
+    before = load_recipe(write_recipe(MINIMAL)).model_dump(mode="json")
+    assert departure(before, now) is None
+    del before["training"]["weight_decay"]  # as of a version that had no such setting
+    assert departure(before, now) is None
+    before["rollout"]["temperature"] = 0.5
+    assert departure(before, now) == "rollout.temperature = 0.5, the recipe now says 1.0"
+    before["rollout"]["of_the_future"] = 1
+    assert "rollout.of_the_future is not a field" in departure(before, now)
+    assert "other settings" in departure(None, now)

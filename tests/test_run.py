@@ -20,7 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hapo_lite.checkpoint import is_whole
+from hapo_lite.checkpoint import read_record
 from hapo_lite.metrics import MetricsFile
 from hapo_lite.policy import TINY_MODEL
 from hapo_lite.status import read_status
@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, tmp_
     assert done.returncode == 0, done.stderr
     assert "000006 is damaged: adapter_model.safetensors has changed" in done.stdout
     assert "after iteration 4" in done.stdout
-    assert is_whole(weights.parent)  # it has been written anew
+    read_record(weights.parent)  # it has been written anew
     assert remains(tmp_path / "tiny_cpu") == remains(finished[0])
 
 

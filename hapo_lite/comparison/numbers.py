@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hapo_lite.comparison.plan import Comparison, PlannedRun
 from hapo_lite.comparison.runner import is_complete
-from hapo_lite.run import RunFolder
+from hapo_lite.folder import RunFolder
 from hapo_lite.statistics import Interval, bootstrap_interval, paired_interval
 
 Lines = Sequence[dict[str, Any]]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from hapo_lite.comparison.plan import PlannedRun
-from hapo_lite.run import RunFolder
+from hapo_lite.folder import RunFolder
 
 ENOUGH = 0.1
 """Share of a run from which its pace is believed."""

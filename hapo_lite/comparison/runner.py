@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from hapo_lite.comparison.pace import Pace
 from hapo_lite.comparison.plan import Comparison, PlannedRun
 from hapo_lite.errors import UserError, writing
+from hapo_lite.folder import RunFolder, changed_setting, check_same_run
 from hapo_lite.interrupt import Interrupted, Interrupts
-from hapo_lite.run import RunFolder, changed_settings, check_same_run
 
 POLL_S, SHOW_S = 0.2, 1.0
 PATIENCE_S = 60.0
@@ -160,7 +160,7 @@ def is_complete(run: PlannedRun) -> bool:
         summary = json.loads(folder.summary.read_text(encoding="utf-8"))
         training = run.recipe.training
         enough = summary["sampled_tokens"] >= training.max_tokens or summary["iterations"] >= training.iterations
-        return enough and not changed_settings(folder, run.recipe)
+        return enough and changed_setting(folder, run.recipe) is None
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return False
 

@@ -5,6 +5,7 @@ Axes: P prompts per iteration, G completions per prompt.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +21,15 @@ from hapo_lite.tasks.rewards import Score, Scorer
 
 
 class PromptStream:
-    """The training prompts without end: every epoch a new order, fixed by (seed, epoch)."""
+    """The training prompts without end: every epoch a new order, fixed by (seed, epoch). digest: of them all."""
 
     def __init__(self, prompts: Sequence[EncodedPrompt], seed: int) -> None:
         self.prompts, self.seed = prompts, seed
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        together = hashlib.sha256()
+        for p in prompts:
+            together.update(repr((p.prompt.id, p.ids, p.prompt.answer)).encode())
+        self.digest = together.hexdigest()
 
     def take(self, start: int, count: int) -> list[EncodedPrompt]:
         """Prompts at positions start .. start + count; each carries its position, which its sampling is seeded by."""

@@ -1,0 +1,51 @@
+"""Files that survive a kill or a power cut: written aside, flushed to the disk, then put in place by a rename."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is whole or, if that fails, as it was before. Raises OSError."""
+    aside = path.with_name(f".writing-{path.name}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        flush(aside)
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def replacing_folder(final: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of `final` at the end, or vanishes if that fails. Raises OSError.
+
+    A kill leaves it behind under its own name, `.writing-...`.
+    """
+    aside = final.with_name(f".writing-{final.name}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        for file in aside.iterdir():
+            flush(file)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)
+        flush(final.parent)
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

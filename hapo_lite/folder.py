@@ -1,0 +1,104 @@
+"""A run's folder: where everything is, whether it holds the same run, and where that goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from hapo_lite.checkpoint import TrainState, list_checkpoints, load_checkpoint, newest_good
+from hapo_lite.errors import UserError, writing
+from hapo_lite.files import replace_text
+from hapo_lite.loop import Loop
+from hapo_lite.metrics import MetricsFile
+from hapo_lite.recipe import Recipe, departure
+from hapo_lite.status import Status
+from hapo_lite.trace import drop_traces_after
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def metrics(self) -> MetricsFile:
+        return MetricsFile(self.path / "metrics.jsonl")
+
+    @property
+    def traces(self) -> Path:
+        return self.path / "traces"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+
+def open_folder(folder: RunFolder, recipe: Recipe, status: Status) -> None:
+    """Make the folder, lock it and write the recipe. Raises UserError if it is in use or cannot be written."""
+    with writing(folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        status.claim()
+        replace_text(folder.recipe, recipe.to_yaml())
+
+
+def check_same_run(folder: RunFolder, recipe: Recipe) -> None:
+    """Refuse to continue a run under a recipe that would have made another one of it."""
+    if not list_checkpoints(folder.checkpoints):
+        return
+    if recipe.checkpoint.resume == "never":
+        raise UserError(f"{folder.path} holds a run already: choose another name=, or checkpoint.resume=auto")
+    if changed := changed_setting(folder, recipe):
+        raise UserError(f"{folder.path} was made with {changed}: choose another name= to start a new run")
+
+
+def changed_setting(folder: RunFolder, recipe: Recipe) -> str | None:
+    """The first setting that makes another run of `recipe` than the folder holds; None: the same run.
+
+    Raises UserError if the folder's recipe cannot be read.
+    """
+    try:
+        before = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{folder.recipe}, which the run is to be continued from, cannot be read: {error}") from None
+    return departure(before, recipe)
+
+
+def resume(folder: RunFolder, recipe: Recipe, loop: Loop, say) -> TrainState:
+    """The state to go on from, with weights, optimiser and schedule put back; a fresh one if there is no checkpoint."""
+    newest, complaints = newest_good(folder.checkpoints, recipe)
+    for complaint in complaints:
+        say(f"note: {complaint}; an older one is used")
+    if newest is None and complaints:
+        raise UserError(
+            f"no checkpoint in {folder.checkpoints} can be used: move the folder away to start over ({complaints[0]})"
+        )
+    state = TrainState()
+    if newest is not None:
+        state = load_checkpoint(newest, loop.policy, loop.optimizer, loop.scheduler, loop.stream.digest)
+        say(f"resuming {folder.path} after iteration {state.iteration}")
+    if loop.accelerator.is_main_process:
+        with writing(folder.path):
+            folder.metrics.keep_up_to(state.iteration if newest else -1)
+            drop_traces_after(folder.traces, state.iteration if newest else -1)
+    return state
