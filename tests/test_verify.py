@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import grading
 from hapo_lite.tasks.verify import LONGEST_ANSWER, Grade, GraderPool, boxed_answer, grade
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -81,6 +82,8 @@ def children() -> set[int]:
         ("60, 90", r"$90^{\circ}$,$60^{\circ}$"),
         ("East", r"\text{east}"),
         (r"\text{East}", "east"),
+        (r"-\frac{dx}{dt} = a - kx", r"\frac{dx}{dt} = kx - a"),
+        (r"864 \text{ inches}^2", r"864 \mbox{ inches}^2"),
         ("a", "(A)"),
         (r"\text{(A)}", "A"),
         ("４２", "42"),
@@ -115,6 +118,10 @@ def test_equal_answers_however_written(pool, answer, gold):
         ("0.0", r"\frac{\pi}{10^{20}}"),
         (r"1.9 \times 10^{-27} \pi", r"1.325 \times 10^{-27} \pi"),
         ("12_9", "12_8"),
+        (r"-\frac{dx}{dt} = kx - a", r"\frac{dx}{dt} = kx - a"),
+        (r"2\frac{dx}{dt} = kx - a", r"\frac{dx}{dt} = kx - a"),
+        (r"864 \mbox{ inches}^3", r"864 \mbox{ inches}^2"),
+        (r"6.4 \times 10^{16} \text{ cm}^{-4}", r"6.4 \times 10^{16} \text{ cm}^{-3}"),
         ("(2,1)", "(1,2)"),
         (r"\{0,5\}", "(0,5)"),
         (r"(-\infty,-5]", r"(-\infty,-5)"),
@@ -177,14 +184,33 @@ def test_copying_the_problem_is_no_answer_in_running_text_either(pool):
     assert [g.correct for g in pool.grade_many([(text, "24") for text in texts])] == [False] * 3
 
 
+@pytest.mark.parametrize(
+    ("text", "gold", "outcome"),
+    [
+        ("The answer is $f(x)=ax$, where $a$ is odd.", "$f(x)=ax$, where $a$ is odd", "correct"),
+        ("The answer is $f(x)=ax$, where $a$ is even.", "$f(x)=ax$, where $a$ is odd", "wrong"),
+        ("The answer is $221,$8$.", "$221,$8$", "correct"),
+        ("The answer is $221,$7$.", "$221,$8$", "wrong"),
+        ("The answer is $42$, where 42 is even.", "42", "correct"),
+    ],
+)
+def test_words_after_the_formula(pool, text, gold, outcome):
+    assert [g.outcome for g in pool.grade_many([(text, gold)])] == [outcome]
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data beside the checkout")
-def test_every_gold_answer_equals_itself(pool):
+@pytest.mark.parametrize("name", grading.SUITES)
+def test_every_gold_answer_equals_itself_and_no_near_miss_does(pool, name):
     import pyarrow.parquet as pq
 
-    for name in ("math500", "olympiadbench", "minerva"):
-        golds = pq.read_table(DATA / f"{name}.parquet")["answer"].to_pylist()
-        grades = pool.grade_many([(box(gold), gold) for gold in golds])
+    golds = pq.read_table(DATA / f"{name}.parquet")["answer"].to_pylist()
+    for form in (grading.boxed, grading.sentence):
+        grades = pool.grade_many([(form(gold), gold) for gold in golds])
         assert [gold for gold, g in zip(golds, grades, strict=True) if not g.correct] == []
+    # A twentieth of them: benchmarks/grading.py does all.
+    wrong = grading.near_misses(golds)[::20]
+    grades = pool.grade_many([(box(answer), gold) for answer, gold in wrong])
+    assert len(wrong) > 40 and [pair for pair, g in zip(wrong, grades, strict=True) if g.correct] == []
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data beside the checkout")

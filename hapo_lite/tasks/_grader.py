@@ -97,7 +97,7 @@ def parse_answer(latex: str) -> list:
 
     # Without anchors only: math-verify must read the whole box or nothing, not some number inside it.
     whole_box = [LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)]
-    return parse(r"\boxed{" + latex + "}", whole_box, parsing_timeout=None)
+    return _with_named_derivatives(parse(r"\boxed{" + latex + "}", whole_box, parsing_timeout=None))
 
 
 parse_gold = lru_cache(maxsize=4096)(parse_answer)
@@ -107,7 +107,17 @@ def parse_sentence(text: str) -> list:
     """Like parse_answer, from running text."""
     from math_verify import parse
 
-    return parse(text, parsing_timeout=None)
+    return _with_named_derivatives(parse(text, parsing_timeout=None))
+
+
+def _with_named_derivatives(found: list) -> list:
+    """Every dx/dt a symbol of its own: math-verify solves equations for other symbols and so loses dx/dt's factor."""
+    from sympy import Basic, Derivative, Symbol
+
+    if not found or not isinstance(found[0], Basic):
+        return found
+    names = {derivative: Symbol(str(derivative)) for derivative in found[0].atoms(Derivative)}
+    return [found[0].xreplace(names), *found[1:]] if names else found
 
 
 def same(gold: list, answer: list) -> bool:

@@ -87,22 +87,26 @@ def _scan_boxes(text: str) -> tuple[str | None, bool]:
     return best, any(start is not None for start in open_braces)
 
 
-def _stated_answer(text: str) -> str | None:
-    """What follows the last "answer is", "Answer:" or `####`, up to the end of its sentence, line or formula."""
+def _stated_answer(text: str) -> tuple[str | None, str | None]:
+    """What follows the last "answer is", "Answer:" or `####`: (its formula if it begins with one, else all; all).
+
+    All is what stands there up to the end of the sentence or line.
+    """
     statements = deque(_STATEMENT.finditer(text, max(0, len(text) - _SEARCHED)), maxlen=1)
     if not statements:
-        return None
+        return None, None
     statement = statements.pop()
     rest = text[statement.end() : statement.end() + LONGEST_ANSWER].strip().lstrip("*_ ")
-    for opening, closing in (("\\[", "\\]"), ("\\(", "\\)"), ("$$", "$$")):
-        if rest.startswith(opening) and (end := rest.find(closing, 2)) > 0:
-            return rest[2:end].strip() or None
-    if formula := _FORMULAS.match(rest):
-        return formula.group()
     line = rest.split("\n", 1)[0]
     if end := _SENTENCE_END.search(line):
         line = line[: end.start()]
-    return line.strip().rstrip("*_ ") or None
+    line = line.strip().rstrip("*_ ") or None
+    for opening, closing in (("\\[", "\\]"), ("\\(", "\\)"), ("$$", "$$")):
+        if rest.startswith(opening) and (end := rest.find(closing, 2)) > 0:
+            return rest[2:end].strip() or None, line
+    if formula := _FORMULAS.match(rest):
+        return formula.group(), line
+    return line, line
 
 
 # ------------------------------------------------------------------------------------------------- the plain cases
@@ -130,6 +134,9 @@ _PLAIN = re.compile(
     re.VERBOSE | re.ASCII,
 )
 _ASSIGNED = re.compile(r"[A-Za-z](?:_\{?\w{1,8}\}?)?=([^=]+)")
+_UNIT_POWER = re.compile(
+    r"\\(?:text|textrm|mbox|mathrm)\s*\{[^{}]*[A-Za-z]\s*\}\s*\^\s*\{?\s*([+-]?\d+)\s*\}?$", re.ASCII
+)
 _BASE = re.compile(r"\d_\{?(\d+)\}?$", re.ASCII)
 _LEFT_TO_DO = re.compile(
     r"[\d)}\]]\s*(?:[-+*×÷]|\\times|\\cdot|\\div)\s*(?!10\s*\^)(?:[\d(.{]|\\(?:frac|sqrt|left|pi))"
@@ -231,6 +238,10 @@ def _settled(answer: str, gold: str) -> bool | None:
             said = choice.group(1) if choice else None
             return said is not None and (said == text if same_case else said.casefold() == text.casefold())
         return a.casefold() == text.casefold()
+    # math-verify drops units, and would take cm^3 for cm^2.
+    powers = _UNIT_POWER.search(answer), _UNIT_POWER.search(gold)
+    if all(powers) and int(powers[0].group(1)) != int(powers[1].group(1)):
+        return False
     bases = _BASE.search(a), _BASE.search(g)
     if all(bases) and bases[0].group(1) != bases[1].group(1):
         return False
@@ -248,12 +259,15 @@ def _terminates(value: Fraction) -> bool:
 def _read(text: str, gold: str) -> Grade | dict[str, str]:
     """A grade where it is plain, else the request for a grading process."""
     answer, left_open = _scan_boxes(text)
-    stated = False
+    stated, whole = False, None
     if answer is None and left_open:
         return Grade(False, None, "unparseable")
     if answer is None:
-        answer, stated = _stated_answer(text), True
+        (answer, whole), stated = _stated_answer(text), True
     gold = _tidy(boxed_answer(gold) or gold)
+    # A gold answer may be a formula with words after it: "$f(x)=ax$, where $a$ is an integer".
+    if whole and gold and _canonical(_tidy(whole)) == _canonical(gold):
+        return Grade(True, whole, "correct")
     if answer is None:
         if not gold or len(gold) > LONGEST_ANSWER:
             return Grade(False, None, "unparseable")
