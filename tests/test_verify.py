@@ -184,6 +184,12 @@ def test_copying_the_problem_is_no_answer_in_running_text_either(pool):
     assert [g.correct for g in pool.grade_many([(text, "24") for text in texts])] == [False] * 3
 
 
+def test_a_term_of_something_longer_is_no_answer(pool):
+    """Written by the bundled model about an AMC problem, and once taken for an answer of 2."""
+    texts = ["Take 2*14}}}}}}}}}}}}}}", "Hence 7*2}}}", "So 6 / 3 = 2", "Hence $x = 2$ - done."]
+    assert [g.correct for g in pool.grade_many([(text, "2") for text in texts])] == [False, False, True, True]
+
+
 @pytest.mark.parametrize(
     ("text", "gold", "outcome"),
     [

@@ -256,6 +256,20 @@ def _terminates(value: Fraction) -> bool:
     return d == 1
 
 
+def _is_a_term(number: str, text: str) -> bool:
+    """Whether the last `number` in a text is but a term of something longer, such as 2 in "Take 2*14"."""
+    if _plain(number) is None:
+        return False
+    last = deque(re.finditer(rf"(?<![\d.]){re.escape(number)}(?![\d.]*\d)", text), maxlen=1)
+    if not last:
+        return False
+    operator = r"\s*(?:[-+*/^×÷]|\\times|\\cdot|\\div)\s*"
+    return bool(
+        re.match(rf"{operator}[\d({{\\]", text[last[0].end() :])
+        or re.search(rf"[\d)}}]{operator}$", text[: last[0].start()])
+    )
+
+
 def _read(text: str, gold: str) -> Grade | dict[str, str]:
     """A grade where it is plain, else the request for a grading process."""
     answer, left_open = _scan_boxes(text)
@@ -397,6 +411,8 @@ class GraderPool:
                 request = requests[index]
                 # What was found in running text has not been held against the plain cases yet.
                 if outcome == "correct" and answer and _settled(_tidy(answer), request["gold"]) is False:
+                    outcome = "wrong"
+                if outcome == "correct" and answer and "shown" not in request and _is_a_term(answer, request["text"]):
                     outcome = "wrong"
                 answer = request.get("shown", answer)
                 grades[index] = Grade(outcome == "correct", answer, outcome)
