@@ -202,10 +202,10 @@ def locked(folder: Path) -> Iterator[int]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(f"another command works on {folder}: wait for it, or choose another name") from None
                 if not told:
                     print(f"waiting for the runs of another command in {folder} to save and end", flush=True)
                     told = True
+                if time.monotonic() > deadline:
+                    raise UserError(f"another command works on {folder}: wait for it, or choose another name") from None
                 time.sleep(POLL_S)
         yield file.fileno()
