@@ -88,6 +88,13 @@ MORE_OF_THEM = [4, 1] * 20
             "no difference",
             [r"no answer was found in 97 % of the completions: ask for a \boxed{} in data.system_prompt"],
         ),
+        # Those that were cut off have no answer; that is one cause, not two.
+        (
+            HALF,
+            {"length/truncated_share": 0.6, "grade/unparseable_share": 0.62},
+            "no difference",
+            ["60 % of the completions were cut off"],
+        ),
         (HALF, {"grade/timeout_share": 0.08}, "no difference", ["gave up on 8 %", "reward.timeout_s (5)"]),
         (
             HALF,
