@@ -29,7 +29,7 @@ from hapo_lite.comparison.numbers import Numbers, clipped_share, run_numbers
 from hapo_lite.comparison.pace import in_words
 from hapo_lite.comparison.plan import load_comparison, planned_runs
 from hapo_lite.comparison.report import difference_rows, table_rows, write_report
-from hapo_lite.comparison.words import caveats, findings, verdict
+from hapo_lite.comparison.words import caveats, findings, shown, verdict
 from hapo_lite.errors import UserError
 from hapo_lite.metrics import MetricsFile
 from hapo_lite.recipe import load_recipe
@@ -224,6 +224,9 @@ def test_differences_are_paired_by_seed(write):
     [row] = [row for row in difference_rows(numbers) if row["measure"] == "final"]
     assert (row["difference"], row["pairs"], row["excludes_zero"]) == (pytest.approx(0.1), 3, True)
     assert "By final accuracy, better than dapo: hapo (+0.100)." in findings(numbers)
+    # The last evaluation, 0.1 apart, is at 110 tokens and the one before it at 60: at 100 they are 40/50 0.1 apart.
+    lead = numbers.band("hapo", "accuracy", less_reference=True)
+    assert lead.mean[[0, 60, 100]] == pytest.approx([0.0, 0.0, 0.08]) and lead.low == pytest.approx(lead.high)
 
 
 def test_a_seed_that_one_arm_lacks_is_left_out_of_the_pairs(write):
@@ -232,6 +235,11 @@ def test_a_seed_that_one_arm_lacks_is_left_out_of_the_pairs(write):
     assert numbers.difference("hapo", "final").value == pytest.approx(0.2)
     assert numbers.mean("hapo", "final").value == pytest.approx(0.7)
     assert "One seed has no interval" in caveats(numbers)[0]
+
+
+def test_a_number_that_rounds_to_nothing_has_no_sign():
+    values = [(-0.0001, "+.3f"), (0.0001, "+.3f"), (-0.4, "+,.0f"), (-0.0006, "+.3f"), (float("nan"), ".3f")]
+    assert [shown(*value) for value in values] == ["0.000", "0.000", "0", "-0.001", "-"]
 
 
 def test_durations_in_words():

@@ -12,12 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-from hapo_lite.comparison.numbers import CURVES, MEASURES, Numbers
+from hapo_lite.comparison.numbers import CURVES, MEASURES, Band, Numbers
 from hapo_lite.inspect.figures import templates
 
 HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 """Told apart with every common form of colour blindness, on light and on dark (Okabe and Ito 2008)."""
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+FEW = 4
+"""Arms whose bands can be told apart when they overlap; of more they are fainter."""
 WIDTH, HEIGHT = 6.0, 4.2
 """Of one figure, inches: its words can be read on a phone."""
 DPI = 180
@@ -43,10 +45,11 @@ class Picture:
 
 
 def styles(numbers: Numbers, theme: str) -> dict[str, Style]:
-    """By arm. Beyond the hues the dashes change."""
-    others = [arm for arm in numbers.comparison.arms if arm != numbers.comparison.base]
+    """By arm, the reference first. Beyond the hues the dashes change."""
+    base = numbers.comparison.base
+    others = [arm for arm in numbers.comparison.arms if arm != base]
     found = {a: Style(HUES[i % len(HUES)], DASHES[i // len(HUES) % len(DASHES)]) for i, a in enumerate(others)}
-    return found | {numbers.comparison.base: Style(templates()[theme]["font.color"], "-", 2.4)}
+    return {base: Style(templates()[theme]["font.color"], "-", 2.6)} | found
 
 
 def picture_bytes(figure: Figure) -> bytes:
@@ -81,7 +84,8 @@ def pictures(numbers: Numbers) -> list[Picture]:
     each = Picture(
         "arms",
         f"Each arm against {base}",
-        f"Held-out accuracy of one arm in colour and of {base} in grey: mean with band, thin lines for the seeds.",
+        f"How much higher the held-out accuracy of an arm is than that of {base} with the same seed, over the tokens: "
+        "mean with its 95 % bootstrap interval, thin lines for the seeds. Above 0 the arm is ahead.",
         each_figure,
     )
     return [curves[0], differences, each, *curves[1:]]
@@ -94,9 +98,11 @@ def curve_figure(numbers: Numbers, quantity: str, theme: str) -> Figure:
         rows = -(-len(numbers.arms) // columns)
         figure = Figure(figsize=(WIDTH, HEIGHT + 0.22 * rows), layout="constrained")
         axes = figure.subplots()
-        for arm, style in styles(numbers, theme).items():
+        alpha = 0.15 if len(numbers.arms) <= FEW else 0.06
+        for layer, (arm, style) in enumerate(styles(numbers, theme).items()):
             if arm in numbers.arms:
-                _draw_band(axes, numbers, arm, quantity, style, alpha=0.13)
+                # The reference is wide and lies under the others, so that none is hidden.
+                _draw_band(axes, numbers.grid, numbers.band(arm, quantity), style, alpha, label=arm, layer=2 + layer)
         _token_axis(axes, numbers)
         axes.set_ylabel(CURVES[quantity])
         if quantity != "accuracy":
@@ -109,28 +115,27 @@ def curve_figure(numbers: Numbers, quantity: str, theme: str) -> Figure:
 
 
 def each_figure(numbers: Numbers, theme: str) -> Figure:
-    """A panel for every arm but the reference."""
-    others = numbers.others or numbers.arms
-    columns = min(2, len(others))
-    rows = -(-len(others) // columns)
+    """A panel for every arm but the reference: its lead over the reference."""
+    others = [arm for arm in numbers.others if len(numbers.curves(arm, "accuracy", less_reference=True))]
+    columns = 1 if len(others) < 2 else 2
+    rows = max(1, -(-len(others) // columns))
     with _theme(theme):
         figure = Figure(figsize=(WIDTH, 0.5 + 2.0 * rows), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         look = styles(numbers, theme)
-        base = numbers.comparison.base
         for axes, arm in zip(grid.flat, others, strict=False):
-            if base in numbers.arms:
-                _draw_band(axes, numbers, base, "accuracy", Style("#8a8f98", "-", 1.4), alpha=0.25)
-            _draw_band(axes, numbers, arm, "accuracy", Style(look[arm].colour, "-"), alpha=0.2)
-            for seed in numbers.seeds(arm):
-                curve = numbers.runs[arm, seed].curves["accuracy"]
-                axes.plot(numbers.grid, curve, color=look[arm].colour, linewidth=0.5, alpha=0.8)
+            style = Style(look[arm].colour, "-")
+            axes.axhline(0.0, color=look[numbers.comparison.base].colour, linewidth=1.0)
+            _draw_band(axes, numbers.grid, numbers.band(arm, "accuracy", less_reference=True), style, alpha=0.2)
+            for curve in numbers.curves(arm, "accuracy", less_reference=True):
+                axes.plot(numbers.grid, curve, color=style.colour, linewidth=0.5, alpha=0.8)
             axes.set_title(arm, fontsize=10, loc="left")
             _token_axis(axes, numbers, label=False)
+            axes.tick_params(length=0)
         for axes in list(grid.flat)[len(others) :]:
             axes.set_visible(False)
         figure.supxlabel("completion tokens sampled", fontsize=10)
-        figure.supylabel(CURVES["accuracy"], fontsize=10)
+        figure.supylabel(f"held-out accuracy less {numbers.comparison.base}'s", fontsize=10)
     return figure
 
 
@@ -159,16 +164,19 @@ def difference_figure(numbers: Numbers, theme: str) -> Figure:
             axes.grid(axis="y", visible=False)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.2g}" if abs(value) > 1e-9 else "0")
             axes.locator_params(axis="x", nbins=5)
+            axes.tick_params(axis="y", length=0)
         panels[0].set_yticks(range(len(others)), others)
         panels[0].set_ylim(len(others) - 0.5, -0.6)
         figure.supxlabel(f"difference to {base}", fontsize=10)
     return figure
 
 
-def _draw_band(axes: Axes, numbers: Numbers, arm: str, quantity: str, style: Style, alpha: float) -> None:
-    band = numbers.band(arm, quantity)
-    axes.fill_between(numbers.grid, band.low, band.high, color=style.colour, alpha=alpha, linewidth=0)
-    axes.plot(numbers.grid, band.mean, color=style.colour, linestyle=style.dash, linewidth=style.width, label=arm)
+def _draw_band(
+    axes: Axes, grid: Any, band: Band, style: Style, alpha: float, label: str | None = None, layer: float = 2.0
+) -> None:
+    axes.fill_between(grid, band.low, band.high, color=style.colour, alpha=alpha, linewidth=0)
+    line = {"color": style.colour, "linestyle": style.dash, "linewidth": style.width, "zorder": layer}
+    axes.plot(grid, band.mean, label=label, **line)
 
 
 def _token_axis(axes: Axes, numbers: Numbers, label: bool = True) -> None:

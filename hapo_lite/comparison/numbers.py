@@ -6,7 +6,7 @@ Axes: S seeds, K points of the grid, which goes from 0 to the comparison's token
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,7 @@ class Numbers:
     runs: dict[tuple[str, int], RunNumbers]
     grid: NDArray[np.float64]
     threshold: float
+    _bands: dict[tuple[str, str, bool], Band] = field(default_factory=dict, compare=False, repr=False)
 
     def seeds(self, arm: str) -> list[int]:
         """Seeds with which the arm is complete."""
@@ -125,10 +126,24 @@ class Numbers:
         """Of how many seeds the accuracy came up to the threshold."""
         return sum(self.runs[arm, seed].reach is not None for seed in self.seeds(arm))
 
-    def band(self, arm: str, quantity: str) -> Band:
-        rows = np.stack([self.runs[arm, seed].curves[quantity] for seed in self.seeds(arm)])
-        points = [_interval(column, resamples=BAND_RESAMPLES) for column in rows.T]
-        return Band(*(np.array([getattr(p, name) for p in points]) for name in ("value", "low", "high")))
+    def curves(self, arm: str, quantity: str, less_reference: bool = False) -> NDArray[np.float64]:
+        """[S, K]: the arm's curves, or how much they lie above the reference's with the same seed."""
+        base = self.comparison.base
+        seeds = [s for s in self.seeds(arm) if not less_reference or (base, s) in self.runs]
+        rows = [
+            self.runs[arm, s].curves[quantity] - (self.runs[base, s].curves[quantity] if less_reference else 0.0)
+            for s in seeds
+        ]
+        return np.array(rows).reshape(len(seeds), len(self.grid))
+
+    def band(self, arm: str, quantity: str, less_reference: bool = False) -> Band:
+        """Of those curves, of which there is at least one."""
+        key = arm, quantity, less_reference
+        if key not in self._bands:
+            columns = self.curves(arm, quantity, less_reference).T
+            points = [_interval(column, resamples=BAND_RESAMPLES) for column in columns]
+            self._bands[key] = Band(*(np.array([getattr(p, n) for p in points]) for n in ("value", "low", "high")))
+        return self._bands[key]
 
 
 def collect(comparison: Comparison, runs: Sequence[PlannedRun]) -> Numbers:

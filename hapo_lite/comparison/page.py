@@ -15,7 +15,7 @@ from hapo_lite.comparison.figures import Picture
 from hapo_lite.comparison.numbers import MEASURES, Numbers
 from hapo_lite.comparison.pace import in_words
 from hapo_lite.comparison.plan import PlannedRun
-from hapo_lite.comparison.words import caveats, findings, signed, verdict
+from hapo_lite.comparison.words import caveats, findings, shown, signed, verdict
 from hapo_lite.statistics import Interval
 
 COMPARED = ("final", "area", "to_threshold", "length", "entropy")
@@ -115,7 +115,7 @@ def _difference_table(numbers: Numbers) -> str:
 def _run_table(numbers: Numbers) -> str:
     rows = []
     for (arm, seed), run in sorted(numbers.runs.items(), key=lambda item: numbers.arms.index(item[0][0])):
-        values = [f"{run.measures[name]:{measure.unit}}" for name, measure in MEASURES.items()]
+        values = [shown(run.measures[name], measure.unit) for name, measure in MEASURES.items()]
         values[2] = values[2] if run.reach is not None else "not reached"
         cells = [str(seed), f"{run.sampled:,}", str(run.iterations), f"{run.before:.3f}", *values]
         rows.append(_head(arm) + "".join(f"<td>{cell}</td>" for cell in cells))
@@ -165,8 +165,8 @@ def _head(arm: str) -> str:
 def _interval_cell(interval: Interval, unit: str, prefix: str = "", more: str = "", mark: str = "") -> str:
     if interval.value != interval.value:
         return "<td>-</td>"
-    value = f"{prefix}{interval.value:{unit}}"
-    small = f"{interval.low:{unit}} to {interval.high:{unit}}"
+    value = f"{prefix}{shown(interval.value, unit)}"
+    small = f"{shown(interval.low, unit)} to {shown(interval.high, unit)}"
     lines = "".join(f"<small>{line}</small>" for line in (small, html.escape(more)) if line)
     return f"<td>{value} {mark}{lines}</td>"
 

@@ -7,15 +7,23 @@ import math
 from hapo_lite.comparison.numbers import MEASURES, Numbers
 from hapo_lite.statistics import Interval
 
-FALSE_ALARMS = {2: 0.50, 3: 0.25, 4: 0.20, 5: 0.16, 6: 0.14, 8: 0.11, 10: 0.10, 15: 0.08, 20: 0.07, 30: 0.06}
+FALSE_ALARMS = {2: 0.49, 3: 0.26, 4: 0.19, 5: 0.17, 6: 0.16, 8: 0.12, 10: 0.11, 15: 0.08, 20: 0.06, 30: 0.06}
 """How often the interval of the difference of two equal methods excludes 0, by seeds (docs/compare.md)."""
+
+
+def shown(value: float, unit: str) -> str:
+    """A number as `unit` formats it, without a sign where it rounds to 0; - where there is none."""
+    if math.isnan(value):
+        return "-"
+    text = f"{value:{unit}}"
+    return text if any(digit in text for digit in "123456789") else text.lstrip("+-")
 
 
 def spread(interval: Interval, unit: str) -> str:
     """0.912 [0.890, 0.931]."""
     if math.isnan(interval.value):
         return "-"
-    return f"{interval.value:{unit}} [{interval.low:{unit}}, {interval.high:{unit}}]"
+    return f"{shown(interval.value, unit)} [{shown(interval.low, unit)}, {shown(interval.high, unit)}]"
 
 
 def signed(unit: str) -> str:
@@ -44,7 +52,7 @@ def findings(numbers: Numbers) -> list[str]:
         sorts: dict[str, list[str]] = {"better": [], "worse": [], "": []}
         for arm in numbers.others:
             if found := numbers.difference(arm, measure):
-                sorts[verdict(numbers, arm, measure)].append(f"{arm} ({found.value:+.3f})")
+                sorts[verdict(numbers, arm, measure)].append(f"{arm} ({shown(found.value, '+.3f')})")
         parts = [f"{kind} than {base}: {', '.join(sorts[kind])}" for kind in ("better", "worse") if sorts[kind]]
         if sorts[""]:
             parts.append(f"no difference seen: {', '.join(sorts[''])}")
