@@ -24,6 +24,7 @@ from hapo_lite.rollout.collect import Collected
 from hapo_lite.tasks.rewards import Score
 
 OUTCOMES = ("correct", "wrong", "unparseable", "timeout", "error")
+CLOCK = ("seconds/", "tokens_per_second/", "memory/")
 QUANTILES = (0.2, 0.5, 0.8, 0.95)
 LONGEST_LINE = 1 << 16
 """Bytes at the end of metrics.jsonl that hold its last whole line."""
@@ -129,6 +130,11 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def timeless(line: dict[str, Any]) -> dict[str, Any]:
+    """A metrics line without what depends on the clock or the process: the same whenever the run is repeated."""
+    return {key: value for key, value in line.items() if not key.startswith(CLOCK)}
 
 
 class MetricsFile:

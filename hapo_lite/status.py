@@ -16,6 +16,8 @@ from pathlib import Path
 
 from hapo_lite.errors import UserError, writing
 
+ENDED = ("finished", "stopped")
+"""Stages of a run that is over."""
 BLOCK = 512
 """Bytes that a record is padded to. It is overwritten in place: a file put in its place would not be locked."""
 
@@ -28,7 +30,7 @@ class Doing:
     host: str = ""
     iteration: int = 0
     stage: str = "starting"
-    entered: dict[str, int] = field(default_factory=dict)
+    entered: dict[str, int] = field(default_factory=lambda: {"starting": 1})
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -50,7 +52,7 @@ class Status:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.enter("finished" if kind is None else "stopped")
+        self.enter(ENDED[kind is not None])
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None

@@ -36,7 +36,7 @@ def test_a_second_run_is_refused_while_the_first_lives_and_not_after_it_was_kill
         holder.communicate()
     doing = read_status(path)
     assert (doing.process, doing.iteration, doing.stage) == (holder.pid, 7, "update")
-    assert doing.entered == {"rollout": 1, "update": 1}
+    assert doing.entered == {"starting": 1, "rollout": 1, "update": 1}
     with Status(path) as status:
         status.claim()
         assert read_status(path).stage == "starting"
