@@ -247,10 +247,14 @@ def test_a_live_run_is_followed_and_a_reader_left_in_peace(page, root):
     page.wait_for_selector("#run-completion :text('iteration 0')")
     page.hover("#opened-tokens .t[data-i='2']")
     details(page, "opened")
+    page.fill("#opened-ratio input[type=number]", "1.5")
+    page.keyboard.press("Tab")
+    page.wait_for_selector("#opened-what-if figcaption:has-text('ratio were 1.5')")
     write_traces(root / "live" / "traces", 2, [make_trace(iteration=2)])
     page.wait_for_function("document.querySelector('#run-iteration input[type=range]').max === '2'")
     assert page.input_value("#run-iteration input[type=number]") == "0"
     details(page, "opened")
+    assert page.input_value("#opened-ratio input[type=number]") == "1.5"
 
 
 @browser_needed
