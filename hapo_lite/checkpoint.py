@@ -37,7 +37,7 @@ class TrainState:
 
     iteration: completed ones; cursor: prompts taken from the stream; updates: optimiser steps; tokens: completion
     tokens sampled in training; seconds: of training so far; signal: the last iteration's, which the next one samples
-    with.
+    with; skipped_in_a_row: optimiser steps, up to the last one.
     """
 
     iteration: int = 0
@@ -46,6 +46,7 @@ class TrainState:
     tokens: int = 0
     seconds: float = 0.0
     signal: EntropySignal | None = None
+    skipped_in_a_row: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -77,7 +78,8 @@ def save_checkpoint(
             save_adapter(policy, aside)
             # Through memory, so that a full disk is an OSError and not one of torch's own.
             buffer = io.BytesIO()
-            torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, buffer)
+            states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": optimizer.scaler}
+            torch.save({name: part.state_dict() for name, part in states.items() if part is not None}, buffer)
             (aside / OPTIMIZER).write_bytes(buffer.getbuffer())
             record = {
                 "version": VERSION,
@@ -124,6 +126,8 @@ def load_checkpoint(
     saved = torch.load(path / OPTIMIZER, map_location=policy.device, weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
     scheduler.load_state_dict(saved["scheduler"])
+    if optimizer.scaler is not None:
+        optimizer.scaler.load_state_dict(saved["scaler"])
     return TrainState.from_json(record["state"])
 
 

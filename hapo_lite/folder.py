@@ -13,6 +13,7 @@ from hapo_lite.files import replace_text
 from hapo_lite.loop import Loop
 from hapo_lite.metrics import MetricsFile
 from hapo_lite.recipe import Recipe, departure
+from hapo_lite.skipped import drop_steps_after
 from hapo_lite.status import Status
 from hapo_lite.trace import drop_traces_after
 
@@ -40,6 +41,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def replay(self) -> Path:
+        return self.path / "replay"
 
     @property
     def adapter(self) -> Path:
@@ -101,4 +106,5 @@ def resume(folder: RunFolder, recipe: Recipe, loop: Loop, say) -> TrainState:
         with writing(folder.path):
             folder.metrics.keep_up_to(state.iteration if newest else -1)
             drop_traces_after(folder.traces, state.iteration if newest else -1)
+            drop_steps_after(folder.replay, state.iteration)
     return state

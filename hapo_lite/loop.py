@@ -7,7 +7,6 @@ signal, the groups and the denominator are global by construction.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,23 +15,30 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import get_scheduler
 
 from hapo_lite.algo.advantage import entropy_scale, group_advantage
 from hapo_lite.algo.methods import Method
 from hapo_lite.algo.objective import loss_denominator, loss_weights, method_loss
-from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.tokens import TokenSignals, fit_signal, uncertain_tokens
 from hapo_lite.batching import deal_updates, micro_batches
 from hapo_lite.checkpoint import TrainState
 from hapo_lite.errors import UserError
-from hapo_lite.metrics import entropy_metrics, gap_metrics, peak_memory_mb, rollout_metrics, update_metrics
+from hapo_lite.metrics import (
+    Stopwatch,
+    entropy_metrics,
+    gap_metrics,
+    peak_memory_mb,
+    rollout_metrics,
+    update_metrics,
+)
+from hapo_lite.optimizer import loss_scale, make_optimizer, make_scheduler, take_step
 from hapo_lite.policy import Policy
-from hapo_lite.recipe import Recipe, TrainingSettings
-from hapo_lite.records import Completion, EncodedPrompt, Sequences, TokenOutcome, pad
+from hapo_lite.recipe import Recipe
+from hapo_lite.records import Completion, EncodedPrompt, Scored, Sequences, TokenOutcome, pad
 from hapo_lite.rollout.collect import Collected, Collector, PromptStream
 from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.trace import Trace, make_trace
+from hapo_lite.skipped import NotFinite, SkippedStep, check_rewards, check_tokens
+from hapo_lite.trace import Trace, choose_traced, make_trace
 
 
 @dataclass(frozen=True)
@@ -48,29 +54,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """The old policy on every completion, in order: [T] log-probabilities and entropies, and what follows from them.
-
-    signal, h, uncertain (bool): by token, [T]. scale: [B], EDGE-GRPO's factor on the advantage. base_logp: of the base
-    model, [T]; None unless the method asks for it.
-    """
-
-    old_logp: list[Tensor]
-    entropy: list[Tensor]
-    signal: EntropySignal
-    h: list[Tensor]
-    uncertain: list[Tensor]
-    scale: Tensor
-    base_logp: list[Tensor] | None
-
-    def trained(self, method: Method) -> list[Tensor]:
-        """Which tokens count in the loss, bool [T]."""
-        if method.trained_tokens == "uncertain":
-            return self.uncertain
-        return [torch.ones_like(u) for u in self.uncertain]
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """avg@n on the held-out prompts, and traces of a few of them."""
 
@@ -78,23 +61,10 @@ class Evaluation:
     traces: list[Trace]
 
 
-class Stopwatch:
-    """Seconds by stage, of one iteration."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
-
-
 class Loop:
     """One run's moving parts. `step` does an iteration and returns the state after it.
 
-    enter: told what begins, for status.json.
+    enter: told what begins, for status.json. keep: given each step that is skipped, before anything else is done.
     """
 
     def __init__(
@@ -106,18 +76,14 @@ class Loop:
         held_out: Sequence[EncodedPrompt],
         accelerator: Accelerator,
         enter: Callable[[str], None] = lambda stage: None,
+        keep: Callable[[SkippedStep], None] = lambda step: None,
     ) -> None:
         self.recipe, self.policy, self.collector, self.enter = recipe, policy, collector, enter
         self.stream, self.held_out, self.accelerator = stream, held_out, accelerator
+        self.keep = keep
         self.parameters = list(policy.trainable().values())
         self.optimizer = accelerator.prepare(make_optimizer(recipe.training, self.parameters))
-        schedule = recipe.training.schedule
-        self.scheduler = get_scheduler(
-            "constant_with_warmup" if schedule == "constant" else schedule,
-            self.optimizer.optimizer,
-            num_warmup_steps=recipe.training.warmup_updates,
-            num_training_steps=recipe.training.iterations * recipe.training.updates_per_iteration,
-        )
+        self.scheduler = make_scheduler(recipe.training, self.optimizer.optimizer)
 
     def step(
         self, state: TrainState, commit: Callable[[], None] = lambda: None
@@ -132,33 +98,8 @@ class Loop:
         state = replace(state, tokens=state.tokens + collected.tokens_sampled)
         traces: list[Trace] = []
         if collected.completions:
-            advantage = advantages(collected, self.recipe.method)
-            traced = choose_traced(collected, self.recipe.logging.traces_per_iteration)
-            plan = self.plan(collected.completions, advantage, traced, iteration)
-            self.enter("scoring")
-            scored = self.score(collected.completions, plan)
-            watch.lap("score")
-            commit()
-            self.enter("update")
-            outcomes, update = self.update(collected.completions, advantage, scored, plan)
-            watch.lap("update")
-            metrics |= entropy_metrics(scored.entropy, collected.scores, scored.signal, scored.uncertain)
-            metrics |= update_metrics(list(outcomes.values()))
-            metrics |= gap_metrics(collected.completions, scored.old_logp) | update
-            traces = [
-                make_trace(
-                    self.policy,
-                    "train",
-                    iteration,
-                    collected.completions[i],
-                    collected.scores[i],
-                    state.signal if self.recipe.method.adaptive_temperature else None,
-                    scored.signal,
-                    outcomes[i],
-                )
-                for i in traced
-            ]
-            state = replace(state, signal=scored.signal, updates=state.updates + len(plan.updates))
+            state, learned, traces = self.learn(state, collected, commit, watch)
+            metrics |= learned
         else:
             commit()
         seconds = {**watch.seconds, **collected.seconds}
@@ -166,6 +107,51 @@ class Loop:
         metrics["tokens_per_second/sampled"] = collected.tokens_sampled / max(collected.seconds["rollout"], 1e-9)
         metrics["memory/peak_mb"] = peak_memory_mb(self.accelerator.device)
         return state, {"iteration": iteration, "tokens": state.tokens, "updates": state.updates, **metrics}, traces
+
+    def learn(
+        self, state: TrainState, collected: Collected, commit: Callable[[], None], watch: Stopwatch
+    ) -> tuple[TrainState, dict[str, float], list[Trace]]:
+        """Score and update. What is found not to be finite before the first update costs all of the iteration's."""
+        completions = collected.completions
+        traced = choose_traced(collected, self.recipe.logging.traces_per_iteration)
+        try:
+            check_rewards(collected.scores, completions)
+            advantage = advantages(collected, self.recipe.method)
+            plan = self.plan(completions, advantage, traced, state.iteration)
+            self.enter("scoring")
+            scored = self.score(completions, plan)
+        except NotFinite as found:
+            commit()
+            lengths = [len(c.prompt.ids) + c.length for c in completions]
+            batches = micro_batches(range(len(completions)), lengths, self.recipe.training.micro_batch_tokens)
+            self.keep(SkippedStep(state.iteration, 0, str(found), completions, rewards(collected), None, None, batches))
+            missed = {"update/skipped": self.recipe.training.updates_per_iteration}
+            return replace(state, skipped_in_a_row=state.skipped_in_a_row + 1), missed, []
+        watch.lap("score")
+        commit()
+        self.enter("update")
+        outcomes, update, in_a_row = self.update(collected, advantage, scored, plan, state)
+        watch.lap("update")
+        metrics = entropy_metrics(scored.entropy, collected.scores, scored.signal, scored.uncertain)
+        metrics |= update_metrics(list(outcomes.values()))
+        metrics |= gap_metrics(completions, scored.old_logp) | update
+        sampled_with = state.signal if self.recipe.method.adaptive_temperature else None
+        traces = [
+            make_trace(
+                self.policy,
+                "train",
+                state.iteration,
+                completions[i],
+                collected.scores[i],
+                sampled_with,
+                scored.signal,
+                outcomes.get(i),
+            )
+            for i in traced
+        ]
+        taken = len(plan.updates) - int(update["update/skipped"])
+        state = replace(state, signal=scored.signal, updates=state.updates + taken, skipped_in_a_row=in_a_row)
+        return state, metrics, traces
 
     def rollout(self, state: TrainState, iteration: int) -> Collected:
         """P graded groups, sampled with the previous iteration's signal."""
@@ -211,10 +197,12 @@ class Loop:
         if method.needs_base:
             with self.policy.base_alone():
                 base_logp, _ = self._forward_all(completions, plan)
+        check_tokens("log-probability", old_logp, completions)
+        check_tokens("entropy", entropy, completions)
         try:
             signal = fit_signal(method, torch.cat(entropy))
         except ValueError as error:
-            raise UserError(f"the policy's log-probabilities are not finite any more: {error}") from error
+            raise UserError(f"no signal can be fitted: {error}") from error
         return Scored(
             old_logp,
             entropy,
@@ -238,35 +226,60 @@ class Loop:
         return [found[i][0] for i in range(len(completions))], [found[i][1] for i in range(len(completions))]
 
     def update(
-        self, completions: Sequence[Completion], advantage: Tensor, scored: Scored, plan: Plan
-    ) -> tuple[dict[int, TokenOutcome], dict[str, float]]:
-        """The optimiser steps of one iteration. The gradient of a step does not depend on its micro-batches."""
-        outcomes: dict[int, TokenOutcome] = {}
-        losses, norms = [], []
+        self, collected: Collected, advantage: Tensor, scored: Scored, plan: Plan, state: TrainState
+    ) -> tuple[dict[int, TokenOutcome], dict[str, float], int]:
+        """The optimiser steps of one iteration. The gradient of a step does not depend on its micro-batches.
+
+        Returns what each step that was taken did to its completions, metrics, and how many steps in a row, up to now,
+        were skipped.
+        """
+        completions, outcomes, in_a_row = collected.completions, {}, state.skipped_in_a_row
+        losses, norms, rate, skipped = [], [], 0.0, 0
         trained = torch.stack([t.sum() for t in scored.trained(self.recipe.method)])
-        rate = 0.0
-        for members, batches in zip(plan.members, plan.updates, strict=True):
+        for number, (members, batches) in enumerate(zip(plan.members, plan.updates, strict=True), 1):
             denominator = loss_denominator(trained[members], self.recipe.method.loss_average)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss = torch.zeros((), device=self.accelerator.device)
-            for batch in self._mine(batches):
-                part, seen = self._micro_batch(batch, completions, advantage, scored, denominator)
-                self.accelerator.backward(part)
-                loss += part.detach()
-                outcomes |= seen
-            self._share_gradients()
-            rate = self.scheduler.get_last_lr()[0]
-            norm = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.training.max_grad_norm)
-            self.optimizer.step()
+            loss, seen = self.gradients(self._mine(batches), completions, advantage, scored, denominator)
+            loss = float(self.accelerator.reduce(loss, "sum"))
+            rate, scale = self.scheduler.get_last_lr()[0], loss_scale(self.optimizer)
+            norm, problem = take_step(
+                self.accelerator, self.optimizer, self.parameters, loss, self.recipe.training.max_grad_norm
+            )
+            if problem is not None:
+                skipped, in_a_row = skipped + 1, in_a_row + 1
+                known = rewards(collected), advantage, scored
+                step = SkippedStep(state.iteration, number, problem, completions, *known, batches, denominator, scale)
+                self.keep(step.only(sorted(members)))
+                continue
+            in_a_row = 0
             self.scheduler.step()
-            losses.append(float(self.accelerator.reduce(loss, "sum")))
-            norms.append(float(norm))
+            outcomes |= seen
+            losses.append(loss)
+            norms.append(norm)
         self.optimizer.zero_grad(set_to_none=True)
-        return self._everyones(outcomes), {
-            "update/loss": sum(losses) / len(losses),
-            "update/grad_norm": sum(norms) / len(norms),
-            "update/learning_rate": rate,
-        }
+        metrics = {"update/skipped": skipped, "update/learning_rate": rate}
+        if losses:
+            metrics |= {"update/loss": sum(losses) / len(losses), "update/grad_norm": sum(norms) / len(norms)}
+        return self._everyones(outcomes), metrics, in_a_row
+
+    def gradients(
+        self,
+        batches: Sequence[Sequence[int]],
+        completions: Sequence[Completion],
+        advantage: Tensor,
+        scored: Scored,
+        denominator: float,
+    ) -> tuple[Tensor, dict[int, TokenOutcome]]:
+        """Forward and backward of a step's micro-batches; the gradients are summed over processes. The loss is not."""
+        outcomes: dict[int, TokenOutcome] = {}
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=self.accelerator.device)
+        for batch in batches:
+            part, seen = self._micro_batch(batch, completions, advantage, scored, denominator)
+            self.accelerator.backward(part)
+            loss += part.detach()
+            outcomes |= seen
+        self._share_gradients()
+        return loss, outcomes
 
     def _micro_batch(
         self,
@@ -376,34 +389,16 @@ class Loop:
                 p.grad.copy_(grad.view_as(p))
 
 
-def make_optimizer(settings: TrainingSettings, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' 8-bit AdamW, whose states may be paged out to main memory."""
-    options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)
-    import bitsandbytes
-
-    kind = bitsandbytes.optim.AdamW8bit if settings.optimizer == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
-    return kind(parameters, **options)
+def rewards(collected: Collected) -> Tensor:
+    """[B], fp64."""
+    return torch.tensor([s.reward for s in collected.scores], dtype=torch.float64)
 
 
 def advantages(collected: Collected, method: Method) -> Tensor:
     """Each completion's advantage against its group: [B], fp32, computed in fp64."""
     return group_advantage(
-        torch.tensor([s.reward for s in collected.scores], dtype=torch.float64),
+        rewards(collected),
         torch.tensor([c.length for c in collected.completions]),
         torch.tensor([c.prompt.index for c in collected.completions]),
         method.advantage_level,
     ).float()
-
-
-def choose_traced(collected: Collected, count: int) -> list[int]:
-    """Completions to record: from the first groups on, of each group one that is correct and one that is not."""
-    chosen: list[int] = []
-    seen: set[tuple[int, bool]] = set()
-    for i, (completion, score) in enumerate(zip(collected.completions, collected.scores, strict=True)):
-        key = (completion.prompt.index, score.correct)
-        if key not in seen and len(chosen) < count:
-            seen.add(key)
-            chosen.append(i)
-    return chosen

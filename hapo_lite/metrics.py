@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
     """Rewards, grades, lengths and groups of what was sampled and kept."""
     completions, scores = collected.completions, collected.scores
     rewards = torch.tensor([s.reward for s in scores], dtype=torch.float64)
+    rewards = rewards[rewards.isfinite()]
     lengths = torch.tensor([c.length for c in completions], dtype=torch.float64)
     correct = torch.tensor([s.correct for s in scores], dtype=torch.bool)
     counts = Counter(s.outcome for s in scores)
@@ -122,6 +124,19 @@ def gap_metrics(completions: Sequence[Completion], old_logp: Sequence[Tensor]) -
     """Distance between the sampler's log-probabilities and the trainer's, at the base temperature."""
     gap = (_flat([c.base_logp for c in completions]) - _flat(list(old_logp))).abs()
     return {"sampler/gap_mean": _mean(gap), "sampler/gap_max": float(gap.max())}
+
+
+class Stopwatch:
+    """Seconds by stage, of one iteration."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "output_dir",
     "training.iterations",
     "training.max_tokens",
+    "training.max_skipped",
     "checkpoint",
     "logging",
     "evaluation.every",
@@ -130,6 +131,9 @@ class TrainingSettings(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up")
     warmup_updates: NonNegative = Field(10, description="Optimiser steps of linear warm-up")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay")
+    max_skipped: Positive = Field(
+        10, description="Updates skipped in a row, for numbers that are not finite, after which the run stops"
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient clipping, global L2 norm")
 
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hapo_lite.algo.methods import Method
+from hapo_lite.algo.signal import EntropySignal
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -81,6 +84,29 @@ class Sequences:
 def pad(rows: Sequence[Tensor], device: torch.device | str = "cpu") -> Tensor:
     """[T_i] tensors -> [B, T], zeros on the right."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The old policy on every completion, in order: [T] log-probabilities and entropies, and what follows from them.
+
+    signal, h, uncertain (bool): by token, [T]. scale: [B], EDGE-GRPO's factor on the advantage. base_logp: of the base
+    model, [T]; None unless the method asks for it.
+    """
+
+    old_logp: list[Tensor]
+    entropy: list[Tensor]
+    signal: EntropySignal
+    h: list[Tensor]
+    uncertain: list[Tensor]
+    scale: Tensor
+    base_logp: list[Tensor] | None
+
+    def trained(self, method: Method) -> list[Tensor]:
+        """Which tokens count in the loss, bool [T]."""
+        if method.trained_tokens == "uncertain":
+            return self.uncertain
+        return [torch.ones_like(u) for u in self.uncertain]
 
 
 @dataclass(frozen=True)

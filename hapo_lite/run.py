@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import platform
 import signal
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 
 import hapo_lite
 from hapo_lite.checkpoint import TrainState, file_hash, save_adapter, save_checkpoint
+from hapo_lite.collapse import CollapseWatch
 from hapo_lite.errors import UserError, writing
 from hapo_lite.files import replace_text, replacing_folder
 from hapo_lite.folder import RunFolder, check_same_run, open_folder, resume
@@ -34,11 +36,15 @@ from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.report import closing_table, draw_curves
 from hapo_lite.rollout.collect import Collector, PromptStream
 from hapo_lite.rollout.transformers_engine import TransformersEngine
+from hapo_lite.skipped import SkippedStep, save_step
 from hapo_lite.status import Status
 from hapo_lite.tasks.data import load_prompts, split_held_out
 from hapo_lite.tasks.rewards import Scorer
 from hapo_lite.trace import write_traces
 from hapo_lite.verdict import judge_run
+
+HEADLINE = {"reward/mean": "reward", "entropy/all_mean": "entropy", "eval/accuracy": "avg@n"}
+"""What the progress bar shows."""
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -78,6 +84,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, status: 
             held_out,
             accelerator,
             status.enter,
+            keep=lambda step: keep_step(folder, recipe, policy, step) if accelerator.is_main_process else None,
         )
         state = resume(folder, recipe, loop, say)
         summary = run_iterations(folder, recipe, loop, state, status)
@@ -105,8 +112,11 @@ def run_iterations(folder: RunFolder, recipe: Recipe, loop: Loop, state: TrainSt
                 recorder.record(metrics, traces, evaluate=recorder.evaluates and bool(due or is_over(recipe, after)))
                 state = replace(after, seconds=state.seconds + metrics["seconds/iteration"])
                 every = recipe.checkpoint.every
-                if is_over(recipe, state) or (every and state.iteration % every == 0):
+                stuck = state.skipped_in_a_row >= recipe.training.max_skipped
+                if is_over(recipe, state) or (every and state.iteration % every == 0) or stuck:
                     recorder.save(state)
+                if stuck:
+                    raise UserError(hopeless(folder, recipe, state))
                 bar.update()
                 bar.set_postfix(recorder.headline())
                 interrupts.unshield()
@@ -116,6 +126,22 @@ def run_iterations(folder: RunFolder, recipe: Recipe, loop: Loop, state: TrainSt
             recorder.save(state)
             raise
     return recorder.finish(state)
+
+
+def keep_step(folder: RunFolder, recipe: Recipe, policy: Policy, step: SkippedStep) -> None:
+    """Save a step that was skipped, and say so."""
+    with writing(folder.replay):
+        path = save_step(folder.replay, step, policy.trainable(), recipe)
+    what = f"update {step.step}" if step.step else "all updates"
+    tqdm.write(f"note: {what} of iteration {step.iteration} skipped: {step.reason}; kept as {path}")
+
+
+def hopeless(folder: RunFolder, recipe: Recipe, state: TrainState) -> str:
+    return (
+        f"stopped after iteration {state.iteration}, which is saved: {state.skipped_in_a_row} updates in a row were "
+        f"skipped (training.max_skipped = {recipe.training.max_skipped}); python -m hapo_lite.replay FILE, with the newest "
+        f"file of {folder.replay}, shows where it begins"
+    )
 
 
 def is_over(recipe: Recipe, state: TrainState) -> bool:
@@ -130,7 +156,10 @@ class Recorder:
     def __init__(self, folder: RunFolder, recipe: Recipe, loop: Loop) -> None:
         self.folder, self.recipe, self.loop = folder, recipe, loop
         self.main = loop.accelerator.is_main_process
-        self.lines = folder.metrics.read() if self.main else []
+        self.shown: dict[str, float] = {}
+        self.watch = CollapseWatch()
+        for line in folder.metrics.read() if self.main else ():
+            self.watch.see(line)  # What they warned of has been said.
 
     @property
     def evaluates(self) -> bool:
@@ -143,12 +172,16 @@ class Recorder:
             metrics = metrics | evaluation.metrics
             traces = traces + evaluation.traces
         self.loop.enter("recording")
-        self.lines.append(metrics)
+        # What is nan or inf, such as the entropy of an evaluation, would be no JSON.
+        metrics = {key: v for key, v in metrics.items() if not isinstance(v, float) or math.isfinite(v)}
+        self.shown |= {key: v for key, v in metrics.items() if key in HEADLINE}
         if not self.main:
             return
         with writing(self.folder.path):
             write_traces(self.folder.traces, int(metrics["iteration"]), traces)
             self.folder.metrics.append(metrics)
+        for warning in self.watch.see(metrics):
+            tqdm.write(f"warning: {warning}")
         if self.recipe.logging.report_to != "none":
             numbers = {key: value for key, value in metrics.items() if not isinstance(value, list)}
             self.loop.accelerator.log(numbers, step=int(metrics["iteration"]))
@@ -160,12 +193,8 @@ class Recorder:
             save_checkpoint(folder, loop.policy, loop.optimizer, loop.scheduler, state, self.recipe, loop.stream.digest)
 
     def headline(self) -> dict[str, str]:
-        line = self.lines[-1]
-        shown = {"reward": line["reward/mean"], "entropy": line.get("entropy/all_mean", 0.0)}
-        accuracies = [x["eval/accuracy"] for x in self.lines if "eval/accuracy" in x]
-        if accuracies:
-            shown[f"avg@{self.recipe.evaluation.samples}"] = accuracies[-1]
-        return {key: f"{value:.3f}" for key, value in shown.items()}
+        names = HEADLINE | {"eval/accuracy": f"avg@{self.recipe.evaluation.samples}"}
+        return {names[key]: f"{self.shown[key]:.3f}" for key in names if key in self.shown}
 
     def finish(self, state: TrainState) -> dict[str, Any]:
         """Write adapter/, summary.json and curves.png, and print the closing table and the verdict."""
@@ -173,21 +202,22 @@ class Recorder:
         self.loop.accelerator.wait_for_everyone()
         if not self.main:
             return {}
+        lines = self.folder.metrics.read()
         with writing(self.folder.path):
             with replacing_folder(self.folder.adapter) as aside:
                 save_adapter(self.loop.policy, aside)
-            draw_curves(self.lines, self.folder.curves, title=self.recipe.name)
+            draw_curves(lines, self.folder.curves, title=self.recipe.name)
             # Last, since it says that the run is complete.
-            verdict = judge_run(self.lines, self.recipe)
-            summary = self._summary(state) | {"verdict": asdict(verdict)}
+            verdict = judge_run(lines, self.recipe)
+            summary = self._summary(state, lines) | {"verdict": asdict(verdict)}
             replace_text(self.folder.summary, json.dumps(summary, indent=1) + "\n")
-        print(closing_table(self.lines, self.recipe.evaluation.samples))
+        print(closing_table(lines, self.recipe.evaluation.samples))
         print(verdict)
         print(f"{self.folder.path}: adapter/, curves.png, summary.json, metrics.jsonl, traces/")
         return summary
 
-    def _summary(self, state: TrainState) -> dict[str, Any]:
-        evaluated = [line for line in self.lines if "eval/accuracy" in line]
+    def _summary(self, state: TrainState, lines: list[dict[str, Any]]) -> dict[str, Any]:
+        evaluated = [line for line in lines if "eval/accuracy" in line]
         return {
             "name": self.recipe.name,
             "method": self.recipe.method.preset,

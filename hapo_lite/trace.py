@@ -23,6 +23,7 @@ from hapo_lite.errors import UserError
 from hapo_lite.files import replace_text
 from hapo_lite.policy import Policy
 from hapo_lite.records import Completion, TokenOutcome
+from hapo_lite.rollout.collect import Collected
 from hapo_lite.tasks.rewards import Score
 
 VERSION = 1
@@ -54,6 +55,18 @@ class Trace:
     signal: EntropySignal | None = None
     sampling_signal: EntropySignal | None = None
     version: int = VERSION
+
+
+def choose_traced(collected: Collected, count: int) -> list[int]:
+    """Completions to record: from the first groups on, of each group one that is correct and one that is not."""
+    chosen: list[int] = []
+    seen: set[tuple[int, bool]] = set()
+    for i, (completion, score) in enumerate(zip(collected.completions, collected.scores, strict=True)):
+        key = (completion.prompt.index, score.correct)
+        if key not in seen and len(chosen) < count:
+            seen.add(key)
+            chosen.append(i)
+    return chosen
 
 
 def make_trace(

@@ -93,7 +93,7 @@ def test_ratio_is_one_to_the_last_bit_before_the_first_update(make_recipe, make_
     advantage = advantages(collected, loop.recipe.method)
     plan = loop.plan(collected.completions, advantage, [], iteration=2)
     scored = loop.score(collected.completions, plan)
-    outcomes, _ = loop.update(collected.completions, advantage, scored, plan)
+    outcomes, _, _ = loop.update(collected, advantage, scored, plan, TrainState(iteration=2))
     first = [outcomes[i] for i in plan.members[0] if i in outcomes]
     later = [outcomes[i] for part in plan.members[1:] for i in part if i in outcomes]
     assert first and later

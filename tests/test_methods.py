@@ -186,7 +186,7 @@ def test_a_step_is_divided_by_its_own_trained_tokens(make_recipe, make_loop):
     advantage = advantages(collected, loop.recipe.method)
     plan = loop.plan(collected.completions, advantage, [], iteration=1)
     scored = loop.score(collected.completions, plan)
-    _, metrics = loop.update(collected.completions, advantage, scored, plan)
+    _, metrics, _ = loop.update(collected, advantage, scored, plan, TrainState(iteration=1))
     by_hand = []
     for members in plan.members:
         counts = [int(scored.uncertain[i].sum()) for i in members]
@@ -211,7 +211,8 @@ def test_what_a_token_is_given_is_the_equation_on_the_iterations_entropies(make_
     collected = loop.rollout(TrainState(), iteration=1)
     advantage = advantages(collected, loop.recipe.method)
     plan = loop.plan(collected.completions, advantage, [], iteration=1)
-    outcomes, _ = loop.update(collected.completions, advantage, loop.score(collected.completions, plan), plan)
+    scored = loop.score(collected.completions, plan)
+    outcomes, _, _ = loop.update(collected, advantage, scored, plan, TrainState(iteration=1))
     means = [float(c.entropy.mean()) for c in collected.completions]
     assert len(outcomes) > 4
     for i, outcome in outcomes.items():

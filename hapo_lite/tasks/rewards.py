@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import numbers
 import os
 import sys
@@ -123,8 +122,7 @@ class Scorer:
         if None in rewards:
             i = rewards.index(None)
             raise UserError(
-                f"reward.function {name} returned {repr(values[i])[:60]} for completion {i}: a reward must be a finite "
-                "number"
+                f"reward.function {name} returned {repr(values[i])[:60]} for completion {i}: a reward must be a number"
             )
         return rewards
 
@@ -183,7 +181,7 @@ def _question(prompt: Prompt) -> str:
 
 
 def _number(value: object) -> float | None:
-    """A finite float of a Python, NumPy or single-element tensor number, else None."""
+    """A float of a Python, NumPy or single-element tensor number, else None. nan and inf are the loop's to skip."""
     if hasattr(value, "item"):
         try:
             value = value.item()
@@ -192,10 +190,9 @@ def _number(value: object) -> float | None:
     if not isinstance(value, numbers.Real):
         return None
     try:
-        value = float(value)
+        return float(value)
     except OverflowError:
         return None
-    return value if math.isfinite(value) else None
 
 
 def _describe(error: BaseException) -> str:
