@@ -139,8 +139,8 @@ def keep_step(folder: RunFolder, recipe: Recipe, policy: Policy, step: SkippedSt
 def hopeless(folder: RunFolder, recipe: Recipe, state: TrainState) -> str:
     return (
         f"stopped after iteration {state.iteration}, which is saved: {state.skipped_in_a_row} updates in a row were "
-        f"skipped (training.max_skipped = {recipe.training.max_skipped}); python -m hapo_lite.replay FILE, with the newest "
-        f"file of {folder.replay}, shows where it begins"
+        f"skipped (training.max_skipped = {recipe.training.max_skipped}); python -m hapo_lite.replay FILE, with the "
+        f"newest file of {folder.replay}, shows where it begins"
     )
 
 
