@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -70,11 +71,15 @@ def test_own_function_may_return_arrays_and_tensors(tmp_path):
     assert [s.reward for s in score(own(tmp_path, "import torch; return torch.tensor([1, 2])"), *BOXES)] == [1, 2]
 
 
+def test_nan_and_inf_are_left_to_the_loop_which_skips_them(tmp_path):
+    rewards = [s.reward for s in score(own(tmp_path, "return [float('nan'), float('inf')]"), *BOXES)]
+    assert math.isnan(rewards[0]) and math.isinf(rewards[1])
+
+
 @pytest.mark.parametrize(
     ("body", "complaint"),
     [
         ("return [1.0]", r"mine\.py:reward returned 1 rewards for 2 completions"),
-        ("return [1.0, float('nan')]", r"returned nan for completion 1"),
         ("return ['1', 2]", r"returned '1' for completion 0"),
         ("return [None, 2]", r"returned None for completion 0"),
         ("return [10**400, 2]", r"for completion 0"),
