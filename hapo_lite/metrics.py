@@ -49,6 +49,7 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
         "groups/sampled": collected.groups_sampled,
         "groups/equal_share": collected.groups_equal / max(collected.groups_sampled, 1),
         "groups/discarded": collected.groups_discarded,
+        "groups/too_long": collected.prompts_used - collected.groups_sampled,
     }
     for name, chosen in (("correct", correct), ("wrong", ~correct)):
         if bool(chosen.any()):

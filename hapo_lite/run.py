@@ -34,17 +34,19 @@ from hapo_lite.policy import Policy, load_policy, resolve_dtype
 from hapo_lite.recipe import DataSettings, Recipe, flatten
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.report import closing_table, draw_curves
-from hapo_lite.rollout.collect import Collector, PromptStream
+from hapo_lite.rollout.collect import Collector, LazyPrompts, PromptStream
 from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.skipped import SkippedStep, save_step
 from hapo_lite.status import Status
-from hapo_lite.tasks.data import load_prompts, split_held_out
+from hapo_lite.tasks.data import PromptSet, load_prompts, split_held_out
 from hapo_lite.tasks.rewards import Scorer
 from hapo_lite.trace import write_traces
 from hapo_lite.verdict import judge_run
 
 HEADLINE = {"reward/mean": "reward", "entropy/all_mean": "entropy", "eval/accuracy": "avg@n"}
 """What the progress bar shows."""
+LOOKED_AT = 1_000
+"""About how many training prompts are tokenised at the start, to see whether they fit."""
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, status: 
     check_same_run(folder, recipe)
     train_data, held_out_data = load_data(recipe, say)
     policy = load_policy(recipe.model, recipe.seed, accelerator.device)
-    encoded = encode_prompts(train_data, policy, recipe.data, recipe.rollout.max_new_tokens, say)
+    encoded = training_prompts(train_data, policy, recipe.data, recipe.rollout.max_new_tokens, say)
     held_out = encode_prompts(held_out_data, policy, recipe.data, recipe.rollout.max_new_tokens, say)
     if accelerator.is_main_process:
         open_folder(folder, recipe, status)
@@ -277,7 +279,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 def describe(
     recipe: Recipe,
     policy: Policy,
-    prompts: Sequence[EncodedPrompt],
+    prompts: LazyPrompts,
     held_out: Sequence[EncodedPrompt],
     accelerator: Accelerator,
 ) -> str:
@@ -294,8 +296,7 @@ def load_data(recipe: Recipe, say) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
     """Training prompts and held-out prompts, disjoint."""
     wanted = recipe.evaluation.prompts
     found = load_prompts(recipe.data)
-    for reason, count in found.skipped.items():
-        say(f"data: {count} rows left out: {reason}")
+    say_skipped("data", found, say)
     own = recipe.evaluation.data
     if own is None and recipe.data.source == "tiny":
         own = recipe.data.model_copy(update={"split": "test", "limit": None})
@@ -303,13 +304,36 @@ def load_data(recipe: Recipe, say) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
         return found.prompts, ()
     if own is None:
         return split_held_out(found.prompts, wanted, recipe.seed)
-    return found.prompts, load_prompts(own).prompts[:wanted]
+    held_out = load_prompts(own)
+    say_skipped("held-out data", held_out, say)
+    return found.prompts, held_out.prompts[:wanted]
+
+
+def say_skipped(what: str, found: PromptSet, say) -> None:
+    for reason, count in found.skipped.items():
+        say(f"{what}: {count:,} rows left out: {reason}")
+
+
+def training_prompts(
+    prompts: Sequence[Prompt], policy: Policy, data: DataSettings, max_new_tokens: int, say
+) -> LazyPrompts:
+    """Prompts to be tokenised as training takes them. Some, from all over the data, are looked at now.
+
+    Raises UserError for what is wrong with those.
+    """
+    some = prompts[:: max(1, len(prompts) // LOOKED_AT)]
+    encode_prompts(some, policy, data, max_new_tokens, say, of=len(prompts))
+    most = min(data.max_prompt_tokens, policy.context - max_new_tokens)
+    return LazyPrompts(prompts, lambda prompt: policy.encode(prompt.chat()), most)
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt], policy: Policy, data: DataSettings, max_new_tokens: int, say
+    prompts: Sequence[Prompt], policy: Policy, data: DataSettings, max_new_tokens: int, say, of: int | None = None
 ) -> list[EncodedPrompt]:
-    """Tokenise, and leave out what exceeds data.max_prompt_tokens. Raises UserError if a completion would not fit."""
+    """Tokenise, and leave out what exceeds data.max_prompt_tokens. Raises UserError if a completion would not fit.
+
+    of: how many prompts these stand for, for the sentence about those that are left out.
+    """
     encoded = [EncodedPrompt(i, p, tuple(policy.encode(p.chat()))) for i, p in enumerate(prompts)]
     kept = [e for e in encoded if len(e.ids) <= data.max_prompt_tokens]
     if encoded and not kept:
@@ -319,7 +343,13 @@ def encode_prompts(
             f"the shortest has {shortest} tokens"
         )
     if len(kept) < len(encoded):
-        say(f"data: {len(encoded) - len(kept)} prompts left out: longer than {data.max_prompt_tokens} tokens")
+        count, limit = len(encoded) - len(kept), data.max_prompt_tokens
+        if of is not None and of > len(encoded):
+            say(
+                f"data: {count} of {len(encoded):,} prompts looked at, longer than {limit} tokens; such are passed over"
+            )
+        else:
+            say(f"data: {count} prompts left out: longer than {limit} tokens")
     longest = max(kept, key=lambda e: len(e.ids), default=None)
     if longest is not None and len(longest.ids) + max_new_tokens > policy.context:
         raise UserError(

@@ -144,7 +144,7 @@ def test_unusable_rows_are_left_out_and_counted(tmp_path):
         "the problem is neither text nor a chat": 2,
         "the chat does not end with the user": 1,
         "no answer": 3,
-        "the answer is neither text nor a number": 1,
+        "the answer is a list of several": 1,
         "the answer is longer than 2,000 characters": 1,
     }
 

@@ -14,39 +14,78 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from hapo_lite.records import Completion, EncodedPrompt
+from hapo_lite.errors import UserError
+from hapo_lite.records import Completion, EncodedPrompt, Prompt
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transformers_engine import TRAINING, Request, TransformersEngine
 from hapo_lite.tasks.rewards import Score, Scorer
+from hapo_lite.tasks.store import digest_of
+
+
+class LazyPrompts(Sequence[EncodedPrompt | None]):
+    """Prompts that are tokenised when they are asked for; None in place of one of more than `most` tokens.
+
+    digest: changes with any prompt, their order, and the way they are tokenised.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], encode: Callable[[Prompt], list[int]], most: int) -> None:
+        self._prompts, self._encode, self.most = prompts, encode, most
+        # The tokens of one prompt tell another tokenizer or chat template.
+        tokens = encode(prompts[0]) if len(prompts) else []
+        self.digest = hashlib.sha256(f"{digest_of(prompts)} {most} {tokens}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index: int) -> EncodedPrompt | None:
+        prompt = self._prompts[index]
+        ids = self._encode(prompt)
+        return EncodedPrompt(index, prompt, tuple(ids)) if len(ids) <= self.most else None
 
 
 class PromptStream:
-    """The training prompts without end: every epoch a new order, fixed by (seed, epoch). digest: of them all."""
+    """The training prompts without end: every epoch a new order, fixed by (seed, epoch). digest: of them all.
 
-    def __init__(self, prompts: Sequence[EncodedPrompt], seed: int) -> None:
+    A None among the prompts is one to leave out. It keeps its position, so that where a run stands does not depend on
+    which were left out before.
+    """
+
+    def __init__(self, prompts: Sequence[EncodedPrompt | None], seed: int) -> None:
         self.prompts, self.seed = prompts, seed
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-        together = hashlib.sha256()
-        for p in prompts:
-            together.update(repr((p.prompt.id, p.ids, p.prompt.answer)).encode())
-        self.digest = together.hexdigest()
+        lazy = isinstance(prompts, LazyPrompts)
+        self.digest = prompts.digest if lazy else digest_of([p.prompt for p in prompts if p is not None])
 
     def take(self, start: int, count: int) -> list[EncodedPrompt]:
-        """Prompts at positions start .. start + count; each carries its position, which its sampling is seeded by."""
-        return [self._at(position) for position in range(start, start + count)]
+        """`count` prompts from position `start` on; each carries its position, which its sampling is seeded by.
 
-    def _at(self, position: int) -> EncodedPrompt:
+        Raises UserError where a whole epoch has none.
+        """
+        taken: list[EncodedPrompt] = []
+        position = start
+        while len(taken) < count:
+            if (prompt := self._at(position)) is not None:
+                taken.append(prompt)
+            elif position - (taken[-1].index if taken else start) > 2 * len(self.prompts):
+                raise UserError("every prompt of the training data is too long: raise data.max_prompt_tokens")
+            position += 1
+        return taken
+
+    def _at(self, position: int) -> EncodedPrompt | None:
         epoch, place = divmod(position, len(self.prompts))
         if epoch != self._epoch:
             self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.prompts))
             self._epoch = epoch
-        chosen = self.prompts[self._order[place]]
-        return EncodedPrompt(position, chosen.prompt, chosen.ids)
+        chosen = self.prompts[int(self._order[place])]
+        return None if chosen is None else EncodedPrompt(position, chosen.prompt, chosen.ids)
 
 
 @dataclass
 class Collected:
-    """Graded completions, group by group, and what it took to get them. seconds: per stage."""
+    """Graded completions, group by group, and what it took to get them. seconds: per stage.
+
+    prompts_used: positions of the stream, those that were left out as too long among them.
+    """
 
     completions: list[Completion] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
@@ -128,7 +167,7 @@ class Collector:
         while (missing := groups - len(out.completions) // samples) > 0:
             prompts = stream.take(cursor + out.prompts_used, missing)
             completions, scores = self.graded(prompts, samples, processor, seed, 0, iteration, out.seconds)
-            out.prompts_used += len(prompts)
+            out.prompts_used = prompts[-1].index + 1 - cursor
             out.groups_sampled += len(prompts)
             out.tokens_sampled += sum(c.length for c in completions)
             for start in range(0, len(completions), samples):

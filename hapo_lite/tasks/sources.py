@@ -1,0 +1,206 @@
+"""Where rows come from: a local file, a hub data set or the built-in task, read a piece at a time.
+
+Local files are read with pyarrow and the standard library, which keep no cache that could go stale. Only a .json file
+with one list has to be read whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hapo_lite.errors import UserError
+from hapo_lite.recipe import DataSettings
+from hapo_lite.tiny.task import problems
+
+SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+LONGEST_LINE = 1 << 26
+"""Bytes of a line of JSON: more is no row but a mistake, or an attack on the memory."""
+_FIRST = 1_000
+"""Rows at the start of a JSON Lines file that tell its columns."""
+
+Rows = Iterator[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A source. name: for messages; stem: for ids; columns: dotted names; read: the rows, given the columns needed.
+
+    Iterating over rows raises UserError where the source turns out to be damaged.
+    """
+
+    name: str
+    stem: str
+    columns: Sequence[str]
+    read: Callable[[Iterable[str]], Rows]
+
+
+def open_table(data: DataSettings) -> Table:
+    """Raises UserError where there is no such source or it cannot be read."""
+    path = Path(data.source)
+    if data.source == "tiny":
+        return _tiny(data.split)
+    if path.is_dir():
+        raise UserError(f"data.source {data.source} is a folder: name one of its {', '.join(SUFFIXES)} files")
+    if path.suffix.lower() in SUFFIXES:
+        if not path.is_file():
+            raise UserError(f"there is no data file {path}{_nearest_file(path)}")
+        return _file(path)
+    if path.is_file():
+        raise UserError(f"the data file {path} ends in {path.suffix or 'nothing'}: use one of {', '.join(SUFFIXES)}")
+    if path.is_absolute() or data.source.startswith((".", "~")) or data.source.count("/") > 1:
+        raise UserError(
+            f"there is no data file {data.source}, and a hub data set is named `name` or `owner/name`: check the path"
+        )
+    return _hub(data)
+
+
+def _tiny(split: str) -> Table:
+    try:
+        chosen = problems(split)
+    except ValueError as error:
+        raise UserError(f"data.split: {error}") from None
+    rows = [{"problem": problem.prompt, "answer": str(problem.answer)} for problem in chosen]
+    return Table("the built-in task", f"tiny-{split}", ("problem", "answer"), lambda columns: iter(rows))
+
+
+def _file(path: Path) -> Table:
+    readers = {".parquet": _parquet, ".csv": _csv, ".json": _json, ".jsonl": _json}
+    with _Reading(path):
+        columns, read = readers[path.suffix.lower()](path)
+    return Table(str(path), path.stem, columns, lambda needed: _watched(path, read(needed)))
+
+
+def _watched(path: Path, rows: Rows) -> Rows:
+    with _Reading(path):
+        yield from rows
+
+
+class _Reading:
+    """Turns what the readers raise about a file into one sentence. pyarrow's errors are ValueErrors or OSErrors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (OSError, ValueError, RecursionError, MemoryError, csv.Error)):
+            reason = (str(error).strip() or kind.__name__).splitlines()[0][:300]
+            raise UserError(
+                f"the data file {self.path} cannot be read ({reason}): check that it is a {self.path.suffix} file"
+            ) from None
+
+
+def _parquet(path: Path) -> tuple[list[str], Callable[[Iterable[str]], Rows]]:
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+
+    def read(needed: Iterable[str]) -> Rows:
+        wanted = {name.split(".")[0] for name in needed} | set(needed)
+        present = [name for name in file.schema_arrow.names if name in wanted]
+        for batch in file.iter_batches(_FIRST, columns=present):
+            yield from batch.to_pylist()
+
+    return _arrow_columns(file.schema_arrow), read
+
+
+def _csv(path: Path) -> tuple[list[str], Callable[[Iterable[str]], Rows]]:
+    def read(needed: Iterable[str]) -> Rows:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            yield from csv.DictReader(lines, strict=True)
+
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        return list(csv.DictReader(lines, strict=True).fieldnames or ()), read
+
+
+def _json(path: Path) -> tuple[list[str], Callable[[Iterable[str]], Rows]]:
+    with path.open("rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if path.suffix.lower() == ".json" and start.startswith(b"["):
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = [_object(row, f"entry {number}") for number, row in enumerate(entries, 1)]
+        return _names(rows), lambda needed: iter(rows)
+    return _names(itertools.islice(_lines(path), _FIRST)), lambda needed: _lines(path)
+
+
+def _names(rows: Iterable[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in _dotted(row)))
+
+
+def _lines(path: Path) -> Rows:
+    with path.open("rb") as file:
+        for number in itertools.count(1):
+            line = file.readline(LONGEST_LINE + 1)
+            if not line:
+                return
+            if len(line) > LONGEST_LINE:
+                raise ValueError(f"line {number} is longer than {LONGEST_LINE:,} bytes")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                row = json.loads(text) if text.strip() else None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number}: {error}") from None
+            if text.strip():
+                yield _object(row, f"line {number}")
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is not an object with columns")
+    return row
+
+
+def _hub(data: DataSettings) -> Table:
+    import datasets
+
+    named = " ".join(filter(None, (data.source, data.config)))
+    try:
+        rows = datasets.load_dataset(data.source, data.config, split=data.split, revision=data.revision)
+        columns = _arrow_columns(rows.features.arrow_schema)
+    except Exception as error:
+        # Hub and builder errors come from many libraries, with no common base class.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"the hub data set {named!r}, split {data.split!r}, cannot be loaded ({type(error).__name__}: {reason}): "
+            "check data.source, data.config, data.split and the connection, or give a local file"
+        ) from None
+
+    def read(needed: Iterable[str]) -> Rows:
+        # By tables: DAPO-Math-17k repeats itself to 1.8 million rows, which one at a time takes minutes.
+        for table in rows.with_format("arrow").iter(_FIRST):
+            yield from table.to_pylist()
+
+    return Table(f"the data set {named}", data.source.rsplit("/", 1)[-1], columns, read)
+
+
+def _arrow_columns(schema: Any) -> list[str]:
+    names = []
+    for field in schema:
+        names.append(field.name)
+        if hasattr(field.type, "fields") and not str(field.type).startswith(("list", "large_list", "map")):
+            names += [f"{field.name}.{below}" for below in _arrow_columns(field.type)]
+    return names
+
+
+def _dotted(row: dict, prefix: str = "") -> Iterator[str]:
+    for key, value in row.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+
+
+def _nearest_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f": the folder {path.parent} does not exist"
+    siblings = sorted(p.name for p in path.parent.iterdir() if p.suffix.lower() in SUFFIXES)
+    close = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.5)
+    return f"; did you mean {path.parent / close[0]}?" if close else ": check data.source"
