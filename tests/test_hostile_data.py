@@ -166,19 +166,21 @@ from pathlib import Path
 from hapo_lite.recipe import DataSettings
 from hapo_lite.tasks.data import load_prompts, split_held_out
 # Not ru_maxrss, which a process inherits from its parent.
-peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+megabytes = lambda name: int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 1024
 import pyarrow.parquet
 for path in sys.argv[1:]:
-    before = peak()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = megabytes("VmRSS:")
     train, held_out = split_held_out(load_prompts(DataSettings(source=path, system_prompt=None)).prompts, 64, 0)
-    print(len(train), len({train[i].id for i in range(0, len(train), 100)}), peak() - before)
+    print(len(train), len({train[i].id for i in range(0, len(train), 100)}), megabytes("VmHWM:") - before)
+    del train, held_out
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of a process where Linux has it")
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    # 20,000 problems of 2,500 characters: 50 MB of text.
-    count = 20_000
+    # 40,000 problems of 2,500 characters: 100 MB of text.
+    count = 40_000
     texts = [f"problem {i}: " + f"{i % 10}" * 2490 for i in range(count)]
     paths = [tmp_path / "rows.jsonl", tmp_path / "rows.csv", tmp_path / "rows.parquet"]
     paths[0].write_text("".join(json.dumps({"problem": text, "answer": "1"}) + "\n" for text in texts))
@@ -188,8 +190,9 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     command = [sys.executable, "-c", GROWTH, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [(int(kept), int(read)) for kept, read, _ in lines] == [(count - 64, 200)] * 3, done.stderr
-    assert all(float(megabytes) < 40 for _, _, megabytes in lines), lines
+    assert [(int(kept), int(read)) for kept, read, _ in lines] == [(count - 64, 400)] * 3, done.stderr
+    print(lines)
+    assert all(float(megabytes) < 70 for _, _, megabytes in lines), lines
 
 
 def test_a_store_gives_back_what_it_was_given_from_memory_and_from_disk(monkeypatch):
