@@ -191,7 +191,6 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [(int(kept), int(read)) for kept, read, _ in lines] == [(count - 64, 400)] * 3, done.stderr
-    print(lines)
     assert all(float(megabytes) < 70 for _, _, megabytes in lines), lines
 
 

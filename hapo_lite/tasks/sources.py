@@ -107,8 +107,10 @@ def _parquet(path: Path) -> tuple[list[str], Callable[[Iterable[str]], Rows]]:
     def read(needed: Iterable[str]) -> Rows:
         wanted = {name.split(".")[0] for name in needed} | set(needed)
         present = [name for name in file.schema_arrow.names if name in wanted]
-        for batch in [file.read(columns=present)]:
-            yield from batch.to_pylist()
+        # Group by group: asked for all of them, pyarrow reads the whole file ahead.
+        for group in range(file.num_row_groups):
+            for batch in file.iter_batches(_FIRST, row_groups=[group], columns=present):
+                yield from batch.to_pylist()
 
     return _arrow_columns(file.schema_arrow), read
 
@@ -116,7 +118,7 @@ def _parquet(path: Path) -> tuple[list[str], Callable[[Iterable[str]], Rows]]:
 def _csv(path: Path) -> tuple[list[str], Callable[[Iterable[str]], Rows]]:
     def read(needed: Iterable[str]) -> Rows:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            yield from list(csv.DictReader(lines, strict=True))
+            yield from csv.DictReader(lines, strict=True)
 
     with path.open(encoding="utf-8-sig", newline="") as lines:
         return list(csv.DictReader(lines, strict=True).fieldnames or ()), read
@@ -129,7 +131,7 @@ def _json(path: Path) -> tuple[list[str], Callable[[Iterable[str]], Rows]]:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
         rows = [_object(row, f"entry {number}") for number, row in enumerate(entries, 1)]
         return _names(rows), lambda needed: iter(rows)
-    return _names(itertools.islice(_lines(path), _FIRST)), lambda needed: iter(list(_lines(path)))
+    return _names(itertools.islice(_lines(path), _FIRST)), lambda needed: _lines(path)
 
 
 def _names(rows: Iterable[dict[str, Any]]) -> list[str]:
