@@ -268,6 +268,7 @@ def test_the_time_left_follows_from_the_first_runs_pace(write, monkeypatch):
         assert watch.first_estimate() is None and watch.left_in_words() == "time left not known yet"
         metrics.append({"iteration": tokens // 100, "tokens": tokens})
         watch.seconds_left()
+    now[0] = 60.0  # Between two iterations the estimate does not grow.
     assert watch.seconds_per_run() == pytest.approx(210.0)
     assert watch.seconds_left() == pytest.approx(210.0 * 3.8)
     assert "a run takes 4 min, and 4 of them 14 min: 13 min left" in watch.first_estimate()
@@ -437,6 +438,17 @@ def test_another_recipe_does_not_continue_the_runs(finished, override, message):
     code, _, complaint = compare(finished[0].parent / "pair.yaml", override)
     [sentence] = complaint.splitlines()
     assert code == 2 and sentence.startswith("error: ") and message in sentence
+
+
+def test_runs_do_not_share_a_gpu_and_nobody_else_starts_them(monkeypatch):
+    runner.check_machine(workers=2)
+    monkeypatch.setattr(runner.torch.cuda, "is_available", lambda: True)
+    runner.check_machine(workers=1)
+    with pytest.raises(UserError, match="workers = 2: on a GPU runs go one after another"):
+        runner.check_machine(workers=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without accelerate launch or torchrun"):
+        runner.check_machine(workers=1)
 
 
 def test_a_second_command_is_refused(finished, monkeypatch):

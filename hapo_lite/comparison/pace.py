@@ -15,12 +15,16 @@ ENOUGH = 0.1
 
 @dataclass
 class Begun:
-    """A run that is going on: when it was started and with how much of it done; when its first iteration was seen."""
+    """A run that is going on: when it was started and with how much of it done.
+
+    first, last: when its first and its latest iteration were seen, and how much was done then.
+    """
 
     run: PlannedRun
     started: float
     before: float
     first: tuple[float, float] | None = None
+    last: tuple[float, float] | None = None
 
 
 class Pace:
@@ -96,12 +100,13 @@ class Pace:
 
     def _projected(self, begun: Begun) -> float | None:
         """Seconds of the whole of a running run: up to its first iteration, and the pace from there on."""
-        now, done = time.monotonic(), self.fraction(begun.run)
-        if begun.first is None and done > begun.before:
-            begun.first = now, done
-        if begun.first is None or done - begun.first[1] < ENOUGH:
+        done = self.fraction(begun.run)
+        if done > (begun.last[1] if begun.last else begun.before):
+            begun.last = time.monotonic(), done
+            begun.first = begun.first or begun.last
+        if begun.first is None or begun.last[1] - begun.first[1] < ENOUGH:
             return None
-        since, at = begun.first
+        (since, at), (now, done) = begun.first, begun.last
         return (since - begun.started) + (now - since) / (done - at) * (1.0 - at + begun.before)
 
 
