@@ -33,7 +33,7 @@ from hapo_lite.recipe import DataSettings, Recipe, flatten
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.report import closing_table, draw_curves
 from hapo_lite.rollout.collect import Collector, PromptStream
-from hapo_lite.rollout.transformers_engine import TransformersEngine
+from hapo_lite.rollout.engine import make_engine
 from hapo_lite.status import Status
 from hapo_lite.tasks.data import load_prompts, split_held_out
 from hapo_lite.tasks.rewards import Scorer
@@ -68,7 +68,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, status: 
     if recipe.logging.report_to != "none":
         settings = flatten(recipe.model_dump(mode="json"))
         accelerator.init_trackers("hapo_lite", config={k: "null" if v is None else v for k, v in settings.items()})
-    engine = TransformersEngine(policy, recipe.rollout.batch_size, recipe.rollout.max_new_tokens)
+    engine = make_engine(recipe, policy)
     with Scorer(recipe.reward, recipe.rollout.max_new_tokens) as scorer:
         loop = Loop(
             recipe,

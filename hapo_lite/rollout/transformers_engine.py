@@ -7,7 +7,6 @@ copying its cache. Rows that have ended leave the batch and the cache, and what 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,20 +14,11 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from hapo_lite.policy import Policy
 from hapo_lite.records import Completion, EncodedPrompt
+from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature, inverse_cdf, uniforms
 
-TRAINING, EVALUATION, BENCHMARK = 0, 1, 2
-"""Stages, which separate the random numbers of training, of its evaluations, and of `hapo_lite.evaluate`."""
 COMPACT_SHARE = 8
 """Finished rows are taken out once they are an eighth of the batch: copying the cache costs about one step."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One completion to write: which prompt, and which of its samples."""
-
-    prompt: EncodedPrompt
-    sample: int
 
 
 class TransformersEngine:

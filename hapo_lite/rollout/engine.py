@@ -1,0 +1,41 @@
+"""What the loop asks of a rollout engine, and the choice of one by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from hapo_lite.policy import Policy
+from hapo_lite.recipe import Recipe
+from hapo_lite.records import Completion, EncodedPrompt
+from hapo_lite.rollout.sampling import AdaptiveTemperature
+
+TRAINING, EVALUATION, BENCHMARK = 0, 1, 2
+"""Stages, which separate the random numbers of training, of its evaluations, and of `hapo_lite.evaluate`."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to write: which prompt, and which of its samples."""
+
+    prompt: EncodedPrompt
+    sample: int
+
+
+class Engine(Protocol):
+    """Samples from the policy as it is now, adapter included."""
+
+    def sample(
+        self, requests: Sequence[Request], processor: AdaptiveTemperature, seed: int, stage: int, iteration: int
+    ) -> list[Completion]:
+        """One completion for each request, in order. Deterministic in (seed, stage, iteration, prompt, sample)."""
+        ...
+
+
+def make_engine(recipe: Recipe, policy: Policy, max_new_tokens: int | None = None) -> Engine:
+    """The engine that `rollout.engine` names. max_new_tokens: longest completion; None: the recipe's."""
+    from hapo_lite.rollout.transformers_engine import TransformersEngine
+
+    settings = recipe.rollout
+    return TransformersEngine(policy, settings.batch_size, max_new_tokens or settings.max_new_tokens)
