@@ -32,6 +32,7 @@ from hapo_lite.policy import Policy, load_policy, resolve_dtype
 from hapo_lite.recipe import DataSettings, Recipe, flatten
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.report import closing_table, draw_curves
+from hapo_lite.rollout.canary import check_engine
 from hapo_lite.rollout.collect import Collector, PromptStream
 from hapo_lite.rollout.engine import make_engine
 from hapo_lite.status import Status
@@ -80,6 +81,10 @@ def _train(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, status: 
             status.enter,
         )
         state = resume(folder, recipe, loop, say)
+        if not is_over(recipe, state):
+            status.enter("engine check")
+            checked = check_engine(engine, policy, encoded, recipe, accelerator)
+            say(f"rollout.engine = {recipe.rollout.engine}: its log-probabilities are {checked}")
         summary = run_iterations(folder, recipe, loop, state, status)
     if recipe.logging.report_to != "none":
         accelerator.end_training()

@@ -11,8 +11,8 @@ from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion, EncodedPrompt
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 
-TRAINING, EVALUATION, BENCHMARK = 0, 1, 2
-"""Stages, which separate the random numbers of training, of its evaluations, and of `hapo_lite.evaluate`."""
+TRAINING, EVALUATION, BENCHMARK, CANARY = 0, 1, 2, 3
+"""Stages, which separate the random numbers of training, its evaluations, `hapo_lite.evaluate` and the canary."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,18 @@ class Engine(Protocol):
     """Samples from the policy as it is now, adapter included."""
 
     def sample(
-        self, requests: Sequence[Request], processor: AdaptiveTemperature, seed: int, stage: int, iteration: int
+        self,
+        requests: Sequence[Request],
+        processor: AdaptiveTemperature,
+        seed: int,
+        stage: int,
+        iteration: int,
+        limit: int | None = None,
     ) -> list[Completion]:
-        """One completion for each request, in order. Deterministic in (seed, stage, iteration, prompt, sample)."""
+        """One completion for each request, in order. Deterministic in (seed, stage, iteration, prompt, sample).
+
+        limit: the longest completion, tokens; None: the engine's own.
+        """
         ...
 
 

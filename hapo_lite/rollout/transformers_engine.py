@@ -28,24 +28,29 @@ class TransformersEngine:
         self.policy, self.batch_size, self.max_new_tokens = policy, batch_size, max_new_tokens
 
     def sample(
-        self, requests: Sequence[Request], processor: AdaptiveTemperature, seed: int, stage: int, iteration: int
+        self,
+        requests: Sequence[Request],
+        processor: AdaptiveTemperature,
+        seed: int,
+        stage: int,
+        iteration: int,
+        limit: int | None = None,
     ) -> list[Completion]:
-        """One completion for each request, in order. Deterministic in (seed, stage, iteration, prompt, sample)."""
+        """As `Engine.sample` says, batch by batch."""
         completions: list[Completion] = []
         for start in range(0, len(requests), self.batch_size):
-            completions += self._sample_batch(
-                requests[start : start + self.batch_size], processor, seed, stage, iteration
-            )
+            batch = requests[start : start + self.batch_size]
+            limit = limit or self.max_new_tokens
+            draws = [uniforms(seed, stage, iteration, r.prompt.index, r.sample, limit) for r in batch]
+            completions += self._sample_batch(batch, processor, torch.stack(draws, dim=1))
         return completions
 
     def _sample_batch(
-        self, requests: Sequence[Request], processor: AdaptiveTemperature, seed: int, stage: int, iteration: int
+        self, requests: Sequence[Request], processor: AdaptiveTemperature, draws: Tensor
     ) -> list[Completion]:
+        """draws: [limit, B], the random numbers of each completion."""
         prompts = list({r.prompt.index: r.prompt for r in requests}.values())
         place = {prompt.index: i for i, prompt in enumerate(prompts)}
-        draws = torch.stack(
-            [uniforms(seed, stage, iteration, r.prompt.index, r.sample, self.max_new_tokens) for r in requests], dim=1
-        )
         device = self.policy.device
         ids, attention_mask = _pad_left(prompts, self.policy.tokenizer.pad_token_id, device)
         decoder = _Decoder(
@@ -58,7 +63,7 @@ class TransformersEngine:
                 input_ids=ids,
                 attention_mask=attention_mask,
                 generation_config=GenerationConfig(
-                    max_new_tokens=self.max_new_tokens,
+                    max_new_tokens=draws.shape[0],
                     do_sample=True,
                     pad_token_id=self.policy.tokenizer.pad_token_id,
                     eos_token_id=list(self.policy.stop_ids),
