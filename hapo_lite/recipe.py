@@ -99,7 +99,9 @@ class RewardSettings(Section):
 
 
 class RolloutSettings(Section):
-    engine: Literal["transformers"] = Field("transformers", description="What samples the completions")
+    engine: Literal["transformers", "paged"] = Field(
+        "transformers", description="What samples: generate of transformers, or its continuous batching"
+    )
     prompts_per_iteration: Positive = Field(32, description="P")
     completions_per_prompt: Positive = Field(8, description="G, the size of a group")
     max_new_tokens: Positive = Field(1024, description="Longest completion, tokens")
