@@ -30,7 +30,7 @@ from hapo_lite.loop import Loop  # noqa: E402
 from hapo_lite.policy import load_policy  # noqa: E402
 from hapo_lite.recipe import LoraSettings, Recipe, load_recipe  # noqa: E402
 from hapo_lite.rollout.collect import Collector, PromptStream  # noqa: E402
-from hapo_lite.rollout.transformers_engine import TransformersEngine  # noqa: E402
+from hapo_lite.rollout.engine import make_engine  # noqa: E402
 from hapo_lite.tasks.rewards import Scorer  # noqa: E402
 
 STAGES = ("rollout", "grade", "score", "update", "iteration")
@@ -47,7 +47,7 @@ def build_loop(recipe: Recipe, scorer: Scorer, accelerator: Accelerator) -> Loop
     policy = load_policy(recipe.model, recipe.seed, accelerator.device)
     prompts, _ = run.load_data(recipe, say=lambda text: None)
     encoded = run.encode_prompts(prompts[:1024], policy, recipe.data, limit, say=lambda text: None)
-    engine = TransformersEngine(policy, recipe.rollout.batch_size, limit)
+    engine = make_engine(recipe, policy)
     return Loop(
         recipe, policy, Collector(engine, scorer, accelerator), PromptStream(encoded, recipe.seed), [], accelerator
     )

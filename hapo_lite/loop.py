@@ -162,7 +162,7 @@ class Loop:
             groups=settings.prompts_per_iteration,
             samples=settings.completions_per_prompt,
             processor=AdaptiveTemperature(
-                state.signal if method.adaptive_temperature else None, settings.temperature, method.tau
+                state.signal if method.adaptive_temperature else None, settings.temperature, method.tau, settings.top_p
             ),
             seed=self.recipe.seed,
             iteration=iteration,

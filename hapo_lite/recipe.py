@@ -100,11 +100,16 @@ class RewardSettings(Section):
 
 
 class RolloutSettings(Section):
-    engine: Literal["transformers"] = Field("transformers", description="What samples the completions")
+    engine: Literal["transformers", "paged"] = Field(
+        "transformers", description="What samples: generate of transformers, or its continuous batching"
+    )
     prompts_per_iteration: Positive = Field(32, description="P")
     completions_per_prompt: Positive = Field(8, description="G, the size of a group")
     max_new_tokens: Positive = Field(1024, description="Longest completion, tokens")
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="T_base")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Sample from the nucleus that holds so much probability; needs method.importance=truncated"
+    )
     batch_size: Positive = Field(64, description="Completions sampled at once; bounds the memory of the KV cache")
     old_logprobs: Literal["recomputed", "sampled"] = Field(
         "recomputed", description="pi_old from one pass of the trainer (exact), or the sampler's own (saves the pass)"
@@ -284,6 +289,11 @@ class Recipe(Section):
             (
                 self.rollout.token_budget is not None and not self.rollout.dynamic_sampling,
                 "rollout.token_budget has no effect without rollout.dynamic_sampling: set both or neither",
+            ),
+            (
+                self.rollout.top_p < 1.0 and self.method.importance != "truncated",
+                "rollout.top_p below 1 needs method.importance=truncated: tokens are then drawn from another "
+                "distribution than the policy's, and without that weight the gradient is biased",
             ),
             (
                 self.training.max_tokens is not None and self.training.schedule != "constant",

@@ -34,8 +34,9 @@ from hapo_lite.policy import Policy, load_policy, resolve_dtype
 from hapo_lite.recipe import DataSettings, Recipe, flatten
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.report import closing_table, draw_curves
+from hapo_lite.rollout.canary import check_engine
 from hapo_lite.rollout.collect import Collector, LazyPrompts, PromptStream
-from hapo_lite.rollout.transformers_engine import TransformersEngine
+from hapo_lite.rollout.engine import make_engine
 from hapo_lite.skipped import SkippedStep, save_step
 from hapo_lite.status import Status
 from hapo_lite.tasks.data import PromptSet, load_prompts, split_held_out
@@ -76,7 +77,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, status: 
     if recipe.logging.report_to != "none":
         settings = flatten(recipe.model_dump(mode="json"))
         accelerator.init_trackers("hapo_lite", config={k: "null" if v is None else v for k, v in settings.items()})
-    engine = TransformersEngine(policy, recipe.rollout.batch_size, recipe.rollout.max_new_tokens)
+    engine = make_engine(recipe, policy)
     with Scorer(recipe.reward, recipe.rollout.max_new_tokens) as scorer:
         loop = Loop(
             recipe,
@@ -89,6 +90,10 @@ def _train(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, status: 
             keep=lambda step: keep_step(folder, recipe, policy, step) if accelerator.is_main_process else None,
         )
         state = resume(folder, recipe, loop, say)
+        if not is_over(recipe, state):
+            status.enter("engine check")
+            checked = check_engine(engine, policy, encoded, recipe, accelerator)
+            say(f"rollout.engine = {recipe.rollout.engine}: its log-probabilities are {checked}")
         summary = run_iterations(folder, recipe, loop, state, status)
     if recipe.logging.report_to != "none":
         accelerator.end_training()

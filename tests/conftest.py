@@ -20,7 +20,7 @@ from hapo_lite.loop import Loop
 from hapo_lite.policy import load_policy
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.rollout.collect import Collector, PromptStream
-from hapo_lite.rollout.transformers_engine import TransformersEngine
+from hapo_lite.rollout.engine import make_engine
 from hapo_lite.tasks.rewards import Scorer
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def make_loop():
             return Loop(
                 recipe,
                 policy,
-                Collector(TransformersEngine(policy, recipe.rollout.batch_size, limit), scorer, accelerator),
+                Collector(make_engine(recipe, policy), scorer, accelerator),
                 PromptStream(encoded, recipe.seed),
                 run.encode_prompts(held_out, policy, recipe.data, limit, say=lambda text: None),
                 accelerator,

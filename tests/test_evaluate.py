@@ -17,11 +17,11 @@ import pytest
 from hapo_lite import evaluate, train
 from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
-from hapo_lite.evaluation import runner
 from hapo_lite.evaluation.samples import Sample, SampleFile
 from hapo_lite.evaluation.scores import by_prompt, differences, intervals, outcomes, steps
 from hapo_lite.evaluation.suites import NAMED, chosen, read_problems
 from hapo_lite.recipe import load_recipe
+from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.statistics import Interval
 from hapo_lite.verdict import judge
 from tests.conftest import ROOT, TINY
@@ -246,7 +246,7 @@ def test_the_base_is_the_model_without_its_adapter(finished, tmp_path):
 
 
 def test_once_done_it_samples_nothing_again(finished, monkeypatch, capsys):
-    monkeypatch.setattr(runner.TransformersEngine, "sample", None)
+    monkeypatch.setattr(TransformersEngine, "sample", None)
     before = remains(finished)
     assert run(f"output_dir={finished}", *SETTINGS) == 0
     assert remains(finished) == before

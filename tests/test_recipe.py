@@ -82,6 +82,7 @@ def test_a_preset_may_be_named_or_altered(write_recipe, name):
         ("method.tau=3", r"method: tau = 3\.0 is out of range"),
         ("name=../elsewhere", "name: must be one folder name"),
         ("rollout.completions_per_prompt=1", "a group of one has no advantage"),
+        ("rollout.top_p=0.9", "top_p below 1 needs method.importance=truncated"),
         ("rollout.token_budget=5", "no effect without rollout.dynamic_sampling"),
         ("reward.correct=0", "wrong answers are what is learned"),
         ("training.updates_per_iteration=9999", "some updates would be empty"),

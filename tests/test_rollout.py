@@ -11,8 +11,9 @@ from hapo_lite.algo.temperature import adaptive_temperature
 from hapo_lite.policy import Policy, load_policy
 from hapo_lite.recipe import LoraSettings, ModelSettings
 from hapo_lite.records import EncodedPrompt, Prompt, Sequences
+from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature, inverse_cdf, uniforms
-from hapo_lite.rollout.transformers_engine import Request, TransformersEngine
+from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.tiny.task import problems
 
 SIGNAL = EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)

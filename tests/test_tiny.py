@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hapo_lite.policy import TINY_MODEL, load_policy
 from hapo_lite.recipe import LoraSettings, ModelSettings
 from hapo_lite.records import EncodedPrompt, Prompt
+from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.rollout.transformers_engine import Request, TransformersEngine
+from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.tiny import build
 from hapo_lite.tiny.task import Habits, Problem, all_problems, problems, write_solution
 

@@ -28,8 +28,8 @@ from hapo_lite.interrupt import Interrupted, Interrupts
 from hapo_lite.policy import Policy, load_policy, resolve_dtype
 from hapo_lite.recipe import Recipe
 from hapo_lite.rollout.collect import Collector
+from hapo_lite.rollout.engine import BENCHMARK, make_engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.rollout.transformers_engine import BENCHMARK, TransformersEngine
 from hapo_lite.run import make_accelerator, someone_wants_to_stop
 from hapo_lite.status import Status
 from hapo_lite.tasks.rewards import Scorer
@@ -69,7 +69,7 @@ def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
             folder.mkdir(parents=True, exist_ok=True)
     reward = recipe.reward.model_copy(update={"function": None, "overlong_buffer": 0})
     with Status(folder / "status.json" if main else None) as status, Scorer(reward, limit) as scorer:
-        engine = TransformersEngine(policy, recipe.rollout.batch_size, limit)
+        engine = make_engine(recipe, policy, limit)
         collector = Collector(engine, scorer, accelerator, status.enter)
         return Evaluation(recipe, policy, adapter, suites, collector, accelerator, folder, limit).run()
 

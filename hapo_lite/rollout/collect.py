@@ -16,8 +16,8 @@ from accelerate.utils import gather_object
 
 from hapo_lite.errors import UserError
 from hapo_lite.records import Completion, EncodedPrompt, Prompt
+from hapo_lite.rollout.engine import TRAINING, Engine, Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.rollout.transformers_engine import TRAINING, Request, TransformersEngine
 from hapo_lite.tasks.rewards import Score, Scorer
 from hapo_lite.tasks.store import digest_of
 
@@ -105,7 +105,7 @@ class Collector:
 
     def __init__(
         self,
-        engine: TransformersEngine,
+        engine: Engine,
         scorer: Scorer,
         accelerator: Accelerator,
         enter: Callable[[str], None] = lambda stage: None,

@@ -22,8 +22,8 @@ class AdaptiveTemperature(LogitsProcessor):
     `entropy` and `temperature` [B] hold what it saw and did: entropy is that of logits / base, in nats.
 
     top_p: below 1, tokens outside the nucleus at that temperature, the fewest likeliest tokens that hold so much
-    probability, get logits of -inf (Holtzman et al. 2020, arXiv 1904.09751). For evaluation: in training, the ratio of
-    a token to a policy that never gives it would have no meaning.
+    probability, get logits of -inf (Holtzman et al. 2020, arXiv 1904.09751). In training the recipe asks for truncated
+    importance weights with it, which is what `sampling_logp`, of the distribution that is left, is kept for.
     """
 
     def __init__(self, signal: EntropySignal | None, base: float = 1.0, tau: float = 0.05, top_p: float = 1.0) -> None:

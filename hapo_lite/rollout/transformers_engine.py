@@ -7,7 +7,6 @@ copying its cache. Rows that have ended leave the batch and the cache, and what 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,20 +14,12 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from hapo_lite.policy import Policy
 from hapo_lite.records import Completion, EncodedPrompt
-from hapo_lite.rollout.sampling import AdaptiveTemperature, inverse_cdf, uniforms
+from hapo_lite.rollout.engine import Request
+from hapo_lite.rollout.sampling import AdaptiveTemperature
+from hapo_lite.rollout.transcript import Transcript, draw, draws_of
 
-TRAINING, EVALUATION, BENCHMARK = 0, 1, 2
-"""Stages, which separate the random numbers of training, of its evaluations, and of `hapo_lite.evaluate`."""
 COMPACT_SHARE = 8
 """Finished rows are taken out once they are an eighth of the batch: copying the cache costs about one step."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One completion to write: which prompt, and which of its samples."""
-
-    prompt: EncodedPrompt
-    sample: int
 
 
 class TransformersEngine:
@@ -38,24 +29,28 @@ class TransformersEngine:
         self.policy, self.batch_size, self.max_new_tokens = policy, batch_size, max_new_tokens
 
     def sample(
-        self, requests: Sequence[Request], processor: AdaptiveTemperature, seed: int, stage: int, iteration: int
+        self,
+        requests: Sequence[Request],
+        processor: AdaptiveTemperature,
+        seed: int,
+        stage: int,
+        iteration: int,
+        limit: int | None = None,
     ) -> list[Completion]:
-        """One completion for each request, in order. Deterministic in (seed, stage, iteration, prompt, sample)."""
+        """As `Engine.sample` says, batch by batch."""
         completions: list[Completion] = []
         for start in range(0, len(requests), self.batch_size):
-            completions += self._sample_batch(
-                requests[start : start + self.batch_size], processor, seed, stage, iteration
-            )
+            batch = requests[start : start + self.batch_size]
+            draws = draws_of(batch, seed, stage, iteration, limit or self.max_new_tokens)
+            completions += self._sample_batch(batch, processor, draws)
         return completions
 
     def _sample_batch(
-        self, requests: Sequence[Request], processor: AdaptiveTemperature, seed: int, stage: int, iteration: int
+        self, requests: Sequence[Request], processor: AdaptiveTemperature, draws: Tensor
     ) -> list[Completion]:
+        """draws: [limit, B], the random numbers of each completion."""
         prompts = list({r.prompt.index: r.prompt for r in requests}.values())
         place = {prompt.index: i for i, prompt in enumerate(prompts)}
-        draws = torch.stack(
-            [uniforms(seed, stage, iteration, r.prompt.index, r.sample, self.max_new_tokens) for r in requests], dim=1
-        )
         device = self.policy.device
         ids, attention_mask = _pad_left(prompts, self.policy.tokenizer.pad_token_id, device)
         decoder = _Decoder(
@@ -68,7 +63,7 @@ class TransformersEngine:
                 input_ids=ids,
                 attention_mask=attention_mask,
                 generation_config=GenerationConfig(
-                    max_new_tokens=self.max_new_tokens,
+                    max_new_tokens=draws.shape[0],
                     do_sample=True,
                     pad_token_id=self.policy.tokenizer.pad_token_id,
                     eos_token_id=list(self.policy.stop_ids),
@@ -76,7 +71,8 @@ class TransformersEngine:
                 logits_processor=LogitsProcessorList([processor]),
                 custom_generate=decoder,
             )
-        return decoder.completions(requests, self.policy)
+        lengths, stopped = decoder.lengths.tolist(), decoder.stopped.tolist()
+        return decoder.transcript.completions(requests, lengths, stopped, self.policy)
 
 
 def _pad_left(prompts: Sequence[EncodedPrompt], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -92,15 +88,12 @@ def _pad_left(prompts: Sequence[EncodedPrompt], pad_id: int, device: torch.devic
 class _Decoder:
     """The decoding loop that `generate` calls in place of its own.
 
-    rows: [B], the prompt of each row; draws: [max_new, B] uniforms; stop_ids: [S]. Records are [max_new, B].
+    rows: [B], the prompt of each row; draws: [max_new, B] uniforms; stop_ids: all that end a completion.
     """
 
     def __init__(self, rows: Tensor, draws: Tensor, stop_ids: Tensor) -> None:
         self.rows, self.draws, self.stop_ids = rows, draws, stop_ids
-        self.ids = torch.zeros(draws.shape, dtype=torch.long, device=rows.device)
-        self.sampling_logp, self.base_logp, self.entropy, self.temperature = torch.zeros(
-            (4, *draws.shape), dtype=torch.float32, device=rows.device
-        )
+        self.transcript = Transcript(*draws.shape, rows.device)
         self.lengths = torch.full_like(rows, draws.shape[0])
         self.stopped = torch.zeros_like(rows, dtype=torch.bool)
 
@@ -129,50 +122,18 @@ class _Decoder:
                 attention_mask = torch.cat([attention_mask, attention_mask.new_ones(alive.shape[0], 1)], dim=1)
                 logits = _forward(model, tokens[:, None], attention_mask, position, cache)
                 position = position + 1
-        return self.ids.T
+        return self.transcript.ids.T
 
     def _choose(self, step: int, alive: Tensor, logits: Tensor, processor: AdaptiveTemperature) -> Tensor:
         """Draw and record one token for every row in `alive`; rows that have ended write nothing more."""
-        scores = processor(None, logits)
-        tokens = inverse_cdf(scores, self.draws[step, alive])
-        index = tokens[:, None]
-        base_logp = logits.float().gather(1, index).squeeze(1) / processor.base - processor.log_normalizer
-        sampling_logp = scores.gather(1, index).squeeze(1) - scores.logsumexp(dim=-1)
+        drawn = draw(processor, logits, self.draws[step, alive])
         fresh = ~self.stopped[alive]
         rows = alive[fresh]
-        self.ids[step, rows] = tokens[fresh]
-        self.base_logp[step, rows] = base_logp[fresh]
-        self.sampling_logp[step, rows] = sampling_logp[fresh]
-        self.entropy[step, rows] = processor.entropy[fresh]
-        self.temperature[step, rows] = processor.temperature[fresh]
-        ended = rows[torch.isin(tokens[fresh], self.stop_ids)]
+        self.transcript.write(step, rows, drawn, only=fresh)
+        ended = rows[torch.isin(drawn.ids[fresh], self.stop_ids)]
         self.stopped[ended] = True
         self.lengths[ended] = step + 1
-        return tokens
-
-    def completions(self, requests: Sequence[Request], policy: Policy) -> list[Completion]:
-        ids, sampling_logp, base_logp, entropy, temperature = (
-            t.T.contiguous().cpu()
-            for t in (self.ids, self.sampling_logp, self.base_logp, self.entropy, self.temperature)
-        )
-        lengths, stopped = self.lengths.tolist(), self.stopped.tolist()
-        texts = policy.tokenizer.batch_decode(
-            [ids[b, :n].tolist() for b, n in enumerate(lengths)], skip_special_tokens=True
-        )
-        return [
-            Completion(
-                prompt=request.prompt,
-                sample=request.sample,
-                ids=ids[b, :n].clone(),
-                text=texts[b],
-                truncated=not stopped[b],
-                sampling_logp=sampling_logp[b, :n].clone(),
-                base_logp=base_logp[b, :n].clone(),
-                entropy=entropy[b, :n].clone(),
-                temperature=temperature[b, :n].clone(),
-            )
-            for b, (request, n) in enumerate(zip(requests, lengths, strict=True))
-        ]
+        return drawn.ids
 
 
 def _forward(model, ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache) -> Tensor:

@@ -1,0 +1,181 @@
+"""Sampling through the continuous batching of transformers: a paged cache, and a new row as soon as one has ended.
+
+Its own sampling is put aside: a logits processor draws each token from random numbers fixed in advance and leaves no
+other choice, so that a completion depends neither on the batch nor on the schedule. Axes: B requests, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    CLASSIC_TO_CB_PROCESSORS_MAP,
+    ContinuousBatchingLogitsProcessor,
+)
+
+from hapo_lite.errors import UserError
+from hapo_lite.policy import Policy
+from hapo_lite.records import Completion
+from hapo_lite.rollout.engine import Request
+from hapo_lite.rollout.sampling import AdaptiveTemperature
+from hapo_lite.rollout.transcript import Transcript, draw, draws_of
+
+WAVE = 8
+"""Batches whose requests are queued together: bounds the memory of the random numbers and the records."""
+BLOCK_TOKENS, FLASH_BLOCK_TOKENS = 32, 256
+"""Tokens in a block of the cache; flash attention reads pages of 256."""
+READ_TOKENS = 256
+"""Prompt tokens read in one step, at most, beside the tokens being written."""
+MEMORY_SHARE = 0.9
+"""Share of the free memory that the cache may take."""
+
+
+class PagedEngine:
+    """Samples with the policy's own model, as `TransformersEngine` does. batch_size: completions written at once."""
+
+    def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int) -> None:
+        self.policy, self.batch_size, self.max_new_tokens = policy, batch_size, max_new_tokens
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        processor: AdaptiveTemperature,
+        seed: int,
+        stage: int,
+        iteration: int,
+        limit: int | None = None,
+    ) -> list[Completion]:
+        """As `Engine.sample` says."""
+        completions: list[Completion] = []
+        for start in range(0, len(requests), WAVE * self.batch_size):
+            wave = requests[start : start + WAVE * self.batch_size]
+            draws = draws_of(wave, seed, stage, iteration, limit or self.max_new_tokens)
+            completions += self._sample_wave(wave, processor, draws)
+        return completions
+
+    def _sample_wave(
+        self, requests: Sequence[Request], processor: AdaptiveTemperature, draws: Tensor
+    ) -> list[Completion]:
+        """draws: [limit, B], the random numbers of each completion."""
+        limit, device = draws.shape[0], self.policy.device
+        sampler = _Sampler(processor, draws.to(device), [len(r.prompt.ids) for r in requests])
+        with self.policy.sampling() as model, _paged(model.get_base_model(), sampler) as base:
+            written = _generate(
+                base,
+                [list(r.prompt.ids) for r in requests],
+                GenerationConfig(
+                    max_new_tokens=limit,
+                    do_sample=False,  # the processor has drawn; what is left is to take its choice
+                    pad_token_id=self.policy.tokenizer.pad_token_id,
+                    eos_token_id=list(self.policy.stop_ids),
+                ),
+                self._cache(requests, limit, base.config._attn_implementation),
+            )
+        lengths = [len(ids) for ids in written]
+        drawn = sampler.transcript.ids.T.cpu()
+        if any(drawn[b, : len(ids)].tolist() != ids for b, ids in enumerate(written)):
+            raise RuntimeError("continuous batching returned other tokens than were drawn")
+        stopped = [ids[-1] in self.policy.stop_ids for ids in written]
+        return sampler.transcript.completions(requests, lengths, stopped, self.policy)
+
+    def _cache(self, requests: Sequence[Request], limit: int, attention: str) -> ContinuousBatchingConfig:
+        """A cache that holds the longest completions of a whole batch, so that none is ever evicted."""
+        rows = min(self.batch_size, len(requests))
+        block = FLASH_BLOCK_TOKENS if "flash" in attention else BLOCK_TOKENS
+        longest = max(len(r.prompt.ids) for r in requests) + limit
+        return ContinuousBatchingConfig(
+            block_size=block,
+            num_blocks=rows * (-(-longest // block) + 1),  # a row may be given its next block early
+            max_batch_tokens=rows + READ_TOKENS,
+            max_requests_per_batch=rows,
+            max_memory_percent=MEMORY_SHARE,
+            safety_margin=0.0,
+            per_request_processors=True,
+            use_async_batching=False,  # the step of a row has to be known when its token is drawn
+            use_cuda_graph=False,
+        )
+
+
+class _Sampler(ContinuousBatchingLogitsProcessor):
+    """Draws and records the next token of each row, and returns scores of 0 for it and -inf for all others.
+
+    draws: [S, B]. A row is known by one integer, step * B + request, which travels with it to the device.
+    """
+
+    supported_kwargs: dict[str, type] = {}  # noqa: RUF012, the base class's declaration
+    ignored_kwargs = ()
+
+    def __init__(self, processor: AdaptiveTemperature, draws: Tensor, prompt_lengths: Sequence[int]) -> None:
+        self.processor, self.draws, self.prompt_lengths = processor, draws, prompt_lengths
+        self.transcript = Transcript(*draws.shape, draws.device)
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list) -> Tensor:
+        places = []
+        for state in (r.state for r in requests_with_new_token):
+            request = int(state.request_id)
+            # A request that lost its blocks starts again with what it has written as a part of its prompt.
+            step = len(state.initial_tokens) + len(state.generated_tokens) - self.prompt_lengths[request]
+            places.append(step * len(self.prompt_lengths) + request)
+        return torch.tensor(places, dtype=torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        places = tensor_arg[: scores.shape[0]].long()
+        steps, rows = places // self.draws.shape[1], places % self.draws.shape[1]
+        drawn = draw(self.processor, scores, self.draws[steps, rows])
+        self.transcript.write(steps, rows, drawn)
+        return torch.full_like(scores, float("-inf")).scatter_(1, drawn.ids[:, None], 0.0)
+
+
+# Only processors that are listed here are told which request a row belongs to.
+CLASSIC_TO_CB_PROCESSORS_MAP[_Sampler] = lambda sampler: sampler
+
+
+@contextlib.contextmanager
+def _paged(base: PreTrainedModel, sampler: _Sampler) -> Iterator[PreTrainedModel]:
+    """The model with paged attention and `sampler` as its only processor, and afterwards as it was.
+
+    Continuous batching takes no `logits_processor`: it asks the model for its list, from the generation settings.
+    """
+    attention = base.config._attn_implementation
+    base._get_logits_processor = lambda *_, **__: LogitsProcessorList([sampler])
+    try:
+        base.set_attn_implementation(f"paged|{attention}")
+        yield base
+    finally:
+        del base._get_logits_processor
+        base.set_attn_implementation(attention)
+
+
+def _generate(
+    base: PreTrainedModel, prompts: list[list[int]], generation: GenerationConfig, cache: ContinuousBatchingConfig
+) -> list[list[int]]:
+    """What was written after each prompt. `generate_batch` would swallow the exception that a signal raises."""
+    manager = base.init_continuous_batching(generation_config=generation, continuous_batching_config=cache)
+    written: dict[int, list[int]] = {}
+    try:
+        manager.start()
+        for i, ids in enumerate(prompts):
+            manager.add_request(ids, request_id=str(i))
+        while len(written) < len(prompts):
+            result = manager.get_result(timeout=1)
+            if result is None:
+                if not manager.is_running():
+                    raise RuntimeError("continuous batching stopped before all completions were written")
+            elif result.error is not None:
+                raise UserError(
+                    f"rollout.engine = paged failed ({result.error}): lower rollout.batch_size if memory is short, or "
+                    "use rollout.engine=transformers"
+                )
+            else:
+                written[int(result.request_id)] = result.generated_tokens
+    finally:
+        manager.stop(block=True, hard_stop=len(written) < len(prompts))
+        manager.destroy()
+    return [written[i] for i in range(len(prompts))]

@@ -1,0 +1,86 @@
+"""Drawing tokens, and the record of what was drawn: the same for every engine that sees the logits.
+
+Axes: B rows (completions being written), V vocabulary, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hapo_lite.policy import Policy
+from hapo_lite.records import Completion
+from hapo_lite.rollout.engine import Request
+from hapo_lite.rollout.sampling import AdaptiveTemperature, inverse_cdf, uniforms
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One token a row, [B] each; meanings as in `Completion`."""
+
+    ids: Tensor
+    sampling_logp: Tensor
+    base_logp: Tensor
+    entropy: Tensor
+    temperature: Tensor
+
+
+def draw(processor: AdaptiveTemperature, logits: Tensor, uniform: Tensor) -> Drawn:
+    """logits: [B, V] as the model gives them; uniform: [B]."""
+    scores = processor(None, logits)
+    ids = inverse_cdf(scores, uniform)
+    index = ids[:, None]
+    return Drawn(
+        ids,
+        sampling_logp=scores.gather(1, index).squeeze(1) - scores.logsumexp(dim=-1),
+        base_logp=logits.float().gather(1, index).squeeze(1) / processor.base - processor.log_normalizer,
+        entropy=processor.entropy,
+        temperature=processor.temperature,
+    )
+
+
+def draws_of(requests: Sequence[Request], seed: int, stage: int, iteration: int, count: int) -> Tensor:
+    """The random numbers of each request's completion: [count, B], fp64."""
+    rows = [uniforms(seed, stage, iteration, r.prompt.index, r.sample, count) for r in requests]
+    return torch.stack(rows, dim=1)
+
+
+class Transcript:
+    """What has been drawn, as it is drawn: [S, B] tensors on the model's device."""
+
+    def __init__(self, steps: int, rows: int, device: torch.device) -> None:
+        self.ids = torch.zeros((steps, rows), dtype=torch.long, device=device)
+        self.records = torch.zeros((4, steps, rows), dtype=torch.float32, device=device)
+
+    def write(self, step: int | Tensor, rows: Tensor, drawn: Drawn, only: Tensor | slice = slice(None)) -> None:
+        """Note the tokens of `rows` [n] at `step`, one for all or [n]. only: which rows of `drawn` they are."""
+        self.ids[step, rows] = drawn.ids[only]
+        values = (drawn.sampling_logp, drawn.base_logp, drawn.entropy, drawn.temperature)
+        for record, value in zip(self.records, values, strict=True):
+            record[step, rows] = value[only]
+
+    def completions(
+        self, requests: Sequence[Request], lengths: Sequence[int], stopped: Sequence[bool], policy: Policy
+    ) -> list[Completion]:
+        ids = self.ids.T.contiguous().cpu()
+        sampling_logp, base_logp, entropy, temperature = self.records.transpose(1, 2).contiguous().cpu()
+        texts = policy.tokenizer.batch_decode(
+            [ids[b, :n].tolist() for b, n in enumerate(lengths)], skip_special_tokens=True
+        )
+        return [
+            Completion(
+                prompt=request.prompt,
+                sample=request.sample,
+                ids=ids[b, :n].clone(),
+                text=texts[b],
+                truncated=not stopped[b],
+                sampling_logp=sampling_logp[b, :n].clone(),
+                base_logp=base_logp[b, :n].clone(),
+                entropy=entropy[b, :n].clone(),
+                temperature=temperature[b, :n].clone(),
+            )
+            for b, (request, n) in enumerate(zip(requests, lengths, strict=True))
+        ]

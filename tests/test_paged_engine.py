@@ -1,0 +1,138 @@
+"""Continuous batching: the same completions as the default engine writes, and a model that is as it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers.generation.continuous_batching.requests import RequestState
+
+from hapo_lite.algo.signal import EntropySignal
+from hapo_lite.errors import UserError
+from hapo_lite.interrupt import Interrupted, Interrupts
+from hapo_lite.recipe import load_recipe
+from hapo_lite.rollout.canary import check_engine, perturbed_adapter
+from hapo_lite.rollout.engine import Request, make_engine
+from hapo_lite.rollout.paged_engine import PagedEngine
+from hapo_lite.rollout.sampling import AdaptiveTemperature
+from hapo_lite.rollout.transformers_engine import TransformersEngine
+from tests.conftest import TINY
+
+SIGNAL = EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)
+LIMIT = 20
+
+
+@pytest.fixture
+def loop(make_loop):
+    return make_loop(load_recipe(TINY, ["rollout.engine=paged", "data.limit=32", "evaluation.prompts=0"]))
+
+
+@pytest.fixture
+def requests(loop):
+    return [Request(prompt, sample) for prompt in loop.stream.take(0, 5) for sample in range(3)]
+
+
+def sample(engine, requests, processor=None):
+    return engine.sample(requests, processor or AdaptiveTemperature(SIGNAL), seed=1, stage=0, iteration=2)
+
+
+def paged(loop, batch_size=6):
+    return PagedEngine(loop.policy, batch_size, LIMIT)
+
+
+def state(policy):
+    base = policy.model.get_base_model()
+    threads = threading.active_count()
+    return policy.model.training, base.config._attn_implementation, "_get_logits_processor" in vars(base), threads
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_it_writes_what_the_default_engine_writes(loop, requests, top_p):
+    """With fewer rows than requests, an adapter that does something, stop tokens and completions that are cut off."""
+    with perturbed_adapter(loop.policy, 0.05, 3):
+        theirs = sample(
+            TransformersEngine(loop.policy, 64, LIMIT), requests, AdaptiveTemperature(SIGNAL, 1.1, top_p=top_p)
+        )
+        ours = sample(paged(loop), requests, AdaptiveTemperature(SIGNAL, 1.1, top_p=top_p))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.prompt, a.sample, a.text, a.truncated) == (b.prompt, b.sample, b.text, b.truncated)
+        assert torch.equal(a.ids, b.ids)
+        for name in ("sampling_logp", "base_logp", "entropy", "temperature"):
+            assert torch.allclose(getattr(a, name), getattr(b, name), atol=1e-4), name
+    assert {c.truncated for c in ours} == {True, False}
+    assert len({round(float(t), 4) for c in ours for t in c.temperature}) > 20
+
+
+def test_a_completion_does_not_depend_on_the_batch_or_the_schedule(loop, requests):
+    together = sample(paged(loop), requests)
+    alone = sample(paged(loop, batch_size=1), requests[::-1][:4])[::-1]
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(together[-4:], alone, strict=True))
+
+
+def test_a_request_that_lost_its_blocks_goes_on_where_it_was(loop, requests, monkeypatch):
+    """A cache too small for all rows: some are evicted and start again, with the same random numbers."""
+    expected = sample(paged(loop), requests)
+    cache, restart, evicted = PagedEngine._cache, RequestState.create_equivalent_initial_request, []
+
+    def small(*arguments):
+        found = cache(*arguments)
+        found.num_blocks, found.block_size = 9, 8
+        return found
+
+    monkeypatch.setattr(PagedEngine, "_cache", small)
+    monkeypatch.setattr(
+        RequestState, "create_equivalent_initial_request", lambda self: evicted.append(1) or restart(self)
+    )
+    found = sample(paged(loop), requests)
+    assert evicted
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_recipe_chooses_it_and_it_follows_the_adapter(loop):
+    engine = loop.collector.engine
+    assert isinstance(engine, PagedEngine)
+    found = check_engine(engine, loop.policy, loop.stream.take(0, 2), loop.recipe, loop.accelerator)
+    assert max(found.at_rest, found.perturbed) < 1e-5 < found.followed
+
+
+def test_the_model_is_as_it_was_after_sampling_and_after_a_failure(loop, requests):
+    class Broken(AdaptiveTemperature):
+        def __call__(self, input_ids, scores):
+            raise ArithmeticError("out of range")
+
+    before = state(loop.policy)
+    assert before[0] and before[1] == "sdpa"
+    sample(paged(loop), requests[:2])
+    assert state(loop.policy) == before
+    with pytest.raises(UserError, match=r"rollout\.engine = paged failed \(out of range\): lower rollout\.batch_size"):
+        sample(paged(loop), requests[:2], Broken(None))
+    assert state(loop.policy) == before
+
+
+def test_a_signal_stops_it_at_once_and_is_not_swallowed(loop, requests):
+    class Signalling(AdaptiveTemperature):
+        steps = 0
+
+        def __call__(self, input_ids, scores):
+            self.steps += 1
+            if self.steps == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__call__(input_ids, scores)
+
+    before, processor = state(loop.policy), Signalling(None)
+    endless = replace(loop.policy, stop_ids=(len(loop.policy.tokenizer) - 1,))
+    with pytest.raises(Interrupted), Interrupts().listening():
+        sample(PagedEngine(endless, 64, 400), requests, processor)
+    assert 5 <= processor.steps < 200
+    assert state(loop.policy) == before
+
+
+def test_an_engine_that_cannot_be_imported_says_what_to_install(loop, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hapo_lite.rollout.paged_engine", None)
+    with pytest.raises(UserError, match=r"rollout\.engine = paged cannot be imported .*: pip install 'transformers>="):
+        make_engine(loop.recipe, loop.policy)
