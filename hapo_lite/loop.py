@@ -156,14 +156,13 @@ class Loop:
     def rollout(self, state: TrainState, iteration: int) -> Collected:
         """P graded groups, sampled with the previous iteration's signal."""
         settings, method = self.recipe.rollout, self.recipe.method
+        signal = state.signal if method.adaptive_temperature else None
         return self.collector.collect(
             self.stream,
             state.cursor,
             groups=settings.prompts_per_iteration,
             samples=settings.completions_per_prompt,
-            processor=AdaptiveTemperature(
-                state.signal if method.adaptive_temperature else None, settings.temperature, method.tau, settings.top_p
-            ),
+            processor=AdaptiveTemperature(signal, settings.temperature, method.tau, settings.top_p, settings.top_k),
             seed=self.recipe.seed,
             iteration=iteration,
             token_budget=self.recipe.token_budget if settings.dynamic_sampling else None,

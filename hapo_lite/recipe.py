@@ -110,6 +110,7 @@ class RolloutSettings(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="Sample from the nucleus that holds so much probability; needs method.importance=truncated"
     )
+    top_k: Positive | None = Field(None, description="Sample from the k likeliest only; needs the same; null: all")
     batch_size: Positive = Field(64, description="Completions sampled at once; bounds the memory of the KV cache")
     old_logprobs: Literal["recomputed", "sampled"] = Field(
         "recomputed", description="pi_old from one pass of the trainer (exact), or the sampler's own (saves the pass)"
@@ -291,9 +292,9 @@ class Recipe(Section):
                 "rollout.token_budget has no effect without rollout.dynamic_sampling: set both or neither",
             ),
             (
-                self.rollout.top_p < 1.0 and self.method.importance != "truncated",
-                "rollout.top_p below 1 needs method.importance=truncated: tokens are then drawn from another "
-                "distribution than the policy's, and without that weight the gradient is biased",
+                (self.rollout.top_p < 1.0 or self.rollout.top_k is not None) and self.method.importance != "truncated",
+                "rollout.top_p below 1 or a rollout.top_k needs method.importance=truncated: tokens are then drawn "
+                "from another distribution than the policy's, and without that weight the gradient is biased",
             ),
             (
                 self.training.max_tokens is not None and self.training.schedule != "constant",

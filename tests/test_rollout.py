@@ -12,6 +12,7 @@ from hapo_lite.policy import Policy, load_policy
 from hapo_lite.recipe import LoraSettings, ModelSettings
 from hapo_lite.records import EncodedPrompt, Prompt, Sequences
 from hapo_lite.rollout.engine import Request
+from hapo_lite.rollout.generate_engine import GenerateEngine
 from hapo_lite.rollout.sampling import AdaptiveTemperature, inverse_cdf, uniforms
 from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.tiny.task import problems
@@ -143,6 +144,46 @@ def test_top_p_is_that_of_transformers():
     # What it says it saw is the whole distribution, not the nucleus.
     whole = torch.distributions.Categorical(logits=logits.double() / 0.5)
     assert torch.allclose(processor.entropy.double(), whole.entropy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [
+        (3, 1.0, 3),
+        (9, 1.0, 4),
+        # Of the three likeliest, .5, .25, .15, the first two hold .83 of what is left.
+        (3, 0.8, 2),
+        (1, 1.0, 1),
+    ],
+)
+def test_top_k_comes_before_top_p(top_k, top_p, kept):
+    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
+    scores = AdaptiveTemperature(None, top_p=top_p, top_k=top_k)(None, logits)
+    assert scores[0, [1, 3, 2, 0]].isfinite().tolist() == [i < kept for i in range(4)]
+
+
+def test_plain_generate_writes_the_same_completions(policy, requests):
+    """Rows that have ended stay in its batch, and each reads its prompt for itself."""
+    theirs = sample(policy, requests)
+    engine = GenerateEngine(policy, 64, 24)
+    ours = engine.sample(requests, AdaptiveTemperature(SIGNAL), 0, 0, 1)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.ids, b.ids) and (a.text, a.truncated) == (b.text, b.truncated)
+        for name in ("sampling_logp", "base_logp", "entropy", "temperature"):
+            assert torch.allclose(getattr(a, name), getattr(b, name), atol=1e-4), name
+    assert {c.truncated for c in ours} == {True, False} and policy.model.training
+
+
+def test_a_sampler_that_does_not_take_the_scribes_choice_is_caught(policy, requests):
+    class Headstrong(GenerateEngine):
+        def generator(self, model):
+            def generate(**arguments):
+                return (model.generate(**arguments) + 1) % model.config.vocab_size
+
+            return generate
+
+    with pytest.raises(RuntimeError, match="returned other tokens than were drawn"):
+        Headstrong(policy, 64, 24).sample(requests[:2], AdaptiveTemperature(None), 0, 0, 1)
 
 
 def test_top_p_records_the_log_probability_in_the_nucleus(policy, requests):

@@ -71,7 +71,7 @@ def check_engine(
     requests = [Request(prompt, sample) for prompt in short for sample in range(SAMPLES)]
 
     def sampled() -> list[Completion]:
-        processor = AdaptiveTemperature(None, settings.temperature, top_p=settings.top_p)
+        processor = AdaptiveTemperature(None, settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
         return engine.sample(requests, processor, recipe.seed, CANARY, 0, limit=TOKENS)
 
     def scored(completions: Sequence[Completion]) -> Tensor:

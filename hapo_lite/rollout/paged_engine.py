@@ -22,7 +22,7 @@ from hapo_lite.policy import Policy
 from hapo_lite.records import Completion
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.rollout.transcript import Transcript, draw, draws_of
+from hapo_lite.rollout.transcript import Scribe, draws_of
 
 WAVE = 8
 """Batches whose requests are queued together: bounds the memory of the random numbers and the records."""
@@ -62,7 +62,7 @@ class PagedEngine:
     ) -> list[Completion]:
         """draws: [limit, B], the random numbers of each completion."""
         limit, device = draws.shape[0], self.policy.device
-        sampler = _Sampler(processor, draws.to(device), [len(r.prompt.ids) for r in requests])
+        sampler = _Sampler(Scribe(processor, draws.to(device)), [len(r.prompt.ids) for r in requests])
         with self.policy.sampling() as model, _paged(model.get_base_model(), sampler) as base:
             written = _generate(
                 base,
@@ -75,12 +75,7 @@ class PagedEngine:
                 ),
                 self._cache(requests, limit, base.config._attn_implementation),
             )
-        lengths = [len(ids) for ids in written]
-        drawn = sampler.transcript.ids.T.cpu()
-        if any(drawn[b, : len(ids)].tolist() != ids for b, ids in enumerate(written)):
-            raise RuntimeError("continuous batching returned other tokens than were drawn")
-        stopped = [ids[-1] in self.policy.stop_ids for ids in written]
-        return sampler.transcript.completions(requests, lengths, stopped, self.policy)
+        return sampler.scribe.completions(requests, written, self.policy)
 
     def _cache(self, requests: Sequence[Request], limit: int, attention: str) -> ContinuousBatchingConfig:
         """A cache that holds the longest completions of a whole batch, so that none is ever evicted."""
@@ -101,17 +96,16 @@ class PagedEngine:
 
 
 class _Sampler(ContinuousBatchingLogitsProcessor):
-    """Draws and records the next token of each row, and returns scores of 0 for it and -inf for all others.
+    """Tells the scribe which token of which request each row is.
 
-    draws: [S, B]. A row is known by one integer, step * B + request, which travels with it to the device.
+    A row is known by one integer, step * B + request, which travels with it to the device.
     """
 
     supported_kwargs: dict[str, type] = {}  # noqa: RUF012, the base class's declaration
     ignored_kwargs = ()
 
-    def __init__(self, processor: AdaptiveTemperature, draws: Tensor, prompt_lengths: Sequence[int]) -> None:
-        self.processor, self.draws, self.prompt_lengths = processor, draws, prompt_lengths
-        self.transcript = Transcript(*draws.shape, draws.device)
+    def __init__(self, scribe: Scribe, prompt_lengths: Sequence[int]) -> None:
+        self.scribe, self.prompt_lengths = scribe, prompt_lengths
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         int32_tensor.zero_()
@@ -127,10 +121,8 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         places = tensor_arg[: scores.shape[0]].long()
-        steps, rows = places // self.draws.shape[1], places % self.draws.shape[1]
-        drawn = draw(self.processor, scores, self.draws[steps, rows])
-        self.transcript.write(steps, rows, drawn)
-        return torch.full_like(scores, float("-inf")).scatter_(1, drawn.ids[:, None], 0.0)
+        requests = len(self.prompt_lengths)
+        return self.scribe(scores, places // requests, places % requests)
 
 
 # Only processors that are listed here are told which request a row belongs to.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, TopPLogitsWarper
+from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.temperature import adaptive_temperature
@@ -21,14 +21,23 @@ class AdaptiveTemperature(LogitsProcessor):
     It looks at one row at a time and at nothing but that row's logits, so it works in any batch. After a call,
     `entropy` and `temperature` [B] hold what it saw and did: entropy is that of logits / base, in nats.
 
-    top_p: below 1, tokens outside the nucleus at that temperature, the fewest likeliest tokens that hold so much
-    probability, get logits of -inf (Holtzman et al. 2020, arXiv 1904.09751). In training the recipe asks for truncated
-    importance weights with it, which is what `sampling_logp`, of the distribution that is left, is kept for.
+    top_k, top_p: at that temperature, tokens outside the k likeliest, then outside the nucleus, the fewest likeliest of
+    those that hold so much probability, get logits of -inf (Holtzman et al. 2020, arXiv 1904.09751); None and 1.0 leave
+    all. In training the recipe asks for truncated importance weights with them, which is what `sampling_logp`, of the
+    distribution that is left, is kept for.
     """
 
-    def __init__(self, signal: EntropySignal | None, base: float = 1.0, tau: float = 0.05, top_p: float = 1.0) -> None:
+    def __init__(
+        self,
+        signal: EntropySignal | None,
+        base: float = 1.0,
+        tau: float = 0.05,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+    ) -> None:
         self.signal, self.base, self.tau = signal, base, tau
-        self.nucleus = TopPLogitsWarper(top_p) if top_p < 1.0 else None
+        self.truncations: list[LogitsProcessor] = [] if top_k is None else [TopKLogitsWarper(top_k)]
+        self.truncations += [TopPLogitsWarper(top_p)] if top_p < 1.0 else []
         self.entropy = self.temperature = self.log_normalizer = torch.empty(0)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -36,7 +45,9 @@ class AdaptiveTemperature(LogitsProcessor):
         self.log_normalizer, self.entropy = logits_statistics(scaled)
         self.temperature = adaptive_temperature(self.entropy, self.signal, self.base, self.tau)
         scores = scaled * (self.base / self.temperature)[:, None]
-        return scores if self.nucleus is None else self.nucleus(input_ids, scores)
+        for truncate in self.truncations:
+            scores = truncate(input_ids, scores)
+        return scores
 
 
 def uniforms(seed: int, stage: int, iteration: int, prompt: int, sample: int, count: int) -> Tensor:

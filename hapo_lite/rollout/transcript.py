@@ -1,6 +1,6 @@
 """Drawing tokens, and the record of what was drawn: the same for every engine that sees the logits.
 
-Axes: B rows (completions being written), V vocabulary, S steps.
+Axes: B rows (completions being written), V vocabulary, S steps, P prompts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hapo_lite.policy import Policy
-from hapo_lite.records import Completion
+from hapo_lite.records import Completion, EncodedPrompt
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature, inverse_cdf, uniforms
 
@@ -46,6 +46,16 @@ def draws_of(requests: Sequence[Request], seed: int, stage: int, iteration: int,
     """The random numbers of each request's completion: [count, B], fp64."""
     rows = [uniforms(seed, stage, iteration, r.prompt.index, r.sample, count) for r in requests]
     return torch.stack(rows, dim=1)
+
+
+def pad_left(prompts: Sequence[EncodedPrompt], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompt ids and attention mask, [P, L] each, padded on the left; the mask comes from lengths."""
+    lengths = torch.tensor([len(p.ids) for p in prompts])
+    ids = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(p.ids) for p in prompts], batch_first=True, padding_value=pad_id, padding_side="left"
+    )
+    mask = torch.arange(ids.shape[1])[None] >= ids.shape[1] - lengths[:, None]
+    return ids.to(device), mask.long().to(device)
 
 
 class Transcript:
@@ -84,3 +94,31 @@ class Transcript:
             )
             for b, (request, n) in enumerate(zip(requests, lengths, strict=True))
         ]
+
+
+class Scribe:
+    """Draws and records tokens within a sampler of somebody else's, and leaves it no other token to choose.
+
+    So that sampler's own random numbers play no part, and its completions are those of every other engine. draws:
+    [S, B].
+    """
+
+    def __init__(self, processor: AdaptiveTemperature, draws: Tensor) -> None:
+        self.processor, self.draws = processor, draws
+        self.transcript = Transcript(*draws.shape, draws.device)
+
+    def __call__(self, logits: Tensor, steps: Tensor, rows: Tensor) -> Tensor:
+        """logits: [n, V]; steps, rows: [n], where each stands in `draws`. Scores: 0 for the token drawn, else -inf."""
+        drawn = draw(self.processor, logits, self.draws[steps, rows])
+        self.transcript.write(steps, rows, drawn)
+        return torch.full_like(logits, float("-inf")).scatter_(1, drawn.ids[:, None], 0.0)
+
+    def completions(
+        self, requests: Sequence[Request], written: Sequence[Sequence[int]], policy: Policy
+    ) -> list[Completion]:
+        """written: what the sampler returned for each request. Raises RuntimeError if that was not drawn."""
+        drawn = self.transcript.ids.T.cpu()
+        if any(drawn[b, : len(ids)].tolist() != list(ids) for b, ids in enumerate(written)):
+            raise RuntimeError("the sampler returned other tokens than were drawn")
+        stopped = [len(ids) > 0 and ids[-1] in policy.stop_ids for ids in written]
+        return self.transcript.completions(requests, [len(ids) for ids in written], stopped, policy)

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from hapo_lite.policy import Policy
-from hapo_lite.records import Completion, EncodedPrompt
+from hapo_lite.records import Completion
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.rollout.transcript import Transcript, draw, draws_of
+from hapo_lite.rollout.transcript import Transcript, draw, draws_of, pad_left
 
 COMPACT_SHARE = 8
 """Finished rows are taken out once they are an eighth of the batch: copying the cache costs about one step."""
@@ -52,7 +52,7 @@ class TransformersEngine:
         prompts = list({r.prompt.index: r.prompt for r in requests}.values())
         place = {prompt.index: i for i, prompt in enumerate(prompts)}
         device = self.policy.device
-        ids, attention_mask = _pad_left(prompts, self.policy.tokenizer.pad_token_id, device)
+        ids, attention_mask = pad_left(prompts, self.policy.tokenizer.pad_token_id, device)
         decoder = _Decoder(
             rows=torch.tensor([place[r.prompt.index] for r in requests], device=device),
             draws=draws.to(device),
@@ -73,16 +73,6 @@ class TransformersEngine:
             )
         lengths, stopped = decoder.lengths.tolist(), decoder.stopped.tolist()
         return decoder.transcript.completions(requests, lengths, stopped, self.policy)
-
-
-def _pad_left(prompts: Sequence[EncodedPrompt], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompt ids and attention mask, [P, L] each, padded on the left; the mask comes from lengths."""
-    lengths = torch.tensor([len(p.ids) for p in prompts])
-    ids = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(p.ids) for p in prompts], batch_first=True, padding_value=pad_id, padding_side="left"
-    )
-    mask = torch.arange(ids.shape[1])[None] >= ids.shape[1] - lengths[:, None]
-    return ids.to(device), mask.long().to(device)
 
 
 class _Decoder:
