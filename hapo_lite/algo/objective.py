@@ -110,15 +110,15 @@ class Credit:
 
 
 def assign_credit(method: Method, advantage: Tensor, tokens: TokenSignals, ratio: Tensor) -> Credit:
-    """From one advantage a completion, [B], to one a token, and each token's bounds. ratio: [B, T]."""
+    """From one advantage a completion, [B], or a token, [B, T], to a token's own, and its bounds. ratio: [B, T]."""
     h = tokens.h
     if method.eps_uncertain is not None:
         lower, upper = grouped_bounds(tokens.uncertain, method.eps_low, method.eps_high, method.eps_uncertain)
     else:
         lower, upper = clip_bounds(h if method.adaptive_clip else torch.zeros_like(h), method.eps_low, method.eps_high)
+    spread = advantage[:, None].expand_as(h) if advantage.dim() == 1 else advantage
     if method.entropy_scale:
-        advantage = advantage * tokens.scale
-    spread = advantage[:, None].expand_as(h)
+        spread = spread * tokens.scale[:, None]
     if method.entropy_bonus > 0.0:
         spread = add_entropy_bonus(spread, tokens.entropy, method.entropy_bonus, method.entropy_bonus_limit)
     if method.redistribution:
@@ -167,9 +167,9 @@ def method_loss(
 ) -> tuple[PolicyLoss, Credit]:
     """The loss of one micro-batch under `method`.
 
-    logp, old_logp, sampling_logp, base_logp: [B, T]. advantage: [B]. weights: [B, T] from `loss_weights`. sampling_logp
-    is the log-probability under the distribution the tokens were drawn from, needed for `importance: truncated`;
-    base_logp that of the base model, needed where a weight on the divergence from it is not 0.
+    logp, old_logp, sampling_logp, base_logp: [B, T]. advantage: [B], or [B, T]. weights: [B, T] from `loss_weights`.
+    sampling_logp is the log-probability under the distribution the tokens were drawn from, needed for `importance:
+    truncated`; base_logp that of the base model, needed where a weight on the divergence from it is not 0.
     """
     ratio = torch.where(weights != 0, logp.detach() - old_logp, 0.0).exp()
     credit = assign_credit(method, advantage, tokens, ratio)

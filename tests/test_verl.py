@@ -1,0 +1,202 @@
+"""What the verl plug-in registers gives the loss and the gradient of the kit's own loop; with the real verl if it is
+there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from hapo_lite.algo.advantage import group_advantage
+from hapo_lite.algo.methods import PRESETS
+from hapo_lite.algo.objective import loss_denominator, loss_weights, method_loss
+from hapo_lite.algo.signal import EntropySignal
+from hapo_lite.algo.tokens import TokenSignals, fit_signal, uncertain_tokens
+from hapo_lite.checkpoint import TrainState
+from hapo_lite.integrations import verl
+from hapo_lite.loop import advantages
+from hapo_lite.records import Sequences, pad
+
+LENGTHS = [5, 1, 7, 3, 6, 6, 2, 7, 4, 5, 3, 1]
+GROUPS = [0, 1, 0, 2, 1, 2, 0, 1, 2, 2, 1, 0]
+REWARDS = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.0, 1.0]  # group 2 has equal ones
+OFF = {
+    "B": {"token_level_advantage": False},
+    "C": {"redistribution": False},
+    "D": {"adaptive_clip": False},
+    "B, C": {"token_level_advantage": False, "redistribution": False},
+    "C, D": {"redistribution": False, "adaptive_clip": False},
+}
+METHODS = {
+    **{name: PRESETS[name] for name in ("hapo", "hapo_public_code", "dapo", "grpo")},
+    **{f"hapo without {pieces}": replace(PRESETS["hapo"], **off) for pieces, off in OFF.items()},
+}
+
+
+def configuration(method, **step):
+    """verl's actor configuration of a method."""
+    return SimpleNamespace(
+        clip_ratio=0.1,
+        clip_ratio_low=method.eps_low,
+        clip_ratio_high=method.eps_high,
+        clip_ratio_c=method.dual_clip or math.inf,
+        global_batch_info=step,
+    )
+
+
+def mode_of(method):
+    return {"token": "token-mean", "sequence": "seq-mean-token-mean"}[method.loss_average]
+
+
+def plugged_in(method, batch, rows, dp_size, parts):
+    """Loss and gradient as verl finds them: micro-batches over dp_size processes, and the mean of their gradients."""
+    logp = batch.logp.clone().requires_grad_()
+    spread, returns = verl.group_advantages(method, batch.rewards, batch.mask, batch.uids, config=None)
+    assert torch.equal(spread, returns)
+    config = configuration(
+        method, dp_size=dp_size, batch_num_tokens=int(batch.mask[rows].sum()), global_batch_size=len(rows)
+    )
+    total = 0.0
+    for cut in np.array_split(rows, parts):
+        with verl.token_signals(batch.h[cut]):
+            loss, metrics = verl.clipped_loss(
+                method, batch.old_logp[cut], logp[cut], spread[cut], batch.mask[cut], mode_of(method), config
+            )
+        assert all(math.isfinite(value) for value in metrics.values())
+        (loss / dp_size).backward()
+        total += float(loss.detach()) / dp_size
+    return total, logp.grad
+
+
+def in_the_loop(method, batch, rows):
+    """The same by the functions that the loop calls, on the whole optimiser step."""
+    logp = batch.logp.clone().requires_grad_()
+    rewards, lengths, groups = torch.tensor(REWARDS).double(), torch.tensor(LENGTHS), torch.tensor(GROUPS)
+    advantage = group_advantage(rewards, lengths, groups, method.advantage_level)
+    mask = batch.mask[rows].bool()
+    loss, _ = method_loss(
+        method,
+        logp[rows],
+        batch.old_logp[rows],
+        advantage[rows],
+        TokenSignals(batch.h[rows], batch.entropy[rows], batch.uncertain[rows], torch.ones(len(rows)).double()),
+        loss_weights(mask, method.loss_average),
+        loss_denominator(mask.sum(dim=1), method.loss_average),
+    )
+    loss.loss.backward()
+    return float(loss.loss.detach()), logp.grad
+
+
+@pytest.fixture
+def batch():
+    """Random completions, fp64. Log-probabilities are NaN in the padding, where they must not be looked at."""
+    torch.manual_seed(5)
+    mask = torch.arange(max(LENGTHS))[None] < torch.tensor(LENGTHS)[:, None]
+
+    def padded(values):
+        return torch.where(mask, values, math.nan).double()
+
+    old_logp = padded(-3 * torch.rand(mask.shape))
+    entropy = (torch.rand(mask.shape) ** 6 * 3).double() * mask
+    last = torch.zeros(mask.shape).double()
+    last[range(len(LENGTHS)), [n - 1 for n in LENGTHS]] = torch.tensor(REWARDS).double()
+    return SimpleNamespace(
+        mask=mask.long(),
+        old_logp=old_logp,
+        logp=old_logp + padded(0.4 * torch.randn(mask.shape)),
+        entropy=entropy,
+        rewards=last,
+        uids=np.array([f"uid-{g}" for g in GROUPS], dtype=object),
+    )
+
+
+def with_signal(method, batch):
+    signal = fit_signal(method, batch.entropy[batch.mask.bool()])
+    batch.h, batch.uncertain = signal.normalize(batch.entropy), uncertain_tokens(method, signal, batch.entropy)
+    return batch
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_loss_and_gradient_are_the_loops(batch, name):
+    method = METHODS[name]
+    batch = with_signal(method, batch)
+    for rows in (range(len(LENGTHS)), [0, 1, 4, 7, 8, 10]):
+        rows = list(rows)
+        expected, gradient = in_the_loop(method, batch, rows)
+        assert gradient[rows][batch.mask[rows].bool()].abs().max() > 0.01
+        for dp_size, parts in ((1, 1), (2, 2), (3, 3)):
+            loss, found = plugged_in(method, batch, rows, dp_size, parts)
+            assert loss == pytest.approx(expected, rel=1e-12)
+            torch.testing.assert_close(found, gradient, rtol=1e-12, atol=1e-15)
+            assert float(found[~batch.mask.bool()].abs().sum()) == 0.0
+
+
+def test_each_piece_reaches_the_loss(batch):
+    losses = [
+        plugged_in(method, with_signal(method, batch), list(range(len(LENGTHS))), 1, 1)[0]
+        for method in METHODS.values()
+    ]
+    assert len({round(loss, 6) for loss in losses}) == len(losses)
+
+
+def test_adapter_gradient_is_that_of_the_training_loop(make_recipe, make_loop):
+    loop = make_loop(make_recipe("training.updates_per_iteration=1"))
+    method = loop.recipe.method
+    state, _, _ = loop.step(TrainState(signal=EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)))
+    collected = loop.rollout(state, iteration=2)
+    completions, advantage = collected.completions, advantages(collected, method)
+    plan = loop.plan(completions, advantage, [], iteration=2)
+    scored = loop.score(completions, plan)
+    # Another policy than the one that was scored, so that ratios leave 1.
+    with torch.no_grad():
+        for p in loop.parameters:
+            p.add_(0.02 * torch.randn_like(p))
+    count = sum(c.length for c in completions)
+    loss, _ = loop.gradients(plan.updates[0], completions, advantage, scored, float(count))
+    expected = torch.cat([p.grad.flatten() for p in loop.parameters])
+    assert float(expected.norm()) > 0
+
+    loop.optimizer.zero_grad(set_to_none=True)
+    rewards = torch.tensor([[s.reward] for s in collected.scores])
+    mask = pad([torch.ones(c.length) for c in completions])
+    uids = [c.prompt.prompt.id for c in completions]
+    spread, _ = verl.group_advantages(method, torch.nn.functional.pad(rewards, (0, mask.shape[1] - 1)), mask, uids)
+    config = configuration(method, dp_size=1, batch_num_tokens=count, global_batch_size=len(completions))
+    total = 0.0
+    for cut in torch.arange(len(completions)).split(5):
+        rows = Sequences.of([completions[i] for i in cut])
+        width = rows.mask.shape[1]
+        logp, _ = loop.policy.completion_logprobs(rows, loop.recipe.rollout.temperature)
+        with verl.token_signals(pad([scored.h[i] for i in cut])):
+            part, _ = verl.clipped_loss(
+                method, pad([scored.old_logp[i] for i in cut]), logp, spread[cut, :width], mask[cut, :width],
+                "token-mean", config,
+            )  # fmt: skip
+        part.backward()
+        total += float(part.detach())
+    found = torch.cat([p.grad.flatten() for p in loop.parameters])
+    assert total == pytest.approx(float(loss), rel=1e-4)
+    assert float((found - expected).norm() / expected.norm()) < 2e-5
+
+
+def test_weights_on_the_sampled_distribution_multiply_the_loss(batch):
+    method = PRESETS["dapo"]
+    batch, config = with_signal(method, batch), configuration(method)
+    spread, _ = verl.group_advantages(method, batch.rewards, batch.mask, batch.uids)
+    inputs = method, batch.old_logp, batch.logp, spread, batch.mask, "token-mean", config
+    plain, _ = verl.clipped_loss(*inputs)
+    halved, _ = verl.clipped_loss(*inputs, torch.where(batch.mask.bool(), 0.5, math.nan))
+    assert float(halved) == pytest.approx(0.5 * float(plain), rel=1e-12)
+
+
+def test_what_cannot_be_done_is_refused(batch):
+    method, config = PRESETS["hapo"], configuration(PRESETS["hapo"])
+    zero = torch.zeros(1, 2)
+    with pytest.raises(RuntimeError, match="trainer_mode=hapo"):
+        verl.clipped_loss(method, zero, zero, zero, torch.ones(1, 2), "token-mean", config)
+    with pytest.raises(ValueError, match="token-mean or seq-mean-token-mean"):
+        verl.clipped_loss(method, zero, zero, zero, torch.ones(1, 2), "token-sum", config)
