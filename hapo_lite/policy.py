@@ -26,21 +26,24 @@ from transformers import (
 
 from hapo_lite.errors import UserError
 from hapo_lite.head import token_logprobs
+from hapo_lite.origins import TINY_MODEL as TINY_MODEL
+from hapo_lite.origins import may_run_code, model_origin
 from hapo_lite.recipe import ModelSettings
 from hapo_lite.records import Sequences
-
-TINY_MODEL = Path(__file__).parent / "tiny" / "model"
-"""The bundled model's folder, which `model.name: tiny` stands for."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """model: the base with its adapter; stop_ids: any of them ends a completion; context: longest sequence, tokens."""
+    """model: the base with its adapter; stop_ids: any of them ends a completion; context: longest sequence, tokens.
+
+    origin: what the base was when it was loaded, as in origins.Origin.
+    """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     context: int
+    origin: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -99,27 +102,32 @@ class Policy:
 def load_policy(settings: ModelSettings, seed: int, device: torch.device | str, adapter: Path | None = None) -> Policy:
     """Load the base from a hub name or folder, quantise it, and put a fresh adapter on it.
 
-    Only safetensors weights are read and no code of the model's repository is run. The adapter's initial weights depend
-    on `seed` alone. adapter: a folder with a trained one instead, to sample from and not to train. Raises UserError if
-    there is no such model or it does not fit the settings.
+    Only safetensors weights are read, and no code of the model's repository is run but with model.trust_remote_code.
+    The adapter's initial weights depend on `seed` alone. adapter: a folder with a trained one instead, to sample from
+    and not to train. Raises UserError if there is no such model or it does not fit the settings.
     """
-    name = str(TINY_MODEL) if settings.name == "tiny" else settings.name
     device = torch.device(device)
     dtype = resolve_dtype(settings.dtype, device)
-    source = {"revision": settings.revision} if settings.revision else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False, **source)
+        origin = model_origin(settings)
+        trust = may_run_code(settings, origin)
+        source = {"revision": origin.commit, "trust_remote_code": trust}
+        tokenizer = AutoTokenizer.from_pretrained(origin.name, padding_side="left", **source)
         base = AutoModelForCausalLM.from_pretrained(
-            name,
+            origin.name,
             dtype=dtype,
             device_map={"": device},
             attn_implementation=settings.attention,
             quantization_config=_nf4(dtype) if settings.quantization == "nf4" else None,
             use_safetensors=True,
-            trust_remote_code=False,
             **source,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        # With its own code, a model may raise anything.
+        if not settings.trust_remote_code and not isinstance(error, (OSError, ValueError, ImportError, KeyError)):
+            raise
         raise UserError(_loading_problem(settings.name, error)) from error
     keep_weights_unpacked(base)
     stop_ids = find_stop_ids(base, tokenizer)
@@ -131,7 +139,7 @@ def load_policy(settings: ModelSettings, seed: int, device: torch.device | str, 
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = _fresh_adapter(base, settings, seed).train() if adapter is None else _saved_adapter(base, settings, adapter)
     context = getattr(base.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    return Policy(model, tokenizer, stop_ids, int(context))
+    return Policy(model, tokenizer, stop_ids, int(context), str(origin))
 
 
 def _fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> PeftModel:
@@ -232,6 +240,11 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def _loading_problem(name: str, error: Exception) -> str:
     folder = Path(name)
+    if "trust_remote_code=True" in str(error):
+        return (
+            f"model.name = {name} brings Python code that it needs, which is not run: read it, and set "
+            "model.trust_remote_code=true if it may run on this machine with your rights (docs/security.md)"
+        )
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             return f"model.name = {name} is a folder without a config.json: give a folder that save_pretrained wrote"

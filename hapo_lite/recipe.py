@@ -56,6 +56,9 @@ class LoraSettings(Section):
 class ModelSettings(Section):
     name: str = Field(description="Hub name or folder of a causal language model, or `tiny` for the bundled one")
     revision: str | None = Field(None, description="Hub revision (commit, tag or branch)")
+    trust_remote_code: bool = Field(
+        False, description="Run the Python code that the model brings, with your rights; a hub name needs its commit"
+    )
     quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4-bit base with double quantisation; none")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="Compute dtype; auto: bf16 where the GPU has it, else fp16; fp32 on CPU"

@@ -1,0 +1,145 @@
+"""Models from strangers: their code is not run unasked, and a hub name is pinned to the commit it stood for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hapo_lite.errors import UserError
+from hapo_lite.origins import folder_digest, model_origin
+from hapo_lite.policy import TINY_MODEL, load_policy
+from hapo_lite.recipe import LoraSettings, ModelSettings
+
+COMMIT, LATER = "1" * 40, "2" * 40
+CODE = """
+import pathlib
+from transformers import Qwen2Config, Qwen2ForCausalLM
+pathlib.Path({marker!r}).touch()
+
+class MarkedConfig(Qwen2Config):
+    model_type = "marked"
+
+class MarkedForCausalLM(Qwen2ForCausalLM):
+    config_class = MarkedConfig
+"""
+
+
+def load(name, **changes):
+    return load_policy(ModelSettings(name=str(name), lora=LoraSettings(rank=4, alpha=8.0), **changes), 0, "cpu")
+
+
+def write_model(folder: Path, marker: Path, auto_map: dict | None = None) -> Path:
+    """The bundled model as one that needs its own code, which leaves `marker` wherever it is imported."""
+    shutil.copytree(TINY_MODEL, folder, dirs_exist_ok=True)
+    (folder / "marked.py").write_text(CODE.format(marker=str(marker)))
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = auto_map or {"AutoConfig": "marked.MarkedConfig", "AutoModelForCausalLM": "marked.MarkedForCausalLM"}
+    changes = {"model_type": "marked", "architectures": ["MarkedForCausalLM"], "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub(name, commit, branch) -> the folder to fill: a cache as huggingface_hub lays it out, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+
+    def commit(name: str, commit: str, branch: str = "main") -> Path:
+        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        snapshot = repository / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+        return snapshot
+
+    return commit
+
+
+@pytest.mark.parametrize("key", ["folder", "hub"])
+def test_code_of_a_model_runs_only_where_the_recipe_says_so(tmp_path, hub, capsys, key):
+    marker = tmp_path / "marker"
+    folder = write_model(hub(f"stranger/{key}", COMMIT), marker)
+    name = folder if key == "folder" else "stranger/hub"
+    with pytest.raises(UserError, match=r"code that it needs, which is not run: .* model\.trust_remote_code=true"):
+        load(name)
+    assert not marker.exists() and "warning" not in capsys.readouterr().err
+    policy = load(name, trust_remote_code=True, revision=None if key == "folder" else COMMIT)
+    assert marker.exists() and type(policy.model.get_base_model()).__name__ == "MarkedForCausalLM"
+    warning = capsys.readouterr().err
+    assert f"Python code of {name} ({policy.origin}) runs on this machine with your rights" in warning
+
+
+def test_code_that_is_not_needed_is_not_run(tmp_path):
+    marker = tmp_path / "marker"
+    folder = write_model(tmp_path / "m", marker)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": [None, "marked.MarkedConfig"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    load(folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("revision", [None, "main", COMMIT[:12]])
+def test_trusted_code_by_a_hub_name_needs_a_commit(tmp_path, hub, revision):
+    marker = tmp_path / "marker"
+    write_model(hub("stranger/moving", COMMIT), marker)
+    if revision == COMMIT[:12]:
+        hub("stranger/moving", COMMIT[:-1] + "0", revision)
+        write_model(tmp_path / "hub" / "models--stranger--moving" / "snapshots" / (COMMIT[:-1] + "0"), marker)
+    with pytest.raises(UserError, match=r"needs model\.revision as a commit hash: .* Today it is 1111"):
+        load("stranger/moving", trust_remote_code=True, revision=revision)
+    assert not marker.exists()
+
+
+def test_code_from_another_repository_is_refused(tmp_path, hub):
+    marker = tmp_path / "marker"
+    write_model(hub("evil/other", COMMIT), marker)
+    elsewhere = {"AutoConfig": "evil/other--marked.MarkedConfig", "AutoModelForCausalLM": "marked.MarkedForCausalLM"}
+    write_model(tmp_path / "m", marker, elsewhere)
+    with pytest.raises(UserError, match=r"takes its code from evil/other, which can change"):
+        load(tmp_path / "m", trust_remote_code=True)
+    assert not marker.exists()
+
+
+def test_an_adapter_cannot_put_another_model_in_its_place(tmp_path, hub):
+    shutil.copytree(TINY_MODEL, hub("someone/base", COMMIT), dirs_exist_ok=True)
+    snapshot = shutil.copytree(TINY_MODEL, hub("someone/adapter", COMMIT), dirs_exist_ok=True)
+    (snapshot / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/base"}))
+    with pytest.raises(UserError, match="someone/adapter is an adapter: give the model"):
+        load("someone/adapter")
+
+
+def test_a_hub_name_is_resolved_once_and_all_of_it_loaded_from_there(tmp_path, hub):
+    shutil.copytree(TINY_MODEL, hub("someone/model", COMMIT), dirs_exist_ok=True)
+    shutil.copytree(TINY_MODEL, later := hub("someone/model", LATER), dirs_exist_ok=True)
+    tokenizer = json.loads((later / "tokenizer_config.json").read_text())
+    (later / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"chat_template": "later"}))
+    assert load("someone/model").origin == f"commit {LATER}"
+    pinned = load("someone/model", revision=COMMIT)
+    assert pinned.origin == f"commit {COMMIT}" and pinned.tokenizer.chat_template != "later"
+    assert pinned.model.get_base_model().config._commit_hash == COMMIT
+    hub("someone/model", "3" * 40)  # a commit of which nothing is here
+    with pytest.raises(UserError, match="neither a folder here nor a model that the hub gives"):
+        load("someone/model")
+
+
+def test_a_folder_is_told_by_its_files(tmp_path, monkeypatch):
+    folder = tmp_path / "m"
+    shutil.copytree(TINY_MODEL, folder)
+    first = model_origin(ModelSettings(name=str(folder)))
+    assert first.commit is None and first.digest == folder_digest(TINY_MODEL)
+    monkeypatch.setattr("hapo_lite.origins.HASHED_WHOLE", 1 << 20)
+    before = folder_digest(folder)
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert folder_digest(folder) != before
