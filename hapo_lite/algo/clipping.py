@@ -18,11 +18,15 @@ def clip_bounds(h: Tensor, eps_low: float = 0.2, eps_high: float = 0.28) -> tupl
     return lower, upper
 
 
-def grouped_bounds(uncertain: Tensor, eps_low: float, eps_high: float, eps_uncertain: float) -> tuple[Tensor, Tensor]:
+def grouped_bounds(
+    uncertain: Tensor, eps_low: float, eps_high: float, eps_uncertain: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Archer (arXiv 2507.15778, Sect. 3): two clip ranges, a looser one for uncertain tokens. uncertain: bool [B, T].
 
     [1 - eps_uncertain, 1 + eps_uncertain] for them, [1 - eps_low, 1 + eps_high] for the others.
     """
-    lower = torch.where(uncertain, 1.0 - eps_uncertain, 1.0 - eps_low)
-    upper = torch.where(uncertain, 1.0 + eps_uncertain, 1.0 + eps_high)
-    return lower, upper
+
+    def bound(certain: float, other: float) -> Tensor:
+        return torch.full_like(uncertain, certain, dtype=dtype).masked_fill(uncertain, other)
+
+    return bound(1.0 - eps_low, 1.0 - eps_uncertain), bound(1.0 + eps_high, 1.0 + eps_uncertain)

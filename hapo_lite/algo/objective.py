@@ -76,7 +76,7 @@ def policy_loss(
     valid = mask != 0
     # A masked position may hold anything, NaN included: it must not reach the loss or, through 0 * NaN, the gradient.
     log_ratio = torch.where(valid, logp - old_logp, 0.0)
-    advantage = torch.where(valid, advantage, 0.0)
+    advantage, lower, upper = (torch.where(valid, x, 0.0) for x in (advantage, lower, upper))
     ratio = log_ratio.exp()
     unclipped = ratio * advantage
     clipped = torch.minimum(torch.maximum(ratio, lower), upper) * advantage
@@ -113,7 +113,8 @@ def assign_credit(method: Method, advantage: Tensor, tokens: TokenSignals, ratio
     """From one advantage a completion, [B], or a token, [B, T], to a token's own, and its bounds. ratio: [B, T]."""
     h = tokens.h
     if method.eps_uncertain is not None:
-        lower, upper = grouped_bounds(tokens.uncertain, method.eps_low, method.eps_high, method.eps_uncertain)
+        ranges = method.eps_low, method.eps_high, method.eps_uncertain
+        lower, upper = grouped_bounds(tokens.uncertain, *ranges, dtype=h.dtype)
     else:
         lower, upper = clip_bounds(h if method.adaptive_clip else torch.zeros_like(h), method.eps_low, method.eps_high)
     spread = advantage[:, None].expand_as(h) if advantage.dim() == 1 else advantage
@@ -191,6 +192,6 @@ def method_loss(
         dual_clip=method.dual_clip,
         importance=importance,
         base_logp=base_logp if method.needs_base else None,
-        kl_weight=torch.where(tokens.uncertain, method.kl_uncertain, method.kl_certain),
+        kl_weight=torch.full_like(logp, method.kl_certain).masked_fill(tokens.uncertain, method.kl_uncertain),
     )
     return loss, credit
