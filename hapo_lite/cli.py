@@ -47,6 +47,18 @@ def run_command(command: Callable[[list[str] | None], object], argv: list[str] |
     except KeyboardInterrupt:
         print("stopped before anything was done", file=sys.stderr)
         return 130
+    except (RuntimeError, MemoryError) as error:
+        from hapo_lite.shortage import is_shortage
+
+        if not is_shortage(error):
+            raise
+        first = str(error).strip().partition("\n")[0]
+        print(
+            f"error: memory ran out ({first}): lower rollout.batch_size, rollout.max_new_tokens or "
+            "training.micro_batch_tokens, or set model.gradient_checkpointing=true",
+            file=sys.stderr,
+        )
+        return 2
 
 
 def quiet_libraries() -> None:

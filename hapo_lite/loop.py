@@ -20,7 +20,7 @@ from hapo_lite.algo.advantage import entropy_scale, group_advantage
 from hapo_lite.algo.methods import Method
 from hapo_lite.algo.objective import loss_denominator, loss_weights, method_loss
 from hapo_lite.algo.tokens import TokenSignals, fit_signal, uncertain_tokens
-from hapo_lite.batching import deal_updates, micro_batches
+from hapo_lite.batching import Parts, Plan, make_plan, micro_batches, sequence_lengths
 from hapo_lite.checkpoint import TrainState
 from hapo_lite.errors import UserError
 from hapo_lite.metrics import (
@@ -39,18 +39,6 @@ from hapo_lite.rollout.collect import Collected, Collector, PromptStream
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.skipped import NotFinite, SkippedStep, check_rewards, check_tokens
 from hapo_lite.trace import Trace, choose_traced, make_trace
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which completions go where: updates[u] are the micro-batches of step u, members[u] all its completions.
-
-    `resting` are micro-batches that are only scored: completions without an advantage have no gradient to compute.
-    """
-
-    members: list[list[int]]
-    updates: list[list[list[int]]]
-    resting: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +68,7 @@ class Loop:
     ) -> None:
         self.recipe, self.policy, self.collector, self.enter = recipe, policy, collector, enter
         self.stream, self.held_out, self.accelerator = stream, held_out, accelerator
-        self.keep = keep
+        self.keep, self.shortage = keep, collector.shortage
         self.parameters = list(policy.trainable().values())
         self.optimizer = accelerator.prepare(make_optimizer(recipe.training, self.parameters))
         self.scheduler = make_scheduler(recipe.training, self.optimizer.optimizer)
@@ -89,7 +77,7 @@ class Loop:
         self, state: TrainState, commit: Callable[[], None] = lambda: None
     ) -> tuple[TrainState, dict[str, float], list[Trace]]:
         """One iteration. `commit` is called when the weights are about to change: until then it can be given up."""
-        watch = Stopwatch()
+        watch, shortages = Stopwatch(), self.shortage.count
         iteration = state.iteration + 1
         collected = self.rollout(state, iteration)
         watch.lap("rollout")
@@ -106,6 +94,7 @@ class Loop:
         metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
         metrics["tokens_per_second/sampled"] = collected.tokens_sampled / max(collected.seconds["rollout"], 1e-9)
         metrics["memory/peak_mb"] = peak_memory_mb(self.accelerator.device)
+        metrics["memory/shortages"] = self.shortage.count - shortages
         return state, {"iteration": iteration, "tokens": state.tokens, "updates": state.updates, **metrics}, traces
 
     def learn(
@@ -119,11 +108,11 @@ class Loop:
             advantage = advantages(collected, self.recipe.method)
             plan = self.plan(completions, advantage, traced, state.iteration)
             self.enter("scoring")
-            scored = self.score(completions, plan)
+            plan, scored = self.score_what_fits(completions, plan)
         except NotFinite as found:
             commit()
-            lengths = [len(c.prompt.ids) + c.length for c in completions]
-            batches = micro_batches(range(len(completions)), lengths, self.recipe.training.micro_batch_tokens)
+            budget = self.shortage.budget(self.recipe.training.micro_batch_tokens)
+            batches = micro_batches(range(len(completions)), sequence_lengths(completions), budget)
             self.keep(SkippedStep(state.iteration, 0, str(found), completions, rewards(collected), None, None, batches))
             missed = {"update/skipped": self.recipe.training.updates_per_iteration}
             return replace(state, skipped_in_a_row=state.skipped_in_a_row + 1), missed, []
@@ -173,17 +162,22 @@ class Loop:
 
         So the same products are computed on the same shapes, and ratio = 1 to the last bit before the first update.
         """
-        training = self.recipe.training
-        lengths = [len(c.prompt.ids) + c.length for c in completions]
-        members = deal_updates(len(completions), training.updates_per_iteration, self.recipe.seed, iteration)
-        members = [part for part in members if part]
         active = set(advantage.nonzero().squeeze(1).tolist()) | set(traced)
         if self.recipe.method.needs_base:
             active = set(range(len(completions)))  # the divergence from the base has a gradient everywhere
-        budget = training.micro_batch_tokens
-        updates = [micro_batches([i for i in part if i in active], lengths, budget) for part in members]
-        resting = micro_batches([i for i in range(len(completions)) if i not in active], lengths, budget)
-        return Plan(members, updates, resting)
+        budget = self.shortage.budget(self.recipe.training.micro_batch_tokens)
+        return make_plan(self.recipe, sequence_lengths(completions), active, iteration, budget)
+
+    def score_what_fits(self, completions: Sequence[Completion], plan: Plan) -> tuple[Plan, Scored]:
+        """`score`, and the plan with the micro-batches that fitted into memory, for the update to use the same."""
+        parts, scored = self.shortage.fit(
+            "scoring",
+            plan.parts,
+            sequence_lengths(completions),
+            lambda parts: self.score(completions, plan.cut(parts)),
+            whole=True,
+        )
+        return plan.cut(parts), scored
 
     def score(self, completions: Sequence[Completion], plan: Plan) -> Scored:
         """The old policy's log-probabilities and entropies, and the signal fitted on all tokens of the iteration."""
@@ -216,11 +210,12 @@ class Loop:
     def _forward_all(self, completions: Sequence[Completion], plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probabilities and entropies of every completion, in order: two lists of [T], on the CPU."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        for batch in [b for part in (*plan.updates, plan.resting) for b in self._mine(part)]:
-            logp, entropy = (t.cpu() for t in self._logprobs([completions[i] for i in batch]))
-            for row, i in enumerate(batch):
-                length = completions[i].length
-                found[i] = logp[row, :length].clone(), entropy[row, :length].clone()
+        with self.shortage.together():
+            for batch in [b for part in plan.parts for b in self._mine(part)]:
+                logp, entropy = (t.cpu() for t in self._logprobs([completions[i] for i in batch]))
+                for row, i in enumerate(batch):
+                    length = completions[i].length
+                    found[i] = logp[row, :length].clone(), entropy[row, :length].clone()
         found = self._everyones(found)
         return [found[i][0] for i in range(len(completions))], [found[i][1] for i in range(len(completions))]
 
@@ -234,10 +229,15 @@ class Loop:
         """
         completions, outcomes, in_a_row = collected.completions, {}, state.skipped_in_a_row
         losses, norms, rate, skipped = [], [], 0.0, 0
+        lengths = sequence_lengths(completions)
         trained = torch.stack([t.sum() for t in scored.trained(self.recipe.method)])
         for number, (members, batches) in enumerate(zip(plan.members, plan.updates, strict=True), 1):
             denominator = loss_denominator(trained[members], self.recipe.method.loss_average)
-            loss, seen = self.gradients(self._mine(batches), completions, advantage, scored, denominator)
+
+            def attempt(parts: Parts, denominator: float = denominator) -> tuple[Tensor, dict[int, TokenOutcome]]:
+                return self.gradients(self._mine(parts[0]), completions, advantage, scored, denominator)
+
+            [batches], (loss, seen) = self.shortage.fit("update", [batches], lengths, attempt, whole=number == 1)
             loss = float(self.accelerator.reduce(loss, "sum"))
             rate, scale = self.scheduler.get_last_lr()[0], loss_scale(self.optimizer)
             norm, problem = take_step(
@@ -268,15 +268,19 @@ class Loop:
         scored: Scored,
         denominator: float,
     ) -> tuple[Tensor, dict[int, TokenOutcome]]:
-        """Forward and backward of a step's micro-batches; the gradients are summed over processes. The loss is not."""
+        """Forward and backward of a step's micro-batches; the gradients are summed over processes. The loss is not.
+
+        Raises OutOfMemory, in all processes, if one is short of it; called again, it begins from nothing.
+        """
         outcomes: dict[int, TokenOutcome] = {}
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.accelerator.device)
-        for batch in batches:
-            part, seen = self._micro_batch(batch, completions, advantage, scored, denominator)
-            self.accelerator.backward(part)
-            loss += part.detach()
-            outcomes |= seen
+        with self.shortage.together():
+            for batch in batches:
+                part, seen = self._micro_batch(batch, completions, advantage, scored, denominator)
+                self.accelerator.backward(part)
+                loss += part.detach()
+                outcomes |= seen
         self._share_gradients()
         return loss, outcomes
 

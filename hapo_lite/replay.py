@@ -21,6 +21,7 @@ from hapo_lite.errors import UserError
 from hapo_lite.loop import Loop
 from hapo_lite.policy import Policy, load_policy
 from hapo_lite.run import make_accelerator
+from hapo_lite.rollout.collect import Collector
 from hapo_lite.skipped import BY_TOKEN, SAMPLED, NotFinite, SkippedStep, check_tokens, describe, load_step
 
 HERE = "every number is finite here: what it was does not repeat on this machine, with these versions"
@@ -45,7 +46,8 @@ def replay(path: Path) -> str:
         accelerator = make_accelerator(recipe)
         policy = load_policy(recipe.model, recipe.seed, accelerator.device)
         put_adapter(policy, adapter, path)
-        loop = Loop(recipe, policy, collector=None, stream=None, held_out=(), accelerator=accelerator)
+        collector = Collector(engine=None, scorer=None, accelerator=accelerator)
+        loop = Loop(recipe, policy, collector, stream=None, held_out=(), accelerator=accelerator)
         if (scaler := loop.optimizer.scaler) is not None:
             scaler.load_state_dict(scaler.state_dict() | {"scale": step.loss_scale})
         for number, batch in enumerate(step.batches, 1):

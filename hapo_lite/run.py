@@ -104,6 +104,15 @@ def run_iterations(folder: RunFolder, recipe: Recipe, loop: Loop, state: TrainSt
     """Iterate from `state` to the recipe's end; on a signal, save what is whole and raise Interrupted."""
     accelerator, last = loop.accelerator, recipe.training.iterations
     recorder = Recorder(folder, recipe, loop)
+
+    def short_of_memory(sentence: str, whole: bool) -> None:
+        """Say so, and save what there is: after this, memory may run out where nothing can be done."""
+        if accelerator.is_main_process:
+            tqdm.write(f"note: iteration {state.iteration + 1}: {sentence}")
+        if whole:
+            recorder.save(state)
+
+    loop.shortage.tell = short_of_memory
     interrupts = Interrupts(deferred=accelerator.num_processes > 1)
     shown = recipe.logging.progress and accelerator.is_main_process
     with interrupts.listening(), tqdm(total=last, initial=state.iteration, disable=not shown, unit="it") as bar:

@@ -18,6 +18,7 @@ from hapo_lite.errors import UserError
 from hapo_lite.records import Completion, EncodedPrompt, Prompt
 from hapo_lite.rollout.engine import TRAINING, Engine, Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
+from hapo_lite.shortage import Shortage
 from hapo_lite.tasks.rewards import Score, Scorer
 from hapo_lite.tasks.store import digest_of
 
@@ -100,7 +101,7 @@ class Collected:
 class Collector:
     """Samples, grades and gathers over all processes; every process ends up with the same groups.
 
-    enter: told what begins, for status.json.
+    enter: told what begins, for status.json. shortage: what is done when memory runs out, here and in the loop.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Collector:
         enter: Callable[[str], None] = lambda stage: None,
     ) -> None:
         self.engine, self.scorer, self.accelerator, self.enter = engine, scorer, accelerator, enter
+        self.shortage = Shortage(accelerator)
 
     def graded(
         self,
@@ -127,7 +129,12 @@ class Collector:
         started = time.perf_counter()
         self.enter("rollout" if stage == TRAINING else "evaluation")
         requests = [Request(prompt, sample) for prompt in prompts[rank::world] for sample in range(samples)]
-        mine = self.engine.sample(requests, processor, seed, stage, iteration)
+        mine = self.shortage.fit_rollout(
+            self.engine,
+            len(requests),
+            lambda: self.engine.sample(requests, processor, seed, stage, iteration),
+            whole=stage == TRAINING,
+        )
         rolled = time.perf_counter()
         self.enter("grading")
         scores = self.scorer.score(

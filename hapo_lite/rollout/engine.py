@@ -32,7 +32,12 @@ class Request:
 
 
 class Engine(Protocol):
-    """Samples from the policy as it is now, adapter included."""
+    """Samples from the policy as it is now, adapter included.
+
+    batch_size: completions written at once; it may be lowered between calls, and changes none of them.
+    """
+
+    batch_size: int
 
     def sample(
         self,

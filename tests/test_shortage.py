@@ -1,0 +1,206 @@
+"""Memory runs out in a run: the step is done again in smaller pieces, with the same gradient, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hapo_lite import run
+from hapo_lite.checkpoint import TrainState
+from hapo_lite.cli import run_command
+from hapo_lite.errors import UserError
+from hapo_lite.shortage import is_shortage
+from hapo_lite.train import main
+from tests.conftest import ROOT, TINY
+from tests.test_loop import adapter_digest
+
+TOO_MUCH = 1 << 60
+"""Bytes that no machine has: the allocator itself fails."""
+
+
+class SmallMemory:
+    """While it lasts, the decoder's forward really runs out of memory where `fits(tokens, learning)` is False."""
+
+    def __init__(self, policy, fits) -> None:
+        self.fits, self.refused = fits, []
+        decoder = policy.model.get_base_model().get_decoder()
+        self.handle = decoder.register_forward_pre_hook(self.hook, with_kwargs=True)
+
+    def hook(self, module, inputs, options):
+        ids = options["input_ids"]
+        if not self.fits(ids.numel(), torch.is_grad_enabled()):
+            self.refused.append(ids.numel())
+            torch.empty(TOO_MUCH, dtype=torch.uint8)
+
+
+def flat(loop) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in loop.parameters]).double()
+
+
+def test_what_counts_as_a_shortage():
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(TOO_MUCH, dtype=torch.uint8)
+    assert is_shortage(failed.value)
+    assert is_shortage(MemoryError()) and is_shortage(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert is_shortage(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert not is_shortage(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not is_shortage(ValueError())
+
+
+def test_short_in_scoring_is_a_run_that_had_the_smaller_budget(make_recipe, make_loop):
+    """To the last bit: scoring and update use the same micro-batches, so ratio = 1 holds too."""
+    loop = make_loop(make_recipe("training.micro_batch_tokens=100000"))
+    told = []
+    loop.shortage.tell = lambda sentence, whole: told.append((sentence, whole))
+    rollout = loop.rollout
+
+    def until_scoring(*arguments):
+        memory.fits = lambda tokens, learning: True
+        collected = rollout(*arguments)
+        memory.fits = lambda tokens, learning: tokens <= 300
+        return collected
+
+    loop.rollout = until_scoring
+    memory = SmallMemory(loop.policy, lambda tokens, learning: True)
+    state, metrics, _ = loop.step(TrainState())
+    assert metrics["memory/shortages"] == len(told) == len(memory.refused) > 0 and all(whole for _, whole in told)
+    assert told[0][0].startswith("memory ran out in the scoring (") and "allocat" in told[0][0]
+    assert f"done again with training.micro_batch_tokens = {loop.shortage.tokens}" in told[-1][0]
+    same = make_loop(make_recipe(f"training.micro_batch_tokens={loop.shortage.tokens}"))
+    expected, reference, _ = same.step(TrainState())
+    assert adapter_digest(loop) == adapter_digest(same) and state == expected
+    # What fitted is remembered: the next iteration is not short again.
+    assert loop.step(state)[1]["memory/shortages"] == 0 == reference["memory/shortages"]
+
+
+def test_short_in_the_middle_of_an_update_learns_the_same(make_recipe, make_loop):
+    """Gradients of the micro-batches that had fitted are dropped, not counted twice."""
+    loops = [make_loop(make_recipe("training.micro_batch_tokens=200")) for _ in range(2)]
+    before, calls, told = flat(loops[0]), [0], []
+
+    def fits(tokens, learning):
+        calls[0] += learning
+        return not (learning and calls[0] in (2, 7))
+
+    memory = SmallMemory(loops[0].policy, fits)
+    loops[0].shortage.tell = lambda sentence, whole: told.append(whole)
+    lines = [loop.step(TrainState())[1] for loop in loops]
+    assert len(memory.refused) == 2 == lines[0]["memory/shortages"]
+    assert told[0] is True  # before the first step the weights are the checkpoint's
+    change = flat(loops[1]) - before
+    assert float((flat(loops[0]) - flat(loops[1])).norm() / change.norm()) < 2e-5
+    for name in ("update/loss", "update/grad_norm"):
+        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-4, abs=1e-6)
+
+
+def test_another_error_is_not_tried_again(make_recipe, make_loop):
+    loop = make_loop(make_recipe())
+
+    def broken(*_):
+        raise RuntimeError("something else")
+
+    loop.policy.model.get_base_model().get_decoder().register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        loop.step(TrainState())
+    assert loop.shortage.count == 0
+
+
+def test_short_in_the_rollout_writes_the_same_completions(make_recipe, make_loop):
+    loop = make_loop(make_recipe("rollout.batch_size=16"))
+    expected = loop.rollout(TrainState(), 1)
+    memory = SmallMemory(loop.policy, lambda tokens, learning: tokens != 16)  # a step of 16 rows
+    collected = loop.rollout(TrainState(), 1)
+    assert memory.refused == [16] and loop.collector.engine.batch_size == 8 and loop.shortage.count == 1
+    for a, b in zip(collected.completions, expected.completions, strict=True):
+        assert torch.equal(a.ids, b.ids)
+    memory.fits = lambda tokens, learning: False
+    with pytest.raises(UserError, match="memory ran out in the rollout with one completion at a time"):
+        loop.rollout(TrainState(), 1)
+
+
+def test_what_does_not_fit_at_all_stops_with_a_sentence_and_loses_nothing(tmp_path, capsys, monkeypatch):
+    load, memories = run.load_policy, []
+
+    def small(*arguments, **options):
+        policy = load(*arguments, **options)
+        begun = [0]
+
+        def fits(tokens, learning):
+            begun[0] += learning
+            return begun[0] <= 2  # the two steps of the first iteration
+
+        memories.append(SmallMemory(policy, fits))
+        return policy
+
+    arguments = [
+        str(TINY),
+        f"output_dir={tmp_path}",
+        "rollout.prompts_per_iteration=4",
+        "rollout.completions_per_prompt=4",
+        "training.updates_per_iteration=2",
+        "training.iterations=2",
+        "training.micro_batch_tokens=100000",
+        "evaluation.prompts=0",
+        "checkpoint.every=0",
+        "data.limit=64",
+        "logging.progress=false",
+    ]
+    monkeypatch.setattr(run, "load_policy", small)
+    assert run_command(main, arguments) == 2
+    printed = capsys.readouterr()
+    assert "memory ran out in the update with one sequence at a time" in printed.err and "Traceback" not in printed.err
+    assert "set model.gradient_checkpointing=true" in printed.err
+    assert printed.out.count("note: iteration 2: memory ran out in the update") > 1
+    assert [p.name for p in (tmp_path / "tiny_cpu" / "checkpoints").iterdir()] == ["000001"]
+    monkeypatch.setattr(run, "load_policy", load)
+    # What the sentence asks for may be changed without becoming another run.
+    assert run_command(main, [*arguments, "model.gradient_checkpointing=true"]) == 0
+
+
+def test_a_shortage_where_nothing_can_be_halved_is_one_sentence(capsys):
+    assert run_command(lambda argv: torch.empty(TOO_MUCH, dtype=torch.uint8)) == 2
+    assert capsys.readouterr().err.startswith("error: memory ran out (")
+
+
+TWO = """
+import sys
+import torch
+from accelerate import Accelerator
+from hapo_lite.shortage import OutOfMemory, Shortage
+
+accelerator = Accelerator(cpu=True)
+shortage = Shortage(accelerator)
+
+def work(parts):
+    with shortage.together():
+        mine = parts[0][accelerator.process_index :: 2]
+        if accelerator.process_index == 1 and any(len(batch) > 1 for batch in mine):
+            torch.empty(1 << 60, dtype=torch.uint8)
+    return float(accelerator.reduce(torch.tensor(float(sum(map(len, mine)))), "sum"))
+
+parts, found = shortage.fit("update", [[[0, 1, 2, 3], [4, 5, 6, 7]]], [10] * 8, work, whole=True)
+print(accelerator.process_index, shortage.count, shortage.tokens, found, len(parts[0]))
+"""
+
+
+def test_processes_halve_together_if_one_is_short():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO],
+            cwd=ROOT,
+            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [process.communicate(timeout=120)[0].split() for process in both]
+    assert printed == [[str(rank), "2", "10", "8.0", "8"] for rank in range(2)]
