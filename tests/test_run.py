@@ -202,10 +202,24 @@ def test_another_recipe_does_not_continue_the_run(finished, tmp_path, override, 
     assert left_by(tmp_path) == left_by(finished[0].parent)
 
 
+def accelerate(name: str) -> tuple[str, ...]:
+    """The start of a command that runs on the processes of recipes/accelerate/NAME.yaml, at a free port."""
+    config = str(ROOT / "recipes" / "accelerate" / f"{name}.yaml")
+    return sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"
+
+
+def adapter_distance(run: Path, other: Path) -> float:
+    """How far one run's adapter is from another's, as a share of what the first has learned: LoRA's B begins at 0."""
+    left, right = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, other))
+    assert left.keys() == right.keys()
+    squares = [((left[k] - right[k]).square().sum(), left[k].square().sum()) for k in left if "lora_B" in k]
+    distance, length = (float(sum(part).sqrt()) for part in zip(*squares, strict=True))
+    return distance / length
+
+
 def test_two_processes_learn_what_one_does(finished, tmp_path):
     """The signal, the groups and the denominator are global: two CPU processes give the loss curve of one."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = train(tmp_path, launcher=launcher)
+    done = train(tmp_path, launcher=accelerate("ddp"))
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "tiny_cpu" / "summary.json").read_text())["machine"]["processes"] == 2
     one = MetricsFile(finished[0] / "metrics.jsonl").read()
@@ -215,6 +229,7 @@ def test_two_processes_learn_what_one_does(finished, tmp_path):
         assert timeless(left).keys() == timeless(right).keys()
         for key, value in timeless(left).items():
             assert right[key] == pytest.approx(value, abs=1e-5, rel=1e-4), (left["iteration"], key)
+    assert adapter_distance(finished[0], tmp_path / "tiny_cpu") < 1e-4
 
 
 QWEN_SHAPE = {

@@ -91,8 +91,7 @@ def in_the_loop(method, batch, rows):
     return float(loss.loss.detach()), logp.grad
 
 
-@pytest.fixture
-def batch():
+def random_batch(method):
     """Random completions, fp64. Log-probabilities are NaN in the padding, where they must not be looked at."""
     torch.manual_seed(5)
     mask = torch.arange(max(LENGTHS))[None] < torch.tensor(LENGTHS)[:, None]
@@ -104,7 +103,10 @@ def batch():
     entropy = (torch.rand(mask.shape) ** 6 * 3).double() * mask
     last = torch.zeros(mask.shape).double()
     last[range(len(LENGTHS)), [n - 1 for n in LENGTHS]] = torch.tensor(REWARDS).double()
+    signal = fit_signal(method, entropy[mask])
     return SimpleNamespace(
+        h=signal.normalize(entropy),
+        uncertain=uncertain_tokens(method, signal, entropy),
         mask=mask.long(),
         old_logp=old_logp,
         logp=old_logp + padded(0.4 * torch.randn(mask.shape)),
@@ -114,16 +116,10 @@ def batch():
     )
 
 
-def with_signal(method, batch):
-    signal = fit_signal(method, batch.entropy[batch.mask.bool()])
-    batch.h, batch.uncertain = signal.normalize(batch.entropy), uncertain_tokens(method, signal, batch.entropy)
-    return batch
-
-
 @pytest.mark.parametrize("name", METHODS)
-def test_loss_and_gradient_are_the_loops(batch, name):
+def test_loss_and_gradient_are_the_loops(name):
     method = METHODS[name]
-    batch = with_signal(method, batch)
+    batch = random_batch(method)
     for rows in (range(len(LENGTHS)), [0, 1, 4, 7, 8, 10]):
         rows = list(rows)
         expected, gradient = in_the_loop(method, batch, rows)
@@ -135,10 +131,9 @@ def test_loss_and_gradient_are_the_loops(batch, name):
             assert float(found[~batch.mask.bool()].abs().sum()) == 0.0
 
 
-def test_each_piece_reaches_the_loss(batch):
+def test_each_piece_reaches_the_loss():
     losses = [
-        plugged_in(method, with_signal(method, batch), list(range(len(LENGTHS))), 1, 1)[0]
-        for method in METHODS.values()
+        plugged_in(method, random_batch(method), list(range(len(LENGTHS))), 1, 1)[0] for method in METHODS.values()
     ]
     assert len({round(loss, 6) for loss in losses}) == len(losses)
 
@@ -183,9 +178,9 @@ def test_adapter_gradient_is_that_of_the_training_loop(make_recipe, make_loop):
     assert float((found - expected).norm() / expected.norm()) < 2e-5
 
 
-def test_weights_on_the_sampled_distribution_multiply_the_loss(batch):
+def test_weights_on_the_sampled_distribution_multiply_the_loss():
     method = PRESETS["dapo"]
-    batch, config = with_signal(method, batch), configuration(method)
+    batch, config = random_batch(method), configuration(method)
     spread, _ = verl.group_advantages(method, batch.rewards, batch.mask, batch.uids)
     inputs = method, batch.old_logp, batch.logp, spread, batch.mask, "token-mean", config
     plain, _ = verl.clipped_loss(*inputs)
@@ -193,7 +188,7 @@ def test_weights_on_the_sampled_distribution_multiply_the_loss(batch):
     assert float(halved) == pytest.approx(0.5 * float(plain), rel=1e-12)
 
 
-def test_what_cannot_be_done_is_refused(batch):
+def test_what_cannot_be_done_is_refused():
     method, config = PRESETS["hapo"], configuration(PRESETS["hapo"])
     zero = torch.zeros(1, 2)
     with pytest.raises(RuntimeError, match="trainer_mode=hapo"):
