@@ -1,8 +1,8 @@
 """Checkpoints: written aside, then renamed, so that a kill at any moment leaves the last good one.
 
 A checkpoint is a folder `checkpoints/000010/` with the adapter (as peft writes it), `optimizer.pt`, and `state.json`:
-the counters, the signal, the recipe, a digest of the prompts, and a hash of every file and of itself. Nothing in it is
-unpickled.
+the counters, the signal, the recipe, a digest of the prompts, what model and data came from, and a hash of every file
+and of itself. Nothing in it is unpickled.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from safetensors.torch import load_file
 
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.errors import UserError, disk_problem
-from hapo_lite.files import replacing_folder
+from hapo_lite.files import file_hash, replacing_folder
 from hapo_lite.policy import Policy
 from hapo_lite.recipe import Recipe, departure
+from hapo_lite.rollout.collect import PromptStream
 
 VERSION = 2
 STATE, OPTIMIZER = "state.json", "optimizer.pt"
@@ -64,11 +65,11 @@ def save_checkpoint(
     scheduler: Any,
     state: TrainState,
     recipe: Recipe,
-    prompts: str,
+    stream: PromptStream,
 ) -> Path:
     """Write `folder/NNNNNN` and drop all but the newest ones. Raises UserError if the disk refuses; older ones stay.
 
-    prompts: digest of the training prompts, which a resumed run must find the same.
+    stream: the training prompts, which a resumed run must find the same, as it must the base model.
     """
     final = folder / f"{state.iteration:06d}"
     if problem_of(final, recipe) is None:
@@ -85,7 +86,8 @@ def save_checkpoint(
                 "version": VERSION,
                 "state": state.to_json(),
                 "recipe": recipe.model_dump(mode="json"),
-                "prompts": prompts,
+                "prompts": stream.digest,
+                "origins": {"model": policy.origin, "data": stream.origin},
                 "files": {f.name: file_hash(f) for f in sorted(aside.iterdir())},
             }
             (aside / STATE).write_text(json.dumps(record | {"sha256": _digest(record)}, indent=1))
@@ -110,18 +112,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    path: Path, policy: Policy, optimizer: torch.optim.Optimizer, scheduler: Any, prompts: str
+    path: Path, policy: Policy, optimizer: torch.optim.Optimizer, scheduler: Any, stream: PromptStream
 ) -> TrainState:
     """Put the adapter, the optimiser and the schedule back, and return the state.
 
-    Raises UserError on damage, or if the training prompts, whose digest `prompts` is, are others than they were.
+    Raises UserError on damage, or if the base model or the training prompts are others than they were.
     """
     record = read_record(path)
-    if record["prompts"] != prompts:
-        raise UserError(
-            f"the training prompts are others than when {path} was written: put the data back as it was, or choose "
-            "another name= to start a new run"
-        )
+    then = record.get("origins", {"model": policy.origin, "data": ""})
+    if then["model"] != policy.origin:
+        raise UserError(_other("base model", "model", path, then["model"], policy.origin))
+    if record["prompts"] != stream.digest:
+        raise UserError(_other("training prompts", "data", path, then["data"], stream.origin))
     load_adapter(policy, path)
     saved = torch.load(path / OPTIMIZER, map_location=policy.device, weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
@@ -129,6 +131,17 @@ def load_checkpoint(
     if optimizer.scaler is not None:
         optimizer.scaler.load_state_dict(saved["scaler"])
     return TrainState.from_json(record["state"])
+
+
+def _other(what: str, section: str, path: Path, then: str, now: str) -> str:
+    """The sentence for what has changed since a checkpoint; origins as origins.py writes them."""
+    commit = then.removeprefix("commit ") if then != now else then
+    back = f"set {section}.revision={commit}" if commit != then else f"put the {section} back as it was"
+    changed = f" ({then}, now {now})" if then != now else ""
+    return (
+        f"another {what} than when {path} was written{changed}: {back} to go on, or choose another name= to start a "
+        "new run"
+    )
 
 
 def load_adapter(policy: Policy, folder: Path) -> None:
@@ -175,11 +188,6 @@ def newest_good(folder: Path, recipe: Recipe) -> tuple[Path | None, list[str]]:
             return path, complaints
         complaints.append(problem)
     return None, complaints
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(record: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ TINY_MODEL = Path(__file__).parent / "tiny" / "model"
 """The bundled model's folder, which `model.name: tiny` stands for."""
 HASHED_WHOLE = 64 << 20
 """Bytes of a file up to which all of it is hashed; of a larger one its size and `SAMPLES` pieces."""
+LOADED = (".json", ".safetensors", ".txt", ".model", ".tiktoken", ".jinja", ".py")
 SAMPLES, PIECE = 64, 1 << 16
 
 
@@ -89,12 +90,12 @@ def may_run_code(settings: ModelSettings, origin: Origin) -> bool:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a folder's files, subfolders left out.
+    """SHA-256 over the names and contents of those files of a folder that a model is loaded from.
 
     Tells weights from other weights, not from ones that were made to look alike: of large files it reads a part.
     """
     together = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in LOADED and p.is_file()):
         together.update(json.dumps([path.name, path.stat().st_size]).encode())
         for piece in _pieces(path):
             together.update(piece)

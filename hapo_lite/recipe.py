@@ -26,6 +26,8 @@ NonNegative = Annotated[int, Field(ge=0)]
 
 MAY_CHANGE = (
     "output_dir",
+    "model.revision",
+    "data.revision",
     "training.iterations",
     "training.max_tokens",
     "training.max_skipped",
@@ -37,7 +39,10 @@ MAY_CHANGE = (
     "evaluation.every",
     "benchmark",
 )
-"""What a resumed run may have changed in its recipe without ceasing to be the same run."""
+"""What a resumed run may have changed in its recipe without ceasing to be the same run.
+
+Revisions, since a checkpoint knows the commit that they stood for.
+"""
 
 
 def one_folder(name: str) -> str:

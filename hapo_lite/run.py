@@ -23,10 +23,10 @@ from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
 
 import hapo_lite
-from hapo_lite.checkpoint import TrainState, file_hash, save_adapter, save_checkpoint
+from hapo_lite.checkpoint import TrainState, save_adapter, save_checkpoint
 from hapo_lite.collapse import CollapseWatch
 from hapo_lite.errors import UserError, writing
-from hapo_lite.files import replace_text, replacing_folder
+from hapo_lite.files import file_hash, replace_text, replacing_folder
 from hapo_lite.folder import RunFolder, check_same_run, open_folder, resume
 from hapo_lite.interrupt import Interrupted, Interrupts
 from hapo_lite.loop import Loop
@@ -206,7 +206,7 @@ class Recorder:
         if self.main and state.iteration:
             self.loop.enter("checkpoint")
             loop, folder = self.loop, self.folder.checkpoints
-            save_checkpoint(folder, loop.policy, loop.optimizer, loop.scheduler, state, self.recipe, loop.stream.digest)
+            save_checkpoint(folder, loop.policy, loop.optimizer, loop.scheduler, state, self.recipe, loop.stream)
 
     def headline(self) -> dict[str, str]:
         names = HEADLINE | {"eval/accuracy": f"avg@{self.recipe.evaluation.samples}"}
@@ -248,6 +248,7 @@ class Recorder:
                 "before": evaluated[0] if evaluated and evaluated[0]["iteration"] == 0 else None,
                 "after": evaluated[-1] if evaluated else None,
             },
+            "origins": {"model": self.loop.policy.origin, "data": self.loop.stream.origin},
             "adapter_sha256": file_hash(self.folder.adapter / "adapter_model.safetensors"),
             "versions": {"hapo_lite": hapo_lite.__version__, "torch": torch.__version__},
             "machine": {

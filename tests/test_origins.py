@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets.packaged_modules.parquet.parquet import Parquet
 
+from hapo_lite import run
+from hapo_lite.checkpoint import read_record
 from hapo_lite.errors import UserError
+from hapo_lite.evaluation.runner import evaluate
 from hapo_lite.origins import folder_digest, model_origin
 from hapo_lite.policy import TINY_MODEL, load_policy
 from hapo_lite.recipe import LoraSettings, ModelSettings
+from tests.test_data import jsonl
 
-COMMIT, LATER = "1" * 40, "2" * 40
+COMMIT, LATER = "a1" * 20, "b2" * 20
 CODE = """
 import pathlib
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -94,7 +104,7 @@ def test_trusted_code_by_a_hub_name_needs_a_commit(tmp_path, hub, revision):
     if revision == COMMIT[:12]:
         hub("stranger/moving", COMMIT[:-1] + "0", revision)
         write_model(tmp_path / "hub" / "models--stranger--moving" / "snapshots" / (COMMIT[:-1] + "0"), marker)
-    with pytest.raises(UserError, match=r"needs model\.revision as a commit hash: .* Today it is 1111"):
+    with pytest.raises(UserError, match=r"needs model\.revision as a commit hash: .* Today it is a1a1"):
         load("stranger/moving", trust_remote_code=True, revision=revision)
     assert not marker.exists()
 
@@ -126,7 +136,7 @@ def test_a_hub_name_is_resolved_once_and_all_of_it_loaded_from_there(tmp_path, h
     pinned = load("someone/model", revision=COMMIT)
     assert pinned.origin == f"commit {COMMIT}" and pinned.tokenizer.chat_template != "later"
     assert pinned.model.get_base_model().config._commit_hash == COMMIT
-    hub("someone/model", "3" * 40)  # a commit of which nothing is here
+    hub("someone/model", "c3" * 20)  # a commit of which nothing is here
     with pytest.raises(UserError, match="neither a folder here nor a model that the hub gives"):
         load("someone/model")
 
@@ -143,3 +153,78 @@ def test_a_folder_is_told_by_its_files(tmp_path, monkeypatch):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert folder_digest(folder) != before
+
+
+# --------------------------------------------------------------------------------------------------- in a run's folder
+
+
+@pytest.fixture
+def hub_data(tmp_path, monkeypatch):
+    """hub_data(commit, first): what datasets keeps of `someone/set` at a commit; problems count from `first`."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    ages = itertools.count(1)
+
+    def prepare(commit: str, first: int) -> None:
+        rows = {"problem": [f"{i}+1=?" for i in range(first, first + 30)], "answer": [str(i) for i in range(30)]}
+        pq.write_table(pa.table(rows), tmp_path / "train.parquet")
+        files = {"train": str(tmp_path / "train.parquet")}
+        where = {"cache_dir": str(tmp_path / "datasets"), "repo_id": "someone/set", "dataset_name": "set"}
+        builder = Parquet(**where, hash=commit, data_files=files)
+        builder.download_and_prepare()
+        # Given files by hand, datasets adds their hash to the folder's name.
+        kept = tmp_path / "datasets" / "someone___set" / "default" / "0.0.0" / commit
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        Path(builder.cache_dir).rename(kept)
+        os.utime(kept, (age := 2e9 + next(ages), age))
+
+    return prepare
+
+
+def test_a_run_records_its_commits_and_goes_on_with_no_others(tmp_path, make_recipe, hub, hub_data):
+    shutil.copytree(TINY_MODEL, hub("someone/model", COMMIT), dirs_exist_ok=True)
+    hub_data(COMMIT, 1)
+    settings = ["model.name=someone/model", "data.source=someone/set", "checkpoint.every=1", "data.system_prompt=null"]
+    recipe = make_recipe(*settings, "training.iterations=1")
+    origins = {"model": f"commit {COMMIT}", "data": f"commit {COMMIT}"}
+    assert run.train(recipe)["origins"] == origins
+    record = read_record(recipe.run_dir / "checkpoints" / "000001")
+    assert record["origins"] == origins
+
+    on = [*settings, "training.iterations=2"]
+    shutil.copytree(TINY_MODEL, hub("someone/model", LATER), dirs_exist_ok=True)
+    with pytest.raises(UserError, match=rf"another base model .*now commit {LATER}\): set model\.revision={COMMIT}"):
+        run.train(make_recipe(*on))
+    on.append(f"model.revision={COMMIT}")
+    hub_data(LATER, 1000)
+    with pytest.raises(UserError, match=rf"another training prompts .*{LATER}\): set data\.revision={COMMIT}"):
+        run.train(make_recipe(*on))
+    with pytest.raises(UserError, match=rf"is here at commit {LATER} only, .* data\.revision={LATER}"):
+        run.train(make_recipe(*on, f"data.revision={COMMIT}"))
+    shutil.rmtree(tmp_path / "datasets")
+    hub_data(COMMIT, 1)
+    summary = run.train(make_recipe(*on, f"data.revision={COMMIT}"))
+    assert summary["iterations"] == 2 and summary["origins"] == origins
+
+
+def test_a_run_on_files_goes_on_with_no_others(tmp_path, make_recipe):
+    folder = shutil.copytree(TINY_MODEL, tmp_path / "m")
+    data = jsonl(tmp_path, *[{"problem": f"{i}+1=?", "answer": str(i + 1)} for i in range(20)])
+    settings = [f"model.name={folder}", f"data.source={data}", "checkpoint.every=1"]
+    origins = run.train(make_recipe(*settings, "training.iterations=1"))["origins"]
+    assert origins["data"] == f"sha256 {hashlib.sha256(data.read_bytes()).hexdigest()}"
+    (folder / "README.md").write_text("does not count")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    with pytest.raises(UserError, match=r"another base model .*: put the model back as it was to go on"):
+        run.train(make_recipe(*settings, "training.iterations=2"))
+
+
+def test_an_evaluation_of_a_model_that_has_moved_begins_anew(tmp_path, make_recipe, hub):
+    shutil.copytree(TINY_MODEL, hub("someone/model", COMMIT), dirs_exist_ok=True)
+    small = ["model.name=someone/model", "benchmark.limit=2", "benchmark.samples=1"]
+    first = evaluate(make_recipe(*small))["tiny"]["files"]
+    assert evaluate(make_recipe(*small))["tiny"]["files"] == first
+    shutil.copytree(TINY_MODEL, hub("someone/model", LATER), dirs_exist_ok=True)
+    assert evaluate(make_recipe(*small))["tiny"]["files"] != first

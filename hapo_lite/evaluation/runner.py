@@ -19,11 +19,11 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 import hapo_lite
-from hapo_lite.checkpoint import file_hash
 from hapo_lite.errors import writing
 from hapo_lite.evaluation.samples import Sample, SampleFile
 from hapo_lite.evaluation.scores import Values, by_prompt, differences, intervals, notes, outcomes, table
 from hapo_lite.evaluation.suites import Suite, chosen, fit, read_problems
+from hapo_lite.files import file_hash
 from hapo_lite.interrupt import Interrupted, Interrupts
 from hapo_lite.policy import Policy, load_policy, resolve_dtype
 from hapo_lite.recipe import Recipe
@@ -148,7 +148,7 @@ class Evaluation:
             "hapo_lite": hapo_lite.__version__,
             "model": {
                 "name": model.name,
-                "revision": model.revision,
+                "origin": self.policy.origin,
                 "quantization": model.quantization,
                 "dtype": str(resolve_dtype(model.dtype, self.accelerator.device)).removeprefix("torch."),
                 "attention": model.attention,
@@ -190,6 +190,7 @@ class Evaluation:
         summary = {
             "suite": suite.name,
             "source": suite.problems.source,
+            "origin": suite.problems.origin,
             "prompts": len(suite.prompts),
             "too_long": {"more_tokens_than": suite.most, "prompts": list(suite.too_long)},
             "rows_skipped": dict(suite.problems.skipped),

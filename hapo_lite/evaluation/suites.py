@@ -13,6 +13,7 @@ from hapo_lite.recipe import DataSettings, Recipe, SuiteSettings
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.run import load_data
 from hapo_lite.tasks.data import load_prompts
+from hapo_lite.tasks.store import origin_of
 
 NAMED: Mapping[str, dict[str, str]] = {
     "aime24": {"source": "HuggingFaceH4/aime_2024", "split": "train"},
@@ -38,12 +39,16 @@ HELD_OUT = "held_out"
 
 @dataclass(frozen=True)
 class Problems:
-    """A suite as read. source: where from, in words; skipped: rows that could not be used, by reason."""
+    """A suite as read. source: where from, in words; skipped: rows that could not be used, by reason.
+
+    origin: as in tasks.sources.Table.
+    """
 
     name: str
     source: str
     prompts: Sequence[Prompt]
     skipped: Mapping[str, int]
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def read_problems(settings: SuiteSettings, recipe: Recipe) -> Problems:
         copy = f" (a local copy: {name}=FILE)" if settings.source is None else ""
         raise UserError(f"suite {name}{copy}: {error}") from error
     where = [data.source] if Path(data.source).is_file() else [data.source, data.config, f"({data.split})"]
-    return Problems(name, " ".join(filter(None, where)), found.prompts, found.skipped)
+    return Problems(name, " ".join(filter(None, where)), found.prompts, found.skipped, origin_of(found.prompts))
 
 
 def _data(settings: SuiteSettings, recipe: Recipe) -> DataSettings:

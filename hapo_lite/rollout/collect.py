@@ -20,17 +20,18 @@ from hapo_lite.rollout.engine import TRAINING, Engine, Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.shortage import Shortage
 from hapo_lite.tasks.rewards import Score, Scorer
-from hapo_lite.tasks.store import digest_of
+from hapo_lite.tasks.store import digest_of, origin_of
 
 
 class LazyPrompts(Sequence[EncodedPrompt | None]):
     """Prompts that are tokenised when they are asked for; None in place of one of more than `most` tokens.
 
-    digest: changes with any prompt, their order, and the way they are tokenised.
+    digest: changes with any prompt, their order, and the way they are tokenised. origin: as in sources.Table.
     """
 
     def __init__(self, prompts: Sequence[Prompt], encode: Callable[[Prompt], list[int]], most: int) -> None:
         self._prompts, self._encode, self.most = prompts, encode, most
+        self.origin = origin_of(prompts)
         # The tokens of one prompt tell another tokenizer or chat template.
         tokens = encode(prompts[0]) if len(prompts) else []
         self.digest = hashlib.sha256(f"{digest_of(prompts)} {most} {tokens}".encode()).hexdigest()
@@ -45,7 +46,9 @@ class LazyPrompts(Sequence[EncodedPrompt | None]):
 
 
 class PromptStream:
-    """The training prompts without end: every epoch a new order, fixed by (seed, epoch). digest: of them all.
+    """The training prompts without end: every epoch a new order, fixed by (seed, epoch).
+
+    digest: of them all. origin: as in sources.Table.
 
     A None among the prompts is one to leave out. It keeps its position, so that where a run stands does not depend on
     which were left out before.
@@ -55,6 +58,7 @@ class PromptStream:
         self.prompts, self.seed = prompts, seed
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         lazy = isinstance(prompts, LazyPrompts)
+        self.origin = prompts.origin if lazy else ""
         self.digest = prompts.digest if lazy else digest_of([p.prompt for p in prompts if p is not None])
 
     def take(self, start: int, count: int) -> list[EncodedPrompt]:

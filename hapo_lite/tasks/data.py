@@ -52,7 +52,7 @@ def load_prompts(data: DataSettings) -> PromptSet:
     table = open_table(data)
     problem_column = _column(table, data.problem_column, PROBLEM_COLUMNS, "problem_column")
     answer_column = _column(table, data.answer_column, ANSWER_COLUMNS, "answer_column")
-    prompts = PromptStore()
+    prompts = PromptStore(table.origin)
     seen: set[int] = set()
     ids: set[int] = set()
     skipped: Counter[str] = Counter()

@@ -10,18 +10,21 @@ import csv
 import difflib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hapo_lite.errors import UserError
+from hapo_lite.files import file_hash
 from hapo_lite.recipe import DataSettings
 from hapo_lite.tiny.task import problems
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 LONGEST_LINE = 1 << 26
 """Bytes of a line of JSON: more is no row but a mistake, or an attack on the memory."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _FIRST = 1_000
 """Rows at the start of a JSON Lines file that tell its columns."""
 
@@ -32,6 +35,7 @@ Rows = Iterator[dict[str, Any]]
 class Table:
     """A source. name: for messages; stem: for ids; columns: dotted names; read: the rows, given the columns needed.
 
+    origin: the commit of a hub data set or the hash of a file, as far as it is known.
     Iterating over rows raises UserError where the source turns out to be damaged.
     """
 
@@ -39,6 +43,7 @@ class Table:
     stem: str
     columns: Sequence[str]
     read: Callable[[Iterable[str]], Rows]
+    origin: str = ""
 
 
 def open_table(data: DataSettings) -> Table:
@@ -74,7 +79,8 @@ def _file(path: Path) -> Table:
     readers = {".parquet": _parquet, ".csv": _csv, ".json": _json, ".jsonl": _json}
     with _Reading(path):
         columns, read = readers[path.suffix.lower()](path)
-    return Table(str(path), path.stem, columns, lambda needed: _watched(path, read(needed)))
+        origin = f"sha256 {file_hash(path)}"
+    return Table(str(path), path.stem, columns, lambda needed: _watched(path, read(needed)), origin)
 
 
 def _watched(path: Path, rows: Rows) -> Rows:
@@ -176,12 +182,30 @@ def _hub(data: DataSettings) -> Table:
             "check data.source, data.config, data.split and the connection, or give a local file"
         ) from None
 
+    commit = _commit(rows)
+    if commit and data.revision and COMMIT.fullmatch(data.revision) and commit != data.revision:
+        raise UserError(
+            f"the hub data set {named!r} is here at commit {commit} only, and the hub cannot be reached: try "
+            f"again when it can, or set data.revision={commit}"
+        )
+
     def read(needed: Iterable[str]) -> Rows:
         # By tables: DAPO-Math-17k repeats itself to 1.8 million rows, which one at a time takes minutes.
         for table in rows.with_format("arrow").iter(_FIRST):
             yield from table.to_pylist()
 
-    return Table(f"the data set {named}", data.source.rsplit("/", 1)[-1], columns, read)
+    stem = data.source.rsplit("/", 1)[-1]
+    return Table(f"the data set {named}", stem, columns, read, f"commit {commit}" if commit else "")
+
+
+def _commit(rows: Any) -> str | None:
+    """The commit that a hub data set was made from: datasets names its folder after it.
+
+    Without a connection datasets takes the newest that is in its cache, whatever revision was asked for.
+    """
+    folders = {Path(file["filename"]).parent.name for file in rows.cache_files}
+    found = folders.pop() if len(folders) == 1 else ""
+    return found if COMMIT.fullmatch(found) else None
 
 
 def _arrow_columns(schema: Any) -> list[str]:

@@ -22,10 +22,11 @@ IN_MEMORY = 16 << 20
 class _Prompts(Sequence[Prompt]):
     """What both kinds share: a slice is a tuple, and equal prompts make equal sequences of any kind.
 
-    digest: changes with any prompt, or their order.
+    digest: changes with any prompt, or their order. origin: of the data that they are from, as in sources.Table.
     """
 
     digest: str
+    origin: str
 
     @overload
     def __getitem__(self, index: int) -> Prompt: ...
@@ -57,7 +58,8 @@ class PromptStore(_Prompts):
     ends. Usable from any thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, origin: str = "") -> None:
+        self.origin = origin
         self._file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (open as long as the store is)
         self._ends = array("Q", [0])
         self._hash = hashlib.sha256()
@@ -96,12 +98,18 @@ class Selection(_Prompts):
         together = hashlib.sha256(digest_of(prompts).encode())
         together.update(self._places.tobytes())
         self.digest = together.hexdigest()
+        self.origin = origin_of(prompts)
 
     def __len__(self) -> int:
         return len(self._places)
 
     def _at(self, place: int) -> Prompt:
         return self._prompts[self._places[place]]
+
+
+def origin_of(prompts: Sequence[Prompt]) -> str:
+    """Of the data that prompts are from; "" where it is not known."""
+    return prompts.origin if isinstance(prompts, _Prompts) else ""
 
 
 def digest_of(prompts: Sequence[Prompt]) -> str:
