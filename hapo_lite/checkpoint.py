@@ -121,9 +121,9 @@ def load_checkpoint(
     record = read_record(path)
     then = record.get("origins", {"model": policy.origin, "data": ""})
     if then["model"] != policy.origin:
-        raise UserError(_other("base model", "model", path, then["model"], policy.origin))
+        raise UserError(_other("base model is another", "model", path, then["model"], policy.origin))
     if record["prompts"] != stream.digest:
-        raise UserError(_other("training prompts", "data", path, then["data"], stream.origin))
+        raise UserError(_other("training prompts are others", "data", path, then["data"], stream.origin))
     load_adapter(policy, path)
     saved = torch.load(path / OPTIMIZER, map_location=policy.device, weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
@@ -139,8 +139,7 @@ def _other(what: str, section: str, path: Path, then: str, now: str) -> str:
     back = f"set {section}.revision={commit}" if commit != then else f"put the {section} back as it was"
     changed = f" ({then}, now {now})" if then != now else ""
     return (
-        f"another {what} than when {path} was written{changed}: {back} to go on, or choose another name= to start a "
-        "new run"
+        f"the {what} than when {path} was written{changed}: {back} to go on, or choose another name= to start a new run"
     )
 
 

@@ -20,8 +20,8 @@ from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
 from hapo_lite.loop import Loop
 from hapo_lite.policy import Policy, load_policy
-from hapo_lite.run import make_accelerator
 from hapo_lite.rollout.collect import Collector
+from hapo_lite.run import make_accelerator
 from hapo_lite.skipped import BY_TOKEN, SAMPLED, NotFinite, SkippedStep, check_tokens, describe, load_step
 
 HERE = "every number is finite here: what it was does not repeat on this machine, with these versions"

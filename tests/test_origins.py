@@ -148,6 +148,8 @@ def test_a_folder_is_told_by_its_files(tmp_path, monkeypatch):
     assert first.commit is None and first.digest == folder_digest(TINY_MODEL)
     monkeypatch.setattr("hapo_lite.origins.HASHED_WHOLE", 1 << 20)
     before = folder_digest(folder)
+    (folder / "README.md").write_text("does not count")
+    assert folder_digest(folder) == before
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -194,11 +196,13 @@ def test_a_run_records_its_commits_and_goes_on_with_no_others(tmp_path, make_rec
 
     on = [*settings, "training.iterations=2"]
     shutil.copytree(TINY_MODEL, hub("someone/model", LATER), dirs_exist_ok=True)
-    with pytest.raises(UserError, match=rf"another base model .*now commit {LATER}\): set model\.revision={COMMIT}"):
+    with pytest.raises(
+        UserError, match=rf"base model is another than .*now commit {LATER}\): set model\.revision={COMMIT}"
+    ):
         run.train(make_recipe(*on))
     on.append(f"model.revision={COMMIT}")
     hub_data(LATER, 1000)
-    with pytest.raises(UserError, match=rf"another training prompts .*{LATER}\): set data\.revision={COMMIT}"):
+    with pytest.raises(UserError, match=rf"training prompts are others than .*{LATER}\): set data\.revision={COMMIT}"):
         run.train(make_recipe(*on))
     with pytest.raises(UserError, match=rf"is here at commit {LATER} only, .* data\.revision={LATER}"):
         run.train(make_recipe(*on, f"data.revision={COMMIT}"))
@@ -214,10 +218,9 @@ def test_a_run_on_files_goes_on_with_no_others(tmp_path, make_recipe):
     settings = [f"model.name={folder}", f"data.source={data}", "checkpoint.every=1"]
     origins = run.train(make_recipe(*settings, "training.iterations=1"))["origins"]
     assert origins["data"] == f"sha256 {hashlib.sha256(data.read_bytes()).hexdigest()}"
-    (folder / "README.md").write_text("does not count")
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
-    with pytest.raises(UserError, match=r"another base model .*: put the model back as it was to go on"):
+    with pytest.raises(UserError, match=r"base model is another than .*: put the model back as it was to go on"):
         run.train(make_recipe(*settings, "training.iterations=2"))
 
 
