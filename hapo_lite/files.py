@@ -38,7 +38,7 @@ def replacing_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
         flush(final.parent)
-    except Exception:
+    except BaseException:  # Ctrl-C too: what is half written may be many gigabytes.
         shutil.rmtree(aside, ignore_errors=True)
         raise
 

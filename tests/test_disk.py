@@ -47,17 +47,6 @@ def three(tmp_path_factory) -> Path:
     return folder / "tiny_cpu"
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 4 MiB of its own, which is unmounted at the end."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]).returncode:
-        pytest.skip("mounting a file system of its own takes root on Linux")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def complaint(capsys, *given) -> str:
     capsys.readouterr()
     assert run_command(main, arguments(*given)) == 2

@@ -1,0 +1,72 @@
+"""What llama.cpp's convert_hf_to_gguf.py reads of a folder, looked for before anybody runs it.
+
+It takes `architectures` and sizes from config.json, tensors from the safetensors files, the tokenizer from
+tokenizer.json or tokenizer.model, and the chat template from chat_template.jinja or tokenizer_config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from hapo_lite.errors import UserError
+
+READ_DTYPES = ("BF16", "F16", "F32")
+COMMAND = "python convert_hf_to_gguf.py {folder} --outfile {name}.gguf --outtype auto"
+"""In a checkout of llama.cpp with requirements/requirements-convert_hf_to_gguf.txt installed."""
+QUANTISE = "llama-quantize {name}.gguf {name}-Q4_K_M.gguf Q4_K_M"
+
+
+def check_for_converter(folder: Path) -> None:
+    """Raises UserError that names all the converter would stumble over."""
+    if problems := problems_of(folder):
+        raise UserError(f"llama.cpp's converter could not read what was merged: {'; '.join(problems)}")
+
+
+def problems_of(folder: Path) -> list[str]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    problems = []
+    if len(config.get("architectures") or ()) != 1:
+        problems.append("config.json does not name one architecture")
+    if "quantization_config" in config:
+        problems.append("config.json says that the weights are quantised")
+    if isinstance(config.get("rope_parameters"), dict) and "rope_theta" not in config:
+        problems.append("config.json gives rope_theta where only transformers 5 reads it")
+    return problems + _weights(folder, config) + _tokenizer(folder, config)
+
+
+def _weights(folder: Path, config: dict[str, Any]) -> list[str]:
+    shapes: dict[str, tuple[str, list[int]]] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.offset_keys():
+                part = tensors.get_slice(name)
+                shapes[name] = part.get_dtype(), part.get_shape()
+    problems = [f"{name} is of dtype {dtype}" for name, (dtype, _) in shapes.items() if dtype not in READ_DTYPES]
+    problems += [f"{name} is a part of an adapter" for name in shapes if "lora_" in name or ".base_layer." in name]
+    head = [name for name in shapes if name.endswith("lm_head.weight")]
+    if not head and not config.get("tie_word_embeddings"):
+        problems.append("there is no lm_head.weight, and config.json does not tie it to the embeddings")
+    embeddings = [shape for name, (_, shape) in shapes.items() if name.endswith("embed_tokens.weight")]
+    if embeddings and embeddings[0][0] != config.get("vocab_size"):
+        problems.append(f"the embeddings have {embeddings[0][0]} rows and vocab_size is {config.get('vocab_size')}")
+    return problems
+
+
+def _tokenizer(folder: Path, config: dict[str, Any]) -> list[str]:
+    if not (folder / "tokenizer.json").is_file():
+        return [] if (folder / "tokenizer.model").is_file() else ["there is neither tokenizer.json nor tokenizer.model"]
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = [token["id"] for token in tokenizer.get("added_tokens", ())]
+    vocabulary = tokenizer["model"].get("vocab")
+    ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary or ()))
+    problems = []
+    if max(ids) >= config.get("vocab_size", 0):
+        problems.append(f"the tokenizer has id {max(ids)} and vocab_size is {config.get('vocab_size')}")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if not settings.get("eos_token") and not isinstance(config.get("eos_token_id"), int):
+        problems.append("neither tokenizer_config.json nor config.json names one end-of-sequence token")
+    return problems
