@@ -16,6 +16,23 @@ class Interrupted(Exception):
         self.number = number
 
 
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until the end: for code of others that an exception would leave in pieces."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    before = {n: signal.signal(n, lambda n, frame: received.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
+
+
 class Interrupts:
     """Within `listening()`, SIGINT and SIGTERM raise Interrupted, except between `shield` and `unshield`.
 

@@ -111,8 +111,11 @@ class RewardSettings(Section):
 
 
 class RolloutSettings(Section):
-    engine: Literal["transformers", "paged"] = Field(
-        "transformers", description="What samples: generate of transformers, or its continuous batching"
+    engine: Literal["transformers", "paged", "vllm"] = Field(
+        "transformers", description="What samples: generate of transformers, its continuous batching, or vLLM"
+    )
+    engine_memory: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.4, description="Share of the GPU's memory for vLLM, which has a base of its own and sleeps during the update"
     )
     prompts_per_iteration: Positive = Field(32, description="P")
     completions_per_prompt: Positive = Field(8, description="G, the size of a group")

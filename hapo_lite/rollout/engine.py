@@ -19,6 +19,7 @@ TRAINING, EVALUATION, BENCHMARK, CANARY = 0, 1, 2, 3
 ENGINES = {
     "transformers": ("hapo_lite.rollout.transformers_engine", "TransformersEngine", "transformers>=5.10"),
     "paged": ("hapo_lite.rollout.paged_engine", "PagedEngine", "transformers>=5.17"),
+    "vllm": ("hapo_lite.rollout.vllm_engine", "VllmEngine", "hapo_lite[vllm]"),
 }
 """By `rollout.engine`: the module, its class, and what to install for it. Imported when chosen."""
 
@@ -54,6 +55,11 @@ class Engine(Protocol):
         """
         ...
 
+    @classmethod
+    def make(cls, recipe: Recipe, policy: Policy, max_new_tokens: int) -> Engine:
+        """The engine of a recipe. max_new_tokens: the longest completion. Raises ImportError, or UserError."""
+        ...
+
 
 def make_engine(recipe: Recipe, policy: Policy, max_new_tokens: int | None = None) -> Engine:
     """The engine that `rollout.engine` names. max_new_tokens: longest completion; None: the recipe's.
@@ -64,8 +70,8 @@ def make_engine(recipe: Recipe, policy: Policy, max_new_tokens: int | None = Non
     module, name, needed = ENGINES[settings.engine]
     try:
         engine = getattr(importlib.import_module(module), name)
+        return engine.make(recipe, policy, max_new_tokens or settings.max_new_tokens)
     except ImportError as error:
         raise UserError(
             f"rollout.engine = {settings.engine} cannot be imported ({error}): pip install '{needed}'"
         ) from error
-    return engine(policy, settings.batch_size, max_new_tokens or settings.max_new_tokens)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from hapo_lite.policy import Policy
+from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
@@ -24,6 +25,10 @@ class GenerateEngine:
 
     def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int) -> None:
         self.policy, self.batch_size, self.max_new_tokens = policy, batch_size, max_new_tokens
+
+    @classmethod
+    def make(cls, recipe: Recipe, policy: Policy, max_new_tokens: int) -> GenerateEngine:
+        return cls(policy, recipe.rollout.batch_size, max_new_tokens)
 
     def sample(
         self,

@@ -19,6 +19,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 
 from hapo_lite.errors import UserError
 from hapo_lite.policy import Policy
+from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
@@ -39,6 +40,10 @@ class PagedEngine:
 
     def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int) -> None:
         self.policy, self.batch_size, self.max_new_tokens = policy, batch_size, max_new_tokens
+
+    @classmethod
+    def make(cls, recipe: Recipe, policy: Policy, max_new_tokens: int) -> PagedEngine:
+        return cls(policy, recipe.rollout.batch_size, max_new_tokens)
 
     def sample(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from hapo_lite.policy import Policy
+from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
@@ -27,6 +28,10 @@ class TransformersEngine:
 
     def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int) -> None:
         self.policy, self.batch_size, self.max_new_tokens = policy, batch_size, max_new_tokens
+
+    @classmethod
+    def make(cls, recipe: Recipe, policy: Policy, max_new_tokens: int) -> TransformersEngine:
+        return cls(policy, recipe.rollout.batch_size, max_new_tokens)
 
     def sample(
         self,
@@ -54,6 +59,7 @@ class TransformersEngine:
         device = self.policy.device
         ids, attention_mask = pad_left(prompts, self.policy.tokenizer.pad_token_id, device)
         decoder = _Decoder(
+            attention_mask=attention_mask,
             rows=torch.tensor([place[r.prompt.index] for r in requests], device=device),
             draws=draws.to(device),
             stop_ids=torch.tensor(self.policy.stop_ids, device=device),
@@ -78,10 +84,13 @@ class TransformersEngine:
 class _Decoder:
     """The decoding loop that `generate` calls in place of its own.
 
-    rows: [B], the prompt of each row; draws: [max_new, B] uniforms; stop_ids: all that end a completion.
+    attention_mask: [P, L]; rows: [B], the prompt of each row; draws: [max_new, B] uniforms; stop_ids: all that end a
+    completion.
     """
 
-    def __init__(self, rows: Tensor, draws: Tensor, stop_ids: Tensor) -> None:
+    def __init__(self, attention_mask: Tensor, rows: Tensor, draws: Tensor, stop_ids: Tensor) -> None:
+        # `generate` of transformers 5.19 drops a mask that hides nothing.
+        self.attention_mask = attention_mask
         self.rows, self.draws, self.stop_ids = rows, draws, stop_ids
         self.transcript = Transcript(*draws.shape, rows.device)
         self.lengths = torch.full_like(rows, draws.shape[0])
@@ -91,7 +100,7 @@ class _Decoder:
         self, model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, **kwargs
     ):
         [processor] = [p for p in logits_processor if isinstance(p, AdaptiveTemperature)]
-        attention_mask, cache = kwargs["attention_mask"], kwargs["past_key_values"]
+        attention_mask, cache = self.attention_mask, kwargs["past_key_values"]
         logits = _forward(model, input_ids, attention_mask, attention_mask.cumsum(1) - 1, cache)
         cache.batch_select_indices(self.rows)
         logits, attention_mask = logits[self.rows], attention_mask[self.rows]
