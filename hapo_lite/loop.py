@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from hapo_lite.algo.advantage import entropy_scale, group_advantage
@@ -33,10 +32,12 @@ from hapo_lite.metrics import (
 )
 from hapo_lite.optimizer import loss_scale, make_optimizer, make_scheduler, take_step
 from hapo_lite.policy import Policy
+from hapo_lite.processes import Processes
 from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion, EncodedPrompt, Scored, Sequences, TokenOutcome, pad
 from hapo_lite.rollout.collect import Collected, Collector, PromptStream
 from hapo_lite.rollout.sampling import AdaptiveTemperature
+from hapo_lite.sharding import sharded_modules
 from hapo_lite.skipped import NotFinite, SkippedStep, check_rewards, check_tokens
 from hapo_lite.trace import Trace, choose_traced, make_trace
 
@@ -69,6 +70,7 @@ class Loop:
         self.recipe, self.policy, self.collector, self.enter = recipe, policy, collector, enter
         self.stream, self.held_out, self.accelerator = stream, held_out, accelerator
         self.keep, self.shortage = keep, collector.shortage
+        self.processes = Processes(accelerator, sharded=bool(sharded_modules(policy)))
         self.parameters = list(policy.trainable().values())
         self.optimizer = accelerator.prepare(make_optimizer(recipe.training, self.parameters))
         self.scheduler = make_scheduler(recipe.training, self.optimizer.optimizer)
@@ -210,13 +212,13 @@ class Loop:
     def _forward_all(self, completions: Sequence[Completion], plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probabilities and entropies of every completion, in order: two lists of [T], on the CPU."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        with self.shortage.together():
-            for batch in [b for part in plan.parts for b in self._mine(part)]:
+        with self.shortage.together(lockstep=self.processes.sharded):
+            for batch in [b for part in plan.parts for b in (*self.processes.mine(part), *self.processes.idle(part))]:
                 logp, entropy = (t.cpu() for t in self._logprobs([completions[i] for i in batch]))
                 for row, i in enumerate(batch):
                     length = completions[i].length
                     found[i] = logp[row, :length].clone(), entropy[row, :length].clone()
-        found = self._everyones(found)
+        found = self.processes.everyones(found)
         return [found[i][0] for i in range(len(completions))], [found[i][1] for i in range(len(completions))]
 
     def update(
@@ -235,7 +237,8 @@ class Loop:
             denominator = loss_denominator(trained[members], self.recipe.method.loss_average)
 
             def attempt(parts: Parts, denominator: float = denominator) -> tuple[Tensor, dict[int, TokenOutcome]]:
-                return self.gradients(self._mine(parts[0]), completions, advantage, scored, denominator)
+                mine, idle = self.processes.mine(parts[0]), self.processes.idle(parts[0])
+                return self.gradients(mine, completions, advantage, scored, denominator, idle)
 
             [batches], (loss, seen) = self.shortage.fit("update", [batches], lengths, attempt, whole=number == 1)
             loss = float(self.accelerator.reduce(loss, "sum"))
@@ -258,7 +261,7 @@ class Loop:
         metrics = {"update/skipped": skipped, "update/learning_rate": rate}
         if losses:
             metrics |= {"update/loss": sum(losses) / len(losses), "update/grad_norm": sum(norms) / len(norms)}
-        return self._everyones(outcomes), metrics, in_a_row
+        return self.processes.everyones(outcomes), metrics, in_a_row
 
     def gradients(
         self,
@@ -267,21 +270,27 @@ class Loop:
         advantage: Tensor,
         scored: Scored,
         denominator: float,
+        idle: Sequence[Sequence[int]] = (),
     ) -> tuple[Tensor, dict[int, TokenOutcome]]:
         """Forward and backward of a step's micro-batches; the gradients are summed over processes. The loss is not.
+
+        idle: micro-batches that are run for the other processes' sake, without a gradient.
 
         Raises OutOfMemory, in all processes, if one is short of it; called again, it begins from nothing.
         """
         outcomes: dict[int, TokenOutcome] = {}
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.accelerator.device)
-        with self.shortage.together():
+        with self.shortage.together(lockstep=self.processes.sharded):
             for batch in batches:
                 part, seen = self._micro_batch(batch, completions, advantage, scored, denominator)
                 self.accelerator.backward(part)
                 loss += part.detach()
                 outcomes |= seen
-        self._share_gradients()
+            for batch in idle:
+                logp, _ = self._logprobs([completions[i] for i in batch])
+                self.accelerator.backward(0.0 * logp.sum())
+        self.processes.share_gradients(self.parameters)
         return loss, outcomes
 
     def _micro_batch(
@@ -371,25 +380,6 @@ class Loop:
             return self.policy.completion_logprobs(
                 Sequences.of(completions, self.accelerator.device), self.recipe.rollout.temperature
             )
-
-    def _mine(self, batches: list[list[int]]) -> list[list[int]]:
-        """This process's share of some micro-batches: the same share whenever it is asked."""
-        return batches[self.accelerator.process_index :: self.accelerator.num_processes]
-
-    def _everyones(self, found: dict) -> dict:
-        if self.accelerator.num_processes == 1:
-            return found
-        return dict(gather_object(list(found.items())))
-
-    def _share_gradients(self) -> None:
-        """Sum the adapter's gradients over processes. The losses are already divided by the global denominator."""
-        for p in self.parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        if self.accelerator.num_processes > 1:
-            flat = self.accelerator.reduce(torch.cat([p.grad.flatten() for p in self.parameters]), "sum")
-            for p, grad in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
-                p.grad.copy_(grad.view_as(p))
 
 
 def rewards(collected: Collected) -> Tensor:

@@ -37,6 +37,7 @@ from hapo_lite.report import closing_table, draw_curves
 from hapo_lite.rollout.canary import check_engine
 from hapo_lite.rollout.collect import Collector, LazyPrompts, PromptStream
 from hapo_lite.rollout.engine import make_engine
+from hapo_lite.sharding import WholeBaseEngine, shard_base, take_switch
 from hapo_lite.skipped import SkippedStep, save_step
 from hapo_lite.status import Status
 from hapo_lite.tasks.data import PromptSet, load_prompts, split_held_out
@@ -55,13 +56,16 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     Raises UserError for what the user can mend, and Interrupted after a checkpoint has been written for a signal.
     """
+    sharded = take_switch()
     accelerator = make_accelerator(recipe)
     folder = RunFolder(recipe.run_dir)
     with Status(folder.status if accelerator.is_main_process else None) as status:
-        return _train(recipe, accelerator, folder, status)
+        return _train(recipe, accelerator, folder, status, sharded and accelerator.num_processes > 1)
 
 
-def _train(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, status: Status) -> dict[str, Any]:
+def _train(
+    recipe: Recipe, accelerator: Accelerator, folder: RunFolder, status: Status, sharded: bool
+) -> dict[str, Any]:
     say = accelerator.print
     check_same_run(folder, recipe)
     train_data, held_out_data = load_data(recipe, say)
@@ -78,6 +82,10 @@ def _train(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, status: 
         settings = flatten(recipe.model_dump(mode="json"))
         accelerator.init_trackers("hapo_lite", config={k: "null" if v is None else v for k, v in settings.items()})
     engine = make_engine(recipe, policy)
+    if sharded:
+        whole, part = (size / 2**20 for size in shard_base(policy))
+        engine = WholeBaseEngine(engine, policy)
+        say(f"base split by FSDP: {part:,.2f} MB of the weights in each process, {whole:,.2f} MB while it samples")
     with Scorer(recipe.reward, recipe.rollout.max_new_tokens) as scorer:
         loop = Loop(
             recipe,
@@ -286,7 +294,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UserError(
-            "hapo_lite shares the work over processes by itself: launch it with plain multi-GPU or multi-CPU"
+            f"{accelerator.distributed_type.value} is not supported here: launch it with recipes/accelerate/ddp.yaml, "
+            "or hapo_lite.train with recipes/accelerate/fsdp.yaml"
         )
     return accelerator
 

@@ -46,8 +46,12 @@ class Shortage:
         self.tell: Callable[[str, bool], None] = lambda sentence, whole: None
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Raises OutOfMemory in every process if memory runs out inside it in one. No collective may stand inside."""
+    def together(self, lockstep: bool = False) -> Iterator[None]:
+        """Raises OutOfMemory in every process if memory runs out inside it in one. No collective may stand inside.
+
+        lockstep: there are collectives, in which the others wait for this process. So UserError ends it, and the
+        launcher the others.
+        """
         short = ""
         try:
             yield
@@ -55,6 +59,13 @@ class Shortage:
             if not is_shortage(error):
                 raise
             short = f"{error}".strip().partition("\n")[0] or type(error).__name__
+            if lockstep:
+                raise UserError(
+                    f"memory ran out ({short}), which a base split by FSDP cannot go on from: lower "
+                    "training.micro_batch_tokens and start again, from the newest checkpoint"
+                ) from error
+        if lockstep:
+            return
         if self.accelerator.num_processes > 1:
             flag = torch.tensor(float(bool(short)), device=self.accelerator.device)
             someone = bool(self.accelerator.reduce(flag, "sum") > 0)
