@@ -14,6 +14,7 @@ import pytest
 
 from hapo_lite.algo.methods import Method
 from hapo_lite.errors import UserError
+from hapo_lite.inspect import inline
 from hapo_lite.inspect.generate import GenerationSettings, ModelShelf, generate
 from hapo_lite.inspect.runs import open_run
 from hapo_lite.inspect.tokens import show_number, token_table, what_if
@@ -364,3 +365,47 @@ def test_on_a_phone_a_tap_shows_the_details(browser, address):
         panel = page.locator("#generated-tokens .hapo-details").bounding_box()
         assert panel["y"] >= 0 and panel["y"] + panel["height"] <= 845
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@browser_needed
+def test_a_view_in_a_notebook_answers_without_a_server(browser, root):
+    run = open_run(root, "hostile")
+    page = browser.new_context(viewport={"width": 1000, "height": 700}).new_page()
+    page.set_default_timeout(WAIT)
+    troubles: list[str] = []
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("request", lambda request: troubles.append(request.url))
+    page.set_content(f"<p>a notebook</p>{inline.completion(run)}")
+    page.wait_for_selector("iframe")
+    view = page.frames[1]
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    view.hover('.t[data-i="1"]')
+    view.wait_for_selector(".hapo-details dt")
+    assert "0.2 nats" in view.inner_text(".hapo-details")
+    assert view.evaluate("window.attacked") is None and page.evaluate("window.attacked") is None
+    assert before == "rgba(0, 0, 0, 0)"  # the notebook keeps its own look
+    assert not troubles
+    page.context.close()
+
+
+def test_what_a_view_in_a_notebook_cannot_show_is_named(root, tmp_path):
+    run = open_run(root, "plain")
+    assert "hapo-cards" in inline.right_against_wrong(run, iteration=0)
+    with pytest.raises(UserError, match="iteration 1 has completions 0 to 1, not 2"):
+        inline.completion(run, place=2)
+    with pytest.raises(UserError, match="no recorded completions of iteration 7: iterations 0, 1 have some"):
+        inline.completion(run, iteration=7)
+    (tmp_path / "fresh" / "traces").mkdir(parents=True)
+    with pytest.raises(UserError, match="no recorded completions: no iteration has any"):
+        inline.completion(open_run(tmp_path, "fresh"))
+
+
+def test_on_colab_no_tunnel_to_the_outside_is_opened(monkeypatch):
+    import app
+
+    asked = []
+    monkeypatch.setattr("gradio.utils.colab_check", lambda: True)
+    monkeypatch.setattr("gradio.networking.setup_tunnel", lambda **options: asked.append(options))
+    blocks, address = app.serve(["--port", "0"], block=False)
+    blocks.close()
+    assert not asked and re.fullmatch(r"http://127\.0\.0\.1:[1-9]\d+/", address)

@@ -259,10 +259,15 @@ def test_the_adapter_loads_as_its_card_says(finished, adapter, monkeypatch):
     assert by_name.peft_config["default"].base_model_name_or_path == str(TINY_MODEL)
 
 
-def test_an_adapter_names_its_base_on_the_hub_and_the_revision(run, monkeypatch):
+@pytest.mark.parametrize("pinned", [True, False])
+def test_an_adapter_names_its_base_on_the_hub_and_the_revision(run, monkeypatch, pinned):
+    """The recipe's revision, or else the commit that the run found behind the name."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    recipe["model"] |= {"name": "Qwen/Qwen2.5-Math-1.5B", "revision": "4a83ca6"}
+    recipe["model"] |= {"name": "Qwen/Qwen2.5-Math-1.5B", "revision": "4a83ca6" if pinned else None}
+    summary = json.loads((run / "summary.json").read_text())
+    summary["origins"]["model"] = "files of a folder" if pinned else "commit 4a83ca6"
+    (run / "summary.json").write_text(json.dumps(summary))
     recipe["data"] |= {"source": "BytedTsinghua-SIA/DAPO-Math-17k", "revision": "abc"}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
@@ -355,6 +360,13 @@ def set_model(run: Path, **changes) -> None:
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
+def another_base(run: Path) -> None:
+    """As after somebody has written other weights to the same name."""
+    summary = json.loads((run / "summary.json").read_text())
+    summary["origins"]["model"] = "files 0123"
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
 def half_a_summary(run: Path) -> None:
     (run / "summary.json").write_text((run / "summary.json").read_text()[:50])
 
@@ -368,6 +380,7 @@ def half_a_summary(run: Path) -> None:
         (half_a_summary, "summary.json cannot be read"),
         (quantised_itself, "is quantised itself, and an adapter is merged into full weights only"),
         (its_own_code, "brings code of its own"),
+        (another_base, "is not the model that the run was trained on (files 0123; now files "),
     ],
 )
 def test_a_run_that_cannot_be_exported(run, capsys, spoil, message):
@@ -376,13 +389,18 @@ def test_a_run_that_cannot_be_exported(run, capsys, spoil, message):
     assert not list((run / "export").glob("*"))
 
 
-def test_a_checkpoint_is_exported_without_the_runs_figures(run):
+def test_a_checkpoint_is_exported_without_the_runs_figures(run, capsys):
     [newest] = (run / "checkpoints").iterdir()
-    weights = load_file(newest / WEIGHTS)
-    save_file({name: w * 0.5 for name, w in weights.items()}, newest / WEIGHTS)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"adapter_sha256": "of a later one"}))
     assert run_command(command.main, [str(run), "--to", "adapter", "--adapter", str(newest)]) == 0
     card = (run / "export" / "adapter" / "README.md").read_text()
     assert "a checkpoint of the run, 000004" in card and "Not known: this is a checkpoint" in card
+    assert f"| model as loaded | {summary['origins']['model']} |" in card
+    weights = load_file(newest / WEIGHTS)
+    save_file({name: w * 0.5 for name, w in weights.items()}, newest / WEIGHTS)
+    line = complaint(capsys, run, "--to", "adapter", "--adapter", newest)
+    assert "000004 is damaged: adapter_model.safetensors has changed" in line
 
 
 def test_traces_and_data_are_what_it_compares_on(run, capsys):

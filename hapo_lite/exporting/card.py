@@ -61,7 +61,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def how_to_load(source: Source, record: dict[str, Any], output: Path) -> str:
-    revision = f', revision="{source.model.revision}"' if source.model.revision else ""
+    revision = f', revision="{source.revision}"' if source.revision else ""
     if record["kind"] == "adapter":
         name = "TINY_MODEL" if source.model.name == "tiny" else f'"{source.base}"'
         tiny = "from hapo_lite.policy import TINY_MODEL\n" if source.model.name == "tiny" else ""
@@ -103,6 +103,7 @@ def facts(source: Source, record: dict[str, Any]) -> str:
         "base": _base(source) + (", 4-bit (NF4) in training" if source.model.quantization == "nf4" else ""),
         "method": recipe.method.preset,
         "data": "the built-in task" if data.source == "tiny" else f"{data.source} ({where})",
+        **{f"{what} as loaded": origin for what, origin in source.origins.items() if origin},
         "seed": recipe.seed,
     }
     if summary:
@@ -146,7 +147,7 @@ def before_and_after(source: Source) -> str:
 def _base(source: Source) -> str:
     if source.model.name == "tiny":
         return "hapo_lite's bundled model"
-    return source.model.name + (f" at {source.model.revision}" if source.model.revision else "")
+    return source.model.name + (f" at {source.revision}" if source.revision else "")
 
 
 def _versions(versions: dict[str, str]) -> str:

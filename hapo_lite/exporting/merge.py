@@ -38,6 +38,12 @@ def merge(source: Source, folder: Path, dtype: str, say: Callable[[str], None]) 
     device, computed_in = placement(parameters, written)
     say(f"merging {source.adapter} into {source.model.name}, {NAMES[written]}, on {device} in {NAMES[computed_in]}")
     policy = _load(source, source.base, device, computed_in, source.adapter)
+    trained_on = source.origins.get("model", policy.origin)
+    if policy.origin != trained_on:
+        raise UserError(
+            f"model.name = {source.model.name} is not the model that the run was trained on ({trained_on}; now "
+            f"{policy.origin}): put that back, or use --to adapter"
+        )
     probes = gather(source, policy, say)
     reference, effect = refer(policy, probes)
     _write(source, policy, folder, written)
@@ -53,7 +59,7 @@ def merge(source: Source, folder: Path, dtype: str, say: Callable[[str], None]) 
     say(found.sentence())
     if source.model.quantization != "nf4":
         return found, None
-    gap = quantisation_gap(load_policy(source.model, source.recipe.seed, device, source.adapter), probes, reference)
+    gap = quantisation_gap(_load_four_bit(source, device), probes, reference)
     say(gap.sentence())
     _free()
     return found, gap
@@ -90,9 +96,14 @@ def placement(parameters: int, own: torch.dtype) -> tuple[torch.device, torch.dt
 
 def _load(source: Source, name: str, device: torch.device, dtype: torch.dtype, adapter: Path | None) -> Policy:
     changes = {"name": name, "quantization": "none", "dtype": NAMES[dtype], "gradient_checkpointing": False}
-    if adapter is None:
-        changes["revision"] = None
+    changes |= {"revision": source.revision if name == source.base else None}
     return load_policy(source.model.model_copy(update=changes), source.recipe.seed, device, adapter)
+
+
+def _load_four_bit(source: Source, device: torch.device) -> Policy:
+    """As the run trained it."""
+    settings = source.model.model_copy(update={"revision": source.revision, "gradient_checkpointing": False})
+    return load_policy(settings, source.recipe.seed, device, source.adapter)
 
 
 def _write(source: Source, policy: Policy, folder: Path, dtype: torch.dtype) -> None:

@@ -49,7 +49,8 @@ def export(
             "kind": kind,
             "run": source.recipe.name,
             "adapter_sha256": source.sha256,
-            "base": {"name": source.model.name, "revision": source.model.revision},
+            "base": {"name": source.model.name, "revision": source.revision},
+            "origins": source.origins,
             "versions": versions(),
         }
         if kind == "adapter":
@@ -85,7 +86,7 @@ def write_adapter(source: Source, folder: Path) -> None:
     """The adapter with its base named as a user elsewhere will find it, and the base's tokenizer."""
     shutil.copyfile(source.adapter / WEIGHTS, folder / WEIGHTS)
     shutil.copyfile(source.adapter / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
-    named = {"base_model_name_or_path": source.base, "revision": source.model.revision}
+    named = {"base_model_name_or_path": source.base, "revision": source.revision}
     rewrite(folder / ADAPTER_CONFIG, lambda config: {**config, **named})
     files = base_files(source, TOKENIZER_FILES)
     for name, path in files.items():

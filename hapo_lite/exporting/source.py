@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from hapo_lite.checkpoint import file_hash
+from hapo_lite.checkpoint import STATE, file_hash, read_record
 from hapo_lite.errors import UserError
 from hapo_lite.folder import RunFolder
 from hapo_lite.policy import TINY_MODEL
@@ -35,7 +35,7 @@ TOKENIZER_FILES = (
 class Source:
     """folder: the run's; sha256: of the adapter's weights; summary: of the run, or {} where that is of another adapter.
 
-    base: what `from_pretrained` takes.
+    origins: which model and data the run was trained on, as it recorded them; base: what `from_pretrained` takes.
     """
 
     folder: RunFolder
@@ -43,6 +43,7 @@ class Source:
     adapter: Path
     sha256: str
     summary: dict[str, Any]
+    origins: dict[str, str]
 
     @property
     def model(self) -> ModelSettings:
@@ -56,8 +57,10 @@ class Source:
         return str(Path(self.model.name).resolve()) if Path(self.model.name).is_dir() else self.model.name
 
     @property
-    def revision(self) -> dict[str, str]:
-        return {"revision": self.model.revision} if self.model.revision else {}
+    def revision(self) -> str | None:
+        """Of a hub name: the recipe's, else the commit that the run loaded."""
+        kind, _, commit = self.origins.get("model", "").partition(" ")
+        return self.model.revision or (commit if kind == "commit" else None)
 
 
 def open_source(run: Path, adapter: Path | None) -> Source:
@@ -86,7 +89,13 @@ def open_source(run: Path, adapter: Path | None) -> Source:
                     "it anew, or name a folder with --adapter"
                 )
             summary = {}
-    return Source(folder, recipe, chosen, sha256, summary)
+    origins = summary.get("origins") or _of_checkpoint(chosen)
+    return Source(folder, recipe, chosen, sha256, summary, origins)
+
+
+def _of_checkpoint(folder: Path) -> dict[str, str]:
+    """The origins that a checkpoint recorded; {} where `folder` is none."""
+    return read_record(folder).get("origins", {}) if (folder / STATE).is_file() else {}
 
 
 def base_config(source: Source) -> Any:
@@ -97,7 +106,7 @@ def base_config(source: Source) -> Any:
             "--to adapter"
         )
     try:
-        config = AutoConfig.from_pretrained(source.base, trust_remote_code=False, **source.revision)
+        config = AutoConfig.from_pretrained(source.base, trust_remote_code=False, revision=source.revision)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.name = {source.model.name} cannot be loaded: {str(error).splitlines()[0]}") from error
     if getattr(config, "quantization_config", None):
@@ -120,9 +129,9 @@ def base_files(source: Source, names: tuple[str, ...]) -> dict[str, Path]:
         name: cached_file(
             source.base,
             name,
+            revision=source.revision,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
-            **source.revision,
         )
         for name in names
     }

@@ -16,6 +16,8 @@ from hapo_lite.inspect.tabs.generate import GenerateTab
 from hapo_lite.inspect.tabs.run import RunTab
 
 ASSETS = Path(figures.__file__).parent
+INLINE_HEIGHT = 900
+"""Of the page in a notebook, pixels."""
 PLOTLY_JS = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 
 
@@ -59,14 +61,19 @@ def head() -> str:
 
 
 def launch(desk: Desk, host: str, port: int, block: bool = True) -> tuple[gr.Blocks, str]:
-    """Start the server; returns the page with its address. block: until Ctrl-C. Raises UserError on a port in use."""
+    """Start the server; returns the page with its address. In a notebook the page shows below the cell.
+
+    port: 0 for the first from 7860 on that is free; block: until Ctrl-C. Raises UserError on a port in use.
+    """
     gr.set_static_paths([str(PLOTLY_JS)])
     blocks = build(desk)
     try:
         _, address, _ = blocks.queue().launch(
             server_name=host,
-            server_port=port,
+            server_port=port or None,
             prevent_thread_lock=not block,
+            share=False,  # on Colab, gradio would open a public tunnel by itself
+            height=INLINE_HEIGHT,
             theme=theme(),
             head=head(),
             footer_links=[],
