@@ -69,8 +69,7 @@ class Policy:
 
         Right padding needs no attention mask: under causal attention no real token sees what comes after it.
         """
-        base = self.model.get_base_model()
-        hidden = base.get_decoder()(input_ids=batch.ids, use_cache=False).last_hidden_state
+        base, hidden = self.model.get_base_model(), self.hidden_states(batch.ids)
         rows, columns = batch.mask.nonzero(as_tuple=True)
         # The state at a position predicts the next token, so completion token t is predicted at prompt + t - 1.
         states = hidden[rows, batch.prompt_lengths[rows] + columns - 1]
@@ -80,6 +79,10 @@ class Policy:
         )
         blank = logp.new_zeros(batch.mask.shape)
         return blank.index_put((rows, columns), logp), blank.index_put((rows, columns), entropy)
+
+    def hidden_states(self, ids: Tensor) -> Tensor:
+        """What the head reads, [B, L, D]. ids: [B, L]."""
+        return self.model.get_base_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
 
     @contextlib.contextmanager
     def base_alone(self) -> Iterator[None]:
@@ -99,12 +102,19 @@ class Policy:
             self.model.train(was_training)
 
 
-def load_policy(settings: ModelSettings, seed: int, device: torch.device | str, adapter: Path | None = None) -> Policy:
+def load_policy(
+    settings: ModelSettings,
+    seed: int,
+    device: torch.device | str,
+    adapter: Path | None = None,
+    engine: str = "transformers",
+) -> Policy:
     """Load the base from a hub name or folder, quantise it, and put a fresh adapter on it.
 
     Only safetensors weights are read, and no code of the model's repository is run but with model.trust_remote_code.
     The adapter's initial weights depend on `seed` alone. adapter: a folder with a trained one instead, to sample from
-    and not to train. Raises UserError if there is no such model or it does not fit the settings.
+    and not to train. engine: rollout.engine; `unsloth` loads the model itself. Raises UserError if there is no such
+    model or it does not fit the settings.
     """
     device = torch.device(device)
     dtype = resolve_dtype(settings.dtype, device)
@@ -113,15 +123,21 @@ def load_policy(settings: ModelSettings, seed: int, device: torch.device | str, 
         trust = may_run_code(settings, origin)
         source = {"revision": origin.commit, "trust_remote_code": trust}
         tokenizer = AutoTokenizer.from_pretrained(origin.name, padding_side="left", **source)
-        base = AutoModelForCausalLM.from_pretrained(
-            origin.name,
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation=settings.attention,
-            quantization_config=_nf4(dtype) if settings.quantization == "nf4" else None,
-            use_safetensors=True,
-            **source,
-        )
+        if engine == "unsloth":
+            from hapo_lite.rollout import unsloth_engine
+
+            model, fast = unsloth_engine.load(settings, origin, dtype, seed, adapter)
+            base = model.get_base_model()
+        else:
+            base = AutoModelForCausalLM.from_pretrained(
+                origin.name,
+                dtype=dtype,
+                device_map={"": device},
+                attn_implementation=settings.attention,
+                quantization_config=_nf4(dtype) if settings.quantization == "nf4" else None,
+                use_safetensors=True,
+                **source,
+            )
     except UserError:
         raise
     except Exception as error:
@@ -135,11 +151,13 @@ def load_policy(settings: ModelSettings, seed: int, device: torch.device | str, 
         tokenizer.pad_token_id = stop_ids[0]
     # A model's own generation settings (top_k, repetition_penalty, ...) would silently change the sampled distribution.
     base.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=list(stop_ids))
+    context = int(getattr(base.config, "max_position_embeddings", None) or tokenizer.model_max_length)
+    if engine == "unsloth":
+        return unsloth_engine.UnslothPolicy(model, tokenizer, stop_ids, context, str(origin), fast)
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = _fresh_adapter(base, settings, seed).train() if adapter is None else _saved_adapter(base, settings, adapter)
-    context = getattr(base.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    return Policy(model, tokenizer, stop_ids, int(context), str(origin))
+    return Policy(model, tokenizer, stop_ids, context, str(origin))
 
 
 def _fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> PeftModel:

@@ -111,8 +111,8 @@ class RewardSettings(Section):
 
 
 class RolloutSettings(Section):
-    engine: Literal["transformers", "paged", "vllm"] = Field(
-        "transformers", description="What samples: generate of transformers, its continuous batching, or vLLM"
+    engine: Literal["transformers", "paged", "vllm", "unsloth"] = Field(
+        "transformers", description="What samples: generate of transformers, its continuous batching, vLLM, or Unsloth"
     )
     engine_memory: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.4, description="Share of the GPU's memory for vLLM, which has a base of its own and sleeps during the update"

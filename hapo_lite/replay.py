@@ -44,7 +44,7 @@ def replay(path: Path) -> str:
     if begins is None:
         recipe = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"report_to": "none"})})
         accelerator = make_accelerator(recipe)
-        policy = load_policy(recipe.model, recipe.seed, accelerator.device)
+        policy = load_policy(recipe.model, recipe.seed, accelerator.device, engine=recipe.rollout.engine)
         put_adapter(policy, adapter, path)
         collector = Collector(engine=None, scorer=None, accelerator=accelerator)
         loop = Loop(recipe, policy, collector, stream=None, held_out=(), accelerator=accelerator)

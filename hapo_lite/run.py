@@ -69,7 +69,7 @@ def _train(
     say = accelerator.print
     check_same_run(folder, recipe)
     train_data, held_out_data = load_data(recipe, say)
-    policy = load_policy(recipe.model, recipe.seed, accelerator.device)
+    policy = load_policy(recipe.model, recipe.seed, accelerator.device, engine=recipe.rollout.engine)
     encoded = training_prompts(train_data, policy, recipe.data, recipe.rollout.max_new_tokens, say)
     held_out = encode_prompts(held_out_data, policy, recipe.data, recipe.rollout.max_new_tokens, say)
     if accelerator.is_main_process:

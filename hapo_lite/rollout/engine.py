@@ -19,6 +19,7 @@ TRAINING, EVALUATION, BENCHMARK, CANARY = 0, 1, 2, 3
 ENGINES = {
     "transformers": ("hapo_lite.rollout.transformers_engine", "TransformersEngine", "transformers>=5.10"),
     "paged": ("hapo_lite.rollout.paged_engine", "PagedEngine", "transformers>=5.17"),
+    "unsloth": ("hapo_lite.rollout.unsloth_engine", "UnslothEngine", "hapo_lite[unsloth]"),
     "vllm": ("hapo_lite.rollout.vllm_engine", "VllmEngine", "hapo_lite[vllm]"),
 }
 """By `rollout.engine`: the module, its class, and what to install for it. Imported when chosen."""
