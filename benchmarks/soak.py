@@ -33,8 +33,8 @@ class Sample:
     threads: int
 
 
-def watch(folder: Path, iterations: int, overrides: list[str]) -> tuple[list[Sample], list[float]]:
-    """Run, and return a sample and the seconds of each iteration."""
+def watch(folder: Path, iterations: int, overrides: list[str]) -> tuple[list[Sample], list[float], list[float]]:
+    """Run, and return for each iteration a sample, its seconds, and its seconds by 1,000 tokens."""
     command = [sys.executable, "-m", "hapo_lite.train", str(ROOT / "recipes" / "tiny_cpu.yaml")]
     settings = [f"output_dir={folder}", f"training.iterations={iterations}", "logging.progress=false"]
     samples: list[Sample] = []
@@ -51,7 +51,9 @@ def watch(folder: Path, iterations: int, overrides: list[str]) -> tuple[list[Sam
     if run.wait():
         sys.exit(f"the run ended with code {run.returncode}")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return samples, [line["seconds/iteration"] for line in records if "seconds/iteration" in line]
+    lengths = np.diff([line.get("tokens", 0) for line in records])
+    seconds = [line["seconds/iteration"] for line in records[1:]]
+    return samples, seconds, [1000.0 * s / tokens for s, tokens in zip(seconds, lengths, strict=True)]
 
 
 def look(run: psutil.Process, iteration: int) -> Sample:
@@ -78,7 +80,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        samples, seconds = watch(Path(folder), arguments.iterations, arguments.overrides)
+        samples, seconds, paces = watch(Path(folder), arguments.iterations, arguments.overrides)
     fifth = arguments.iterations // 5
     late = [s for s in samples if s.iteration > fifth]
     print(f"{arguments.iterations} iterations, {len(samples)} samples; the first {fifth} are left to settle")
@@ -89,8 +91,10 @@ def main() -> None:
     for name in ("files", "processes", "threads"):
         values = [getattr(s, name) for s in late]
         print(f"{name:<20}{values[0]:8} -> {values[-1]:8}       {min(values)} to {max(values)}")
-    first, last = (float(np.median(part)) for part in (seconds[:fifth], seconds[-fifth:]))
-    print(f"{'seconds':<20}{first:8.3f} -> {last:8.3f} an iteration   {100 * (last / first - 1):+.1f} % (medians)")
+    # A policy that learns to be brief has shorter iterations, so its pace is that by token.
+    for name, numbers in (("an iteration", seconds), ("by 1,000 tokens", paces)):
+        first, last = (float(np.median(part)) for part in (numbers[:fifth], numbers[-fifth:]))
+        print(f"{'seconds':<20}{first:8.3f} -> {last:8.3f} {name:<16}{100 * (last / first - 1):+.1f} % (medians)")
 
 
 if __name__ == "__main__":
