@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
+import random
 import re
 import shutil
 import socket
+import sys
 import time
 
 import pytest
@@ -19,6 +22,7 @@ from hapo_lite.inspect.generate import GenerationSettings, ModelShelf, generate
 from hapo_lite.inspect.runs import open_run
 from hapo_lite.inspect.tokens import show_number, token_table, what_if
 from hapo_lite.trace import write_traces
+from tests.conftest import ROOT
 from tests.test_inspect import HOSTILE, make_trace, trained
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -312,6 +316,20 @@ def test_a_user_error_is_one_sentence(fresh):
     page.click("#generate")
     page.wait_for_selector("#generate-status .hapo-error")
     assert "is not a folder" in page.locator("#generate-status").inner_text()
+
+
+def test_many_who_ask_at_once_get_their_own_answers(address):
+    """By the server's own interface; benchmarks/inspector_load.py asks more of them and looks at what grows."""
+    spec = importlib.util.spec_from_file_location("inspector_load", ROOT / "benchmarks" / "inspector_load.py")
+    load = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = load
+    spec.loader.exec_module(load)
+    draw, shelf = random.Random(0), ModelShelf()
+    questions = [load.Question.drawn(draw) for _ in range(16)]
+    expected = [question.answered_here(shelf) for question in questions]
+    assert len(set(expected)) == len(expected)
+    clients = [load.Client(address, verbose=False) for _ in range(8)]
+    assert load.ask_at_once(clients, questions, expected) == 0
 
 
 @browser_needed
