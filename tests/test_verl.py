@@ -20,6 +20,7 @@ from hapo_lite.checkpoint import TrainState
 from hapo_lite.integrations import verl
 from hapo_lite.loop import advantages
 from hapo_lite.records import Sequences, pad
+from hapo_lite.rollout.sampling import AdaptiveTemperature
 
 LENGTHS = [5, 1, 7, 3, 6, 6, 2, 7, 4, 5, 3, 1]
 GROUPS = [0, 1, 0, 2, 1, 2, 0, 1, 2, 2, 1, 0]
@@ -186,6 +187,18 @@ def test_weights_on_the_sampled_distribution_multiply_the_loss():
     plain, _ = verl.clipped_loss(*inputs)
     halved, _ = verl.clipped_loss(*inputs, torch.where(batch.mask.bool(), 0.5, math.nan))
     assert float(halved) == pytest.approx(0.5 * float(plain), rel=1e-12)
+
+
+@pytest.mark.parametrize("low_side", ["negative", "positive"])
+def test_the_signal_survives_its_journey_to_the_sampler(low_side):
+    signal = EntropySignal(-1.5, 3.0, 2.0, 6.0, floor=1e-7, low_side=low_side)
+    method = replace(PRESETS["hapo"], tau=0.07, low_side=low_side)
+    torch.manual_seed(0)
+    logits = torch.randn(64, 50) * torch.logspace(-1, 2, 64)[:, None]
+    found = verl.temperature_of(torch.tensor(verl.signal_row(method, signal), dtype=torch.float64).tolist())
+    expected = AdaptiveTemperature(signal, tau=0.07)
+    assert torch.equal(found(None, logits), expected(None, logits))
+    assert float(expected.temperature.max() - expected.temperature.min()) > 0.06
 
 
 def test_what_cannot_be_done_is_refused():

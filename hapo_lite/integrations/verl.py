@@ -22,10 +22,15 @@ from torch import Tensor
 from hapo_lite.algo.advantage import group_advantage
 from hapo_lite.algo.methods import PRESETS, Method
 from hapo_lite.algo.objective import loss_weights, method_loss
+from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.tokens import TokenSignals
+from hapo_lite.rollout.sampling import AdaptiveTemperature
 
 METHODS: dict[str, Method] = {}
 """What `register` has registered, by the name that verl's configuration gives."""
+
+SIGNAL = "hapo_signal"
+"""Where a batch of prompts, and a request to vLLM, has the signal that A samples with: a `signal_row`."""
 
 _AVERAGES = {"token-mean": "token", "seq-mean-token-mean": "sequence"}
 _H: ContextVar[Tensor | None] = ContextVar("h", default=None)
@@ -69,6 +74,18 @@ def token_signals(h: Tensor) -> Iterator[None]:
         yield
     finally:
         _H.reset(token)
+
+
+def signal_row(method: Method, signal: EntropySignal) -> list[float]:
+    """A's numbers, to travel with a prompt."""
+    positive = float(signal.low_side == "positive")
+    return [signal.pivot, signal.sigma, signal.high, signal.low, signal.floor, positive, method.tau]
+
+
+def temperature_of(row: Sequence[float]) -> AdaptiveTemperature:
+    """Eq. 8 for logits at the base temperature. row: a `signal_row`."""
+    *numbers, positive, tau = row
+    return AdaptiveTemperature(EntropySignal(*numbers, "positive" if positive else "negative"), tau=tau)
 
 
 def group_advantages(

@@ -2,7 +2,8 @@
 
 verl 0.9 hands its advantages and losses no entropies, though its old-policy pass finds them. Its own points of
 extension carry them: a trainer (trainer.v1.trainer_mode=hapo) that turns them into h over the whole iteration, and a
-loss that takes h along with verl's own. Not yet run on a cluster.
+loss that takes h along with verl's own. An agent loop (rollout.agent.default_agent_loop=hapo) sends the previous
+iteration's signal to vLLM, for A, where `verl_rollout` takes it. Not yet run on a cluster.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 import transfer_queue
+from verl.experimental.agent_loop.agent_loop import register as register_agent_loop
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import ppo_loss
@@ -33,7 +36,10 @@ def ppo_loss_with_h(config: Any, model_output: Any, data: Any, dp_group: Any = N
 
 @register_trainer("hapo")
 class HapoTrainer(PPOTrainerSync):
-    """verl's synchronous trainer, with h for the loss."""
+    """verl's synchronous trainer, with h for the loss and the last iteration's signal for sampling.
+
+    The first iteration, and the first after a resume, samples at the base temperature.
+    """
 
     def __init__(self, config: Any) -> None:
         loss, estimator = config.actor_rollout_ref.actor.policy_loss.loss_mode, config.algorithm.adv_estimator
@@ -46,7 +52,7 @@ class HapoTrainer(PPOTrainerSync):
             raise ValueError(
                 "rollout_correction.bypass_mode leaves out the pass that finds the entropies: switch it off"
             )
-        self.method = verl.METHODS[loss]
+        self.method, self.signal = verl.METHODS[loss], None
         config.trainer.v1.trainer_mode = "sync"  # The base class asks for this name wherever it is not asynchronous.
         super().__init__(config)
 
@@ -56,17 +62,24 @@ class HapoTrainer(PPOTrainerSync):
             actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
             self.actor_rollout_wg.set_loss_fn(partial(ppo_loss_with_h, config=actor))
 
+    def _next_train_batch(self, num_prompts: int | None = None) -> Any:
+        batch = super()._next_train_batch(num_prompts)
+        if self.method.adaptive_temperature and self.signal is not None:
+            row = verl.signal_row(self.method, self.signal)
+            batch[verl.SIGNAL] = torch.tensor([row] * len(batch), dtype=torch.float64)
+        return batch
+
     def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
         batch = super()._compute_old_log_prob(batch, metrics)
         found = transfer_queue.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=["entropy", "response_mask"]
         )
         real = [not tag.get("is_padding", False) for tag in batch.tags]
-        h, signal = signals(self.method, found["entropy"], found["response_mask"], real)
+        h, self.signal = signals(self.method, found["entropy"], found["response_mask"], real)
         transfer_queue.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=found.empty().update({"hapo_h": h})
         )
-        metrics["hapo/pivot"], metrics["hapo/sigma"] = signal.pivot, signal.sigma
+        metrics["hapo/pivot"], metrics["hapo/sigma"] = self.signal.pivot, self.signal.sigma
         return batch
 
 
@@ -80,3 +93,13 @@ def signals(method: Any, entropy: torch.Tensor, mask: torch.Tensor, real: list[b
     counted = [row[keep.bool()] for row, keep, wanted in zip(rows, mask.unbind(), real, strict=True) if wanted]
     signal = fit_signal(method, torch.cat(counted))
     return torch.nested.as_nested_tensor([signal.normalize(row) for row in rows], layout=torch.jagged), signal
+
+
+@register_agent_loop("hapo")
+class HapoAgentLoop(SingleTurnAgentLoop):
+    """verl's single turn, whose requests carry the signal that the trainer put beside the prompt."""
+
+    async def run(self, sampling_params: dict[str, Any], hapo_signal: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if hapo_signal is not None:
+            sampling_params = {**sampling_params, "extra_args": {verl.SIGNAL: hapo_signal.tolist()}}
+        return await super().run(sampling_params, **kwargs)

@@ -16,6 +16,11 @@ overrides=(
   algorithm.adv_estimator=hapo
   actor_rollout_ref.actor.policy_loss.loss_mode=hapo
 
+  # A: the agent loop sends the last iteration's signal along, and a logits processor in vLLM takes it.
+  actor_rollout_ref.rollout.agent.default_agent_loop=hapo
+  '+actor_rollout_ref.rollout.engine_kwargs.vllm.logits_processors=["hapo_lite.integrations.verl_rollout:HapoTemperature"]'
+  +ray_kwargs.ray_init.runtime_env.env_vars.VLLM_USE_V2_MODEL_RUNNER="'0'"
+
   # The base bounds eps_L and eps_R, the dual clip, DAPO's token mean. No KL term, no entropy bonus.
   actor_rollout_ref.actor.clip_ratio_low=0.2
   actor_rollout_ref.actor.clip_ratio_high=0.28
