@@ -85,7 +85,7 @@ def long_model(folder: Path, context: int) -> Path:
 
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     tokenizer.chat_template = None
-    model = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32, use_safetensors=True)
     tokenizer.add_tokens([f"<|{i}|>" for i in range(len(tokenizer), model.config.vocab_size)])
     # Its id lies behind the vocabulary of the model, which therefore cannot write it.
     tokenizer.add_special_tokens({"eos_token": "<|never|>"})

@@ -93,7 +93,9 @@ def measure_trl(iterations: int, lora: LoraSettings) -> None:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    model = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32, quantization_config=quantization)
+    model = AutoModelForCausalLM.from_pretrained(
+        TINY_MODEL, dtype=torch.float32, use_safetensors=True, quantization_config=quantization
+    )
     keep_weights_unpacked(model)
     rows = [
         {"prompt": [{"role": "user", "content": p.prompt}], "answer": str(p.answer)} for p in problems("train")[:2048]

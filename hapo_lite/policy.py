@@ -58,7 +58,7 @@ class Policy:
         if self.tokenizer.chat_template is None:
             text = "\n\n".join(message["content"] for message in chat) + "\n\n"
             return self.tokenizer.encode(text)
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        text = templated(self.tokenizer, chat, add_generation_prompt=True)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -200,6 +200,18 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def templated(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], **options: bool) -> str:
+    """A chat as the model's template writes it. Raises UserError where the template fails.
+
+    A template is a program that the model brings; transformers runs it in jinja's sandbox, which reaches no Python.
+    """
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"the chat template of {tokenizer.name_or_path} cannot be applied ({problem})") from error
+
+
 def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every token id that ends a completion: of the model, its generation settings, its tokenizer and its chat
     template.
@@ -211,9 +223,8 @@ def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         found += ids if isinstance(ids, list) else [ids]
     if tokenizer.chat_template is not None:
         answer = "answer"
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}], tokenize=False
-        )
+        chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+        text = templated(tokenizer, chat)
         after = tokenizer.encode(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)
         found += [i for i in after[:1] if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]
     stop_ids = tuple(dict.fromkeys(i for i in found if i is not None))

@@ -119,6 +119,23 @@ def test_code_from_another_repository_is_refused(tmp_path, hub):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.clear() }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+    ],
+)
+def test_a_chat_template_reaches_no_python(tmp_path, template):
+    folder = shutil.copytree(TINY_MODEL, tmp_path / "m")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    with pytest.raises(UserError, match=r"chat template of .* cannot be applied \((SecurityError|OverflowError)"):
+        load(folder)
+
+
 def test_an_adapter_cannot_put_another_model_in_its_place(tmp_path, hub):
     shutil.copytree(TINY_MODEL, hub("someone/base", COMMIT), dirs_exist_ok=True)
     snapshot = shutil.copytree(TINY_MODEL, hub("someone/adapter", COMMIT), dirs_exist_ok=True)
@@ -196,9 +213,7 @@ def test_a_run_records_its_commits_and_goes_on_with_no_others(tmp_path, make_rec
 
     on = [*settings, "training.iterations=2"]
     shutil.copytree(TINY_MODEL, hub("someone/model", LATER), dirs_exist_ok=True)
-    with pytest.raises(
-        UserError, match=rf"base model is another than .*now commit {LATER}\): set model\.revision={COMMIT}"
-    ):
+    with pytest.raises(UserError, match=rf"base model is another .*now commit {LATER}\): set model\.revision={COMMIT}"):
         run.train(make_recipe(*on))
     on.append(f"model.revision={COMMIT}")
     hub_data(LATER, 1000)
