@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from hapo_lite.errors import UserError
+
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file that is whole or, if that fails, as it was before. Raises OSError."""
@@ -41,6 +43,14 @@ def replacing_folder(final: Path) -> Iterator[Path]:
     except BaseException:  # Ctrl-C too: what is half written may be many gigabytes.
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """`path` with links followed. Raises UserError if it leaves `folder`."""
+    resolved = path.resolve()
+    if not resolved.is_relative_to(folder.resolve()):
+        raise UserError(f"{path} leads out of {folder}: nothing outside it is opened")
+    return resolved
 
 
 def file_hash(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import yaml
 
 from hapo_lite.checkpoint import TrainState, list_checkpoints, load_checkpoint, newest_good
 from hapo_lite.errors import UserError, writing
-from hapo_lite.files import replace_text
+from hapo_lite.files import inside, replace_text
 from hapo_lite.loop import Loop
 from hapo_lite.metrics import MetricsFile
 from hapo_lite.recipe import Recipe, departure
@@ -57,6 +58,29 @@ class RunFolder:
     @property
     def curves(self) -> Path:
         return self.path / "curves.png"
+
+
+OURS = ("recipe.yaml", "status.json", "metrics.jsonl", "traces", "checkpoints", "adapter", "evaluations")
+"""What tells a run's folder from another one."""
+
+
+def check_place(folder: RunFolder) -> None:
+    """Before anything is written: refuse a folder that is not a run's, and one with links that lead out of it.
+
+    A run replaces files in its folder and deletes old ones; through a link, it would do so somewhere else.
+    """
+    path = folder.path
+    inside(path.parent, path)
+    if not path.is_dir():
+        return
+    with writing(path):
+        names = {entry.name for entry in path.iterdir()}
+    if names and names.isdisjoint(OURS):
+        raise UserError(f"{path} holds other things than a run: choose another name= or output_dir=")
+    for place, folders, files in os.walk(path):
+        for name in folders + files:
+            if os.path.islink(os.path.join(place, name)):
+                inside(path, Path(place, name))
 
 
 def open_folder(folder: RunFolder, recipe: Recipe, status: Status) -> None:

@@ -27,7 +27,7 @@ from hapo_lite.checkpoint import TrainState, save_adapter, save_checkpoint
 from hapo_lite.collapse import CollapseWatch
 from hapo_lite.errors import UserError, writing
 from hapo_lite.files import file_hash, replace_text, replacing_folder
-from hapo_lite.folder import RunFolder, check_same_run, open_folder, resume
+from hapo_lite.folder import RunFolder, check_place, check_same_run, open_folder, resume
 from hapo_lite.interrupt import Interrupted, Interrupts
 from hapo_lite.loop import Loop
 from hapo_lite.policy import Policy, load_policy, resolve_dtype
@@ -59,6 +59,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     sharded = take_switch()
     accelerator = make_accelerator(recipe)
     folder = RunFolder(recipe.run_dir)
+    check_place(folder)
     with Status(folder.status if accelerator.is_main_process else None) as status:
         return _train(recipe, accelerator, folder, status, sharded and accelerator.num_processes > 1)
 

@@ -12,8 +12,12 @@ import shutil
 import socket
 import sys
 import time
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, build_opener
 
 import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
 
 from hapo_lite.algo.methods import Method
 from hapo_lite.errors import UserError
@@ -39,7 +43,7 @@ WAIT = 15_000
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A folder of runs: `plain`, two iterations of one prompt; `hostile`, with a broken line and hostile tokens."""
-    root = tmp_path_factory.mktemp("runs")
+    root = tmp_path_factory.mktemp("inspected") / "runs"
     for iteration in (0, 1):
         traces = [make_trace(iteration=iteration, outcome="correct", reward=1.0)]
         traces += [trained(make_trace(iteration=iteration), Method(), 0.5, [1.0, 0.6, 1.0, 1.0, 1.3, 1.0])]
@@ -58,6 +62,8 @@ def root(tmp_path_factory):
         "model: {name: tiny}\ndata: {source: tiny}\nmethod: {preset: dapo, tau: 0.2}\ntraining: {iterations: 2}\n",
         "utf-8",
     )
+    write_traces(root.parent / "secret" / "traces", 0, [make_trace(prompt_id="secret")])
+    (root / "linked").symlink_to(root.parent / "secret")
     with (root / "hostile" / "traces" / "000000.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"foreign": true}\n')
     return root
@@ -344,6 +350,34 @@ def test_two_tabs_do_not_disturb_each_other(page, fresh):
     page.click("#generated-answer label:has-text('wrong')")
     page.wait_for_selector("#generated-what-if figcaption:has-text('answer wrong')")
     assert page.locator("#generated-tokens .hapo-tokens").inner_text() == mine
+
+
+def test_the_server_gives_out_no_other_files(address, root):
+    from hapo_lite.inspect.tabs.page import PLOTLY_JS
+
+    ask = build_opener(ProxyHandler({})).open
+    assert ask(f"{address}gradio_api/file={PLOTLY_JS}").status == 200
+    files = [root / "plain" / "metrics.jsonl", root.parent / "secret" / "traces" / "000000.jsonl", ROOT / "app.py"]
+    paths = [f"gradio_api/file={file}" for file in ("/etc/hostname", "//etc/hostname", "app.py", *files)]
+    paths += [f"gradio_api/file={PLOTLY_JS.parent}/{up}/__init__.py" for up in ("..", "%2e%2e", "..%2f..")]
+    paths += ["static/..%2f..%2f..%2fetc%2fhostname", "file=/etc/hostname", f"gradio_api/proxy={address}config"]
+    for path in paths:
+        with pytest.raises(HTTPError) as refused:
+            ask(f"{address}{path}")
+        assert refused.value.code in (400, 403, 404), path
+
+
+def test_asked_directly_the_server_opens_no_other_runs(address, root):
+    client = Client(address, verbose=False)
+    for api in ("/open", "/refresh", "/_fill"):
+        for name in ("../secret", "plain/../../secret", str(root.parent / "secret"), "/etc", ["x"]):
+            with pytest.raises(AppError, match="not in the list of choices"):
+                client.predict(name, api_name=api)
+    # A link in the folder of runs is in the list; where it leads is not opened.
+    shown = str(client.predict("linked", api_name="/open"))
+    assert "leads out of" in shown and "secret" not in shown.replace(str(root / "linked"), "")
+    with pytest.raises(AppError, match="leads out of"):
+        client.predict("linked", api_name="/_fill")
 
 
 def test_a_run_that_is_none_is_named(tmp_path):

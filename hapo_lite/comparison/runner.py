@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from hapo_lite.comparison.pace import Pace
 from hapo_lite.comparison.plan import Comparison, PlannedRun
 from hapo_lite.errors import UserError, writing
-from hapo_lite.folder import RunFolder, changed_setting, check_same_run
+from hapo_lite.files import inside
+from hapo_lite.folder import RunFolder, changed_setting, check_place, check_same_run
 from hapo_lite.interrupt import Interrupted, Interrupts
 
 POLL_S, SHOW_S = 0.2, 1.0
@@ -47,7 +48,9 @@ def run_all(comparison: Comparison, runs: Sequence[PlannedRun]) -> dict[str, str
     Raises UserError for what stands in the way of all of them, and Interrupted once the runs have saved.
     """
     check_machine(comparison.workers)
+    inside(comparison.folder.parent, comparison.folder)
     for run in runs:
+        check_place(RunFolder(run.recipe.run_dir))
         check_same_run(RunFolder(run.recipe.run_dir), run.recipe)
     with writing(comparison.folder):
         (comparison.folder / "logs").mkdir(parents=True, exist_ok=True)

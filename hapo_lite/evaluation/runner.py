@@ -24,6 +24,7 @@ from hapo_lite.evaluation.samples import Sample, SampleFile
 from hapo_lite.evaluation.scores import Values, by_prompt, differences, intervals, notes, outcomes, table
 from hapo_lite.evaluation.suites import Suite, chosen, fit, read_problems
 from hapo_lite.files import file_hash
+from hapo_lite.folder import RunFolder, check_place
 from hapo_lite.interrupt import Interrupted, Interrupts
 from hapo_lite.policy import Policy, load_policy, resolve_dtype
 from hapo_lite.recipe import Recipe
@@ -58,6 +59,7 @@ def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
     # Trackers are for training.
     recipe = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"report_to": "none"})})
     accelerator = make_accelerator(recipe)
+    check_place(RunFolder(recipe.run_dir))
     folder = recipe.run_dir / "evaluations"
     problems = [read_problems(settings, recipe) for settings in chosen(recipe)]
     policy = load_policy(recipe.model, recipe.seed, accelerator.device, adapter, recipe.rollout.engine)

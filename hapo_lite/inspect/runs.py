@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hapo_lite.algo.methods import Method
 from hapo_lite.errors import UserError
+from hapo_lite.files import inside
 from hapo_lite.inspect.tokens import TREATED, TokenTable, token_table, treated_tokens
 from hapo_lite.policy import TINY_MODEL
 from hapo_lite.recipe import Recipe, load_recipe
@@ -23,14 +24,6 @@ from hapo_lite.trace import Trace, read_traces
 
 FILES_HELD = 8
 """Trace files whose tokens stay in memory; of the others only a line per completion does."""
-
-
-def inside(folder: Path, path: Path) -> Path:
-    """`path` with links followed. Raises UserError if it leaves `folder`."""
-    resolved = path.resolve()
-    if not resolved.is_relative_to(folder.resolve()):
-        raise UserError(f"{path} leads out of {folder}: only files inside it are opened")
-    return resolved
 
 
 def run_names(root: Path) -> list[str]:
