@@ -14,6 +14,8 @@ from tests.conftest import ROOT
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "pty.spawn"}
 SAFE_YAML = {"_StrictLoader", "yaml.SafeLoader", "yaml.CSafeLoader"}
+TOLD = {"False", "trust", "recipe.model.trust_remote_code", "settings.trust_remote_code"}
+"""What may stand behind trust_remote_code: the recipe, which origins.may_run_code has been asked about."""
 OURS = [ROOT / "app.py", *(p for d in ("hapo_lite", "benchmarks", "notebooks") for p in (ROOT / d).rglob("*"))]
 SOURCES = sorted(path for path in OURS if path.suffix in (".py", ".ipynb"))
 
@@ -78,8 +80,7 @@ def broken_by_call(called: str, options: dict[str | None, str]) -> Iterator[str]
 
 
 def not_told(trust: str) -> Iterator[str]:
-    # The second is what origins.may_run_code says, which test_origins.py tries.
-    if trust not in {"False", "trust", "recipe.model.trust_remote_code"}:
+    if trust not in TOLD:
         yield "trusts code that the recipe did not name"
 
 
