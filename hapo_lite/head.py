@@ -247,21 +247,24 @@ class _Logits:
         return bent.mul_((self.soft_cap * inverse)[:, None]), slope
 
 
+def tile_shape(device: str, tokens: int, width: int, vocabulary: int) -> tuple[int, int]:
+    """Rows and columns of a tile for N tokens, D and V. A token needs two fp32 rows of the tile and up to four of D."""
+    kind = device if device in TILES else "cuda"
+    (rows, columns), buffers = TILES[kind], BUFFERS[kind]
+    if kind == "cpu":
+        while 2 * columns * width > PACKED and columns > 512:
+            columns //= 2
+        buffers -= 2 * columns * width
+    fitting = int(buffers / (8 * columns + 16 * width)) // 128 * 128
+    return min(rows, max(fitting, 128), max(1, tokens)), min(columns, vocabulary)
+
+
 class _Tiles:
     """Tiles [n, v] of tokens times vocabulary, in buffers that are allocated once. inverse: 1 / T of each token [N]."""
 
     def __init__(self, hidden: Tensor, inverse: Tensor, logits: _Logits) -> None:
         dtype, device, vocabulary = inverse.dtype, hidden.device.type, logits.vocabulary
-        kind, width = device if device in TILES else "cuda", hidden.shape[1]
-        (rows, columns), buffers = TILES[kind], BUFFERS[kind]
-        if kind == "cpu":
-            while 2 * columns * width > PACKED and columns > 512:
-                columns //= 2
-            buffers -= 2 * columns * width
-        # A token needs two fp32 tile rows and, for its target and a product, up to four rows of D.
-        fitting = int(buffers / (8 * columns + 16 * width)) // 128 * 128
-        self.rows = min(rows, max(fitting, 128), max(1, hidden.shape[0]))
-        self.columns = min(columns, vocabulary.shape[0])
+        self.rows, self.columns = tile_shape(device, *hidden.shape, vocabulary.shape[0])
         self.dtype, self._logits, self._vocabulary = dtype, logits, vocabulary
         # fp16 products are slow or absent on CPUs, and a mixed pair has no product: such weights are cast tile by tile.
         native = (dtype, torch.bfloat16) if device == "cpu" else (dtype, torch.bfloat16, torch.float16)

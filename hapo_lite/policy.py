@@ -37,6 +37,7 @@ class Policy:
     """model: the base with its adapter; stop_ids: any of them ends a completion; context: longest sequence, tokens.
 
     origin: what the base was when it was loaded, as in origins.Origin.
+    offload: what is kept for the backward waits in main memory.
     """
 
     model: PeftModel
@@ -44,6 +45,7 @@ class Policy:
     stop_ids: tuple[int, ...]
     context: int
     origin: str = ""
+    offload: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +84,14 @@ class Policy:
 
     def hidden_states(self, ids: Tensor) -> Tensor:
         """What the head reads, [B, L, D]. ids: [B, L]."""
-        return self.model.get_base_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        with self._keeping():
+            return self.model.get_base_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+
+    def _keeping(self) -> contextlib.AbstractContextManager:
+        """Where tensors wait for the backward; the same bits come back."""
+        if not self.offload:
+            return contextlib.nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
 
     @contextlib.contextmanager
     def base_alone(self) -> Iterator[None]:
@@ -157,7 +166,7 @@ def load_policy(
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = _fresh_adapter(base, settings, seed).train() if adapter is None else _saved_adapter(base, settings, adapter)
-    return Policy(model, tokenizer, stop_ids, context, str(origin))
+    return Policy(model, tokenizer, stop_ids, context, str(origin), offload=settings.activation_offload)
 
 
 def _fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> PeftModel:

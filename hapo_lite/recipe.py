@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "training.micro_batch_tokens",
     "rollout.batch_size",
     "model.gradient_checkpointing",
+    "model.activation_offload",
     "checkpoint",
     "logging",
     "evaluation.every",
@@ -73,6 +74,9 @@ class ModelSettings(Section):
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention implementation")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward: less memory")
+    activation_offload: bool = Field(
+        False, description="Keep what gradient_checkpointing keeps in main memory: less on the card, somewhat slower"
+    )
     lora: LoraSettings = Field(default_factory=LoraSettings, description="Adapter")
 
 
@@ -284,6 +288,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _rules(self) -> Recipe:
         for broken, sentence in (
+            (
+                self.model.activation_offload and not self.model.gradient_checkpointing,
+                "model.activation_offload needs model.gradient_checkpointing: without it, weights would be moved too",
+            ),
             (
                 self.rollout.completions_per_prompt < 2,
                 "rollout.completions_per_prompt must be at least 2: a group of one has no advantage to compute",

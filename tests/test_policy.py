@@ -66,6 +66,27 @@ def test_gradient_checkpointing_changes_no_gradient(checkpointing):
     assert torch.allclose(gradient, torch.cat([p.grad.flatten() for p in plain.trainable().values()]), atol=1e-6)
 
 
+def test_offloaded_activations_come_back_to_the_last_bit(monkeypatch):
+    real, kept = torch.autograd.graph.save_on_cpu, []
+
+    class Watched(real):
+        def __init__(self, **options):
+            super().__init__(**options)
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: kept.append(tensor.shape) or pack(tensor)
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Watched)
+    gradients = []
+    for offload in (False, True):
+        policy = load_policy(settings(gradient_checkpointing=True, activation_offload=offload), 0, "cpu")
+        for p in policy.trainable().values():
+            torch.nn.init.normal_(p, std=0.05)
+        policy.completion_logprobs(Sequences.of(ROWS))[0].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable().values()]))
+        assert bool(kept) == offload
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
 def no_biases(tmp_path):
     """A Qwen3-like model: on layers without a bias, training on repacked weights is silently wrong."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
