@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
 
 from hapo_lite import preflight
+from hapo_lite.checkpoint import TrainState
 from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
 from hapo_lite.memory.advise import usable, write_back
@@ -210,6 +213,25 @@ def test_what_cannot_be_edited_line_by_line_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="put the settings in by hand"):
         write_back(file, {"training.micro_batch_tokens": 5})
     assert file.read_text() == '"training": {iterations: 1}\n'
+
+
+def test_nothing_of_the_cache_is_alive_when_scoring_begins(make_recipe, make_loop):
+    """Without the garbage collector: a cache of gigabytes cannot wait for it."""
+    loop, caches, alive = make_loop(make_recipe()), [], {}
+
+    def note(module, inputs, options):
+        if (cache := options.get("past_key_values")) is not None:
+            caches.append(weakref.ref(cache))
+            caches.extend(weakref.ref(layer.keys) for layer in cache.layers if layer.keys is not None)
+
+    loop.policy.model.get_base_model().get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    loop.enter = lambda stage: alive.setdefault(stage, sum(ref() is not None for ref in caches))
+    gc.disable()
+    try:
+        loop.step(TrainState())
+    finally:
+        gc.enable()
+    assert len(caches) > 100 and alive == {"scoring": 0, "update": 0}
 
 
 def test_a_worst_iteration_for_real(capsys):

@@ -217,6 +217,23 @@ def test_under_loss_scaling_it_is_the_scaler_that_skips_and_lowers_its_scale(pre
     assert loss_scale(optimizer) == 256.0 and not same(weights(loop), before)
 
 
+def test_loss_scaling_changes_no_update_and_a_bad_step_is_kept_with_its_scale(prepared):
+    """Scaled by a power of two, the gradients are the same to the last bit; log-probabilities and loss stay in fp32."""
+    plain, state, _ = prepared()
+    loop, _, files = prepared()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    loop.optimizer = AcceleratedOptimizer(loop.optimizer.optimizer, scaler=scaler)
+    loop.accelerator.scaler = scaler
+    loop.accelerator.clip_grad_norm_ = unscaling(loop.optimizer, scaler)
+    plain.step(state)
+    state, metrics, _ = loop.step(state)
+    assert metrics["update/skipped"] == 0 and same(weights(loop), weights(plain))
+    Poison(loop, {1}, backward=True)
+    _, metrics, _ = loop.step(state)
+    assert metrics["update/skipped"] == 1 and loss_scale(loop.optimizer) == 512.0
+    assert load_step(files[0])[0].loss_scale == 1024.0
+
+
 def unscaling(optimizer, scaler):
     """accelerate's clip_grad_norm_ under fp16: unscale, then clip."""
 

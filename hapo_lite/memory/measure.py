@@ -45,12 +45,27 @@ class Measured:
     fitted: dict[str, int]
 
 
-def measure(recipe: Recipe, say: Callable[[str], None]) -> Measured:
-    """Load the model and run two iterations: the first warms up; peaks are of both, seconds of the second."""
+@dataclass(frozen=True)
+class Worst:
+    """loop: whose iterations are the recipe's at their worst; share: how much of one each does."""
+
+    loop: Loop
+    share: float
+    watch: Watch
+
+
+def prepare(recipe: Recipe) -> Worst:
+    """Load the model and make its loop."""
     accelerator = make_accelerator(recipe)
-    watch = _Watch(accelerator.device)
+    watch = Watch(accelerator.device)
     policy = load_policy(recipe.model, recipe.seed, accelerator.device)
     loop, share = worst_loop(recipe, policy, accelerator, watch.enter)
+    return Worst(loop, share, watch)
+
+
+def measure_loop(worst: Worst, say: Callable[[str], None]) -> Measured:
+    """Run two iterations: the first warms up; peaks are of both, seconds of the second."""
+    loop, share, watch = worst.loop, worst.share, worst.watch
     loop.shortage.tell = lambda sentence, whole: say(f"note: {sentence}")
     state = TrainState()
     for _ in range(2):
@@ -104,7 +119,7 @@ class _Turns:
         return [Score(float(i % 2), bool(i % 2), "correct" if i % 2 else "wrong", None) for i in range(len(prompts))]
 
 
-class _Watch:
+class Watch:
     """Peaks and seconds by stage; told which one begins."""
 
     def __init__(self, device: torch.device) -> None:

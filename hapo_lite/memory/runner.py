@@ -9,7 +9,7 @@ import torch
 
 from hapo_lite.errors import UserError
 from hapo_lite.memory.advise import Advice, advise, write_back
-from hapo_lite.memory.measure import measure
+from hapo_lite.memory.measure import measure_loop, prepare
 from hapo_lite.memory.predict import Predictor, worst_case
 from hapo_lite.memory.table import memory_table, suggestion, verdict
 from hapo_lite.recipe import Recipe
@@ -39,7 +39,7 @@ def preflight(recipe: Recipe, card: int | None, shape_only: bool, file: Path | N
         f"{sizes.prompt} and completions of {sizes.completion} tokens, micro-batches of {sizes.batch} x {sizes.width}"
     )
     stages = predictor.stages()
-    measured = None if shape_only else measure(recipe, print)
+    measured = None if shape_only else measure_loop(prepare(recipe), print)
     print(memory_table(stages, measured))
     if measured is not None and measured.fitted:
         print("memory ran out; what fitted: " + " ".join(f"{k}={v}" for k, v in measured.fitted.items()))

@@ -1,0 +1,117 @@
+"""Peak memory and seconds by stage at true shapes with random weights, beside the prediction; HAPO beside DAPO.
+
+    python benchmarks/memory.py [--shapes 1.5b 7b] [--completions 64] [--new 1024] [--prompt 256] [--pairs 4]
+
+4-bit base, LoRA of rank 32, gradient checkpointing, 8-bit AdamW, groups of 8, micro-batches of 4 sequences. The model
+is written once to --folder and read as any model is. Without a GPU use --shapes small. HAPO and DAPO take turns on the
+same model; the ratio is the median of the pairs'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from hapo_lite.algo.methods import PRESETS  # noqa: E402
+from hapo_lite.checkpoint import TrainState  # noqa: E402
+from hapo_lite.cli import keep_freed_memory, quiet_libraries  # noqa: E402
+from hapo_lite.memory.measure import measure_loop, prepare  # noqa: E402
+from hapo_lite.memory.predict import Predictor  # noqa: E402
+from hapo_lite.memory.table import memory_table  # noqa: E402
+from hapo_lite.policy import TINY_MODEL  # noqa: E402
+from hapo_lite.recipe import load_recipe  # noqa: E402
+
+SHAPES = {
+    "small": (256, 704, 4, 4, 2, 8192, True),
+    "1.5b": (1536, 8960, 28, 12, 2, 151936, True),
+    "7b": (3584, 18944, 28, 28, 4, 152064, False),
+}
+"""Hidden, feed-forward, layers, heads, key heads, vocabulary, tied: the last two are Qwen2.5-Math-1.5B and -7B."""
+
+
+def write_model(folder: Path, shape: str) -> Path:
+    width, wide, layers, heads, keys, vocabulary, tied = SHAPES[shape]
+    path = folder / shape
+    if not (path / "config.json").is_file():
+        config = Qwen2Config(
+            hidden_size=width,
+            intermediate_size=wide,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=keys,
+            vocab_size=vocabulary,
+            tie_word_embeddings=tied,
+            max_position_embeddings=4096,
+            dtype="bfloat16",
+        )
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+        AutoTokenizer.from_pretrained(TINY_MODEL).save_pretrained(path)
+    return path
+
+
+def measure_shape(folder: Path, shape: str, args: argparse.Namespace) -> None:
+    recipe = load_recipe(
+        ROOT / "recipes" / "qwen1_5b_lora.yaml",
+        [
+            f"model.name={write_model(folder, shape)}",
+            f"data.max_prompt_tokens={args.prompt}",
+            f"rollout.prompts_per_iteration={args.completions // 8}",
+            f"rollout.batch_size={args.completions}",
+            f"rollout.max_new_tokens={args.new}",
+            f"training.micro_batch_tokens={4 * (args.prompt + args.new)}",
+            "training.learning_rate=1e-12",
+            "rollout.dynamic_sampling=false",
+            "rollout.token_budget=null",
+        ],
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    stages = Predictor(recipe, device).stages()
+    worst = prepare(recipe)
+    measured = measure_loop(worst, print)
+    print(f"{shape}: {args.completions} completions of {args.new} tokens, prompts of {args.prompt}, on {device}")
+    print(memory_table(stages, measured))
+    seconds: dict[str, list[float]] = {"hapo": [], "dapo": []}
+    state = TrainState()
+    for turn in range(args.pairs):
+        for method in sorted(seconds, reverse=bool(turn % 2)):
+            worst.loop.recipe = worst.loop.recipe.model_copy(update={"method": PRESETS[method]})
+            started = time.perf_counter()
+            state, _, _ = worst.loop.step(state)
+            seconds[method].append(time.perf_counter() - started)
+    if args.pairs:
+        ratios = [a / b for a, b in zip(seconds["hapo"], seconds["dapo"], strict=True)]
+        medians = ", ".join(f"{method} {statistics.median(times):.2f} s" for method, times in seconds.items())
+        print(f"an iteration: {medians}; hapo / dapo {statistics.median(ratios):.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1.5b", "7b"])
+    parser.add_argument("--completions", type=int, default=64)
+    parser.add_argument("--new", type=int, default=1024)
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--folder", type=Path, help="where the models are written; default: a temporary folder")
+    args = parser.parse_args()
+    keep_freed_memory()
+    quiet_libraries()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    with tempfile.TemporaryDirectory() as temporary:
+        for shape in args.shapes:
+            measure_shape(args.folder or Path(temporary), shape, args)
+
+
+if __name__ == "__main__":
+    main()
