@@ -1,7 +1,8 @@
 """Sampled tokens per second of each rollout engine, on the bundled model and the same requests.
 
-    python benchmarks/engines.py [--repeats 3] [--engines transformers paged] [section.key=value ...]
+    python benchmarks/engines.py [--repeats 3] [--engines generate transformers paged] [section.key=value ...]
 
+`generate` is the library's own loop, every completion with its own prompt and in the batch until the last has ended.
 The engines take turns, so that what disturbs the machine disturbs all. Medians; the ratio is to the first engine, of
 the same turn. With the same random numbers they write the same completions, so their tokens are the same work.
 """
@@ -21,42 +22,53 @@ sys.path.insert(0, str(ROOT))
 
 from hapo_lite import run  # noqa: E402
 from hapo_lite.cli import quiet_libraries  # noqa: E402
-from hapo_lite.policy import load_policy  # noqa: E402
-from hapo_lite.recipe import load_recipe  # noqa: E402
-from hapo_lite.rollout.engine import TRAINING, Request, make_engine  # noqa: E402
+from hapo_lite.policy import Policy, load_policy  # noqa: E402
+from hapo_lite.recipe import Recipe, load_recipe  # noqa: E402
+from hapo_lite.rollout.engine import TRAINING, Engine, Request, make_engine  # noqa: E402
+from hapo_lite.rollout.generate_engine import GenerateEngine  # noqa: E402
 from hapo_lite.rollout.sampling import AdaptiveTemperature  # noqa: E402
+
+
+def engine(name: str, recipe: Recipe, policy: Policy) -> Engine:
+    if name == "generate":
+        return GenerateEngine.make(recipe, policy, recipe.rollout.max_new_tokens)
+    return make_engine(
+        recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"engine": name})}), policy
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--engines", nargs="+", default=["transformers", "paged"])
+    parser.add_argument("--engines", nargs="+", default=["generate", "transformers", "paged"])
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
     quiet_libraries()
     recipe = load_recipe(ROOT / "recipes" / "tiny_cpu.yaml", args.overrides)
     settings = recipe.rollout
-    policy = load_policy(recipe.model, recipe.seed, "cuda" if torch.cuda.is_available() else "cpu")
+    unsloth = "unsloth" if "unsloth" in args.engines else "transformers"
+    policy = load_policy(recipe.model, recipe.seed, "cuda" if torch.cuda.is_available() else "cpu", engine=unsloth)
     prompts, _ = run.load_data(recipe, say=lambda text: None)
     encoded = run.encode_prompts(
         prompts[: settings.prompts_per_iteration], policy, recipe.data, settings.max_new_tokens, say=lambda text: None
     )
     requests = [Request(p, sample) for p in encoded for sample in range(settings.completions_per_prompt)]
-    engines = {
-        name: make_engine(recipe.model_copy(update={"rollout": settings.model_copy(update={"engine": name})}), policy)
-        for name in args.engines
-    }
+    engines = {name: engine(name, recipe, policy) for name in args.engines}
     speeds: dict[str, list[float]] = {name: [] for name in engines}
     written = {}
     for turn in range(args.repeats + 1):
-        for name, engine in engines.items():
+        for name, each in engines.items():
             started = time.perf_counter()
-            written[name] = engine.sample(requests, AdaptiveTemperature(None), recipe.seed, TRAINING, turn)
+            written[name] = each.sample(requests, AdaptiveTemperature(None), recipe.seed, TRAINING, turn)
             if turn:  # the first turn warms up
                 tokens = sum(c.length for c in written[name])
                 speeds[name].append(tokens / (time.perf_counter() - started))
     first = args.engines[0]
-    print(f"torch {torch.__version__}, {policy.device}, {torch.get_num_threads()} threads; {len(requests)} completions")
+    tokens = statistics.mean(c.length for c in written[first])
+    print(
+        f"torch {torch.__version__}, {policy.device}, {torch.get_num_threads()} threads; "
+        f"{len(requests)} completions of {tokens:.0f} tokens, {settings.batch_size} at once"
+    )
     for name in engines:
         same = sum(torch.equal(a.ids, b.ids) for a, b in zip(written[name], written[first], strict=True))
         ratio = statistics.median(a / b for a, b in zip(speeds[name], speeds[first], strict=True))

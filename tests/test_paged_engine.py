@@ -16,6 +16,7 @@ from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.errors import UserError
 from hapo_lite.interrupt import Interrupted, Interrupts
 from hapo_lite.recipe import load_recipe
+from hapo_lite.rollout import paged_engine
 from hapo_lite.rollout.canary import check_engine, perturbed_adapter
 from hapo_lite.rollout.engine import Request, make_engine
 from hapo_lite.rollout.paged_engine import PagedEngine
@@ -72,6 +73,15 @@ def test_a_completion_does_not_depend_on_the_batch_or_the_schedule(loop, request
     together = sample(paged(loop), requests)
     alone = sample(paged(loop, batch_size=1), requests[::-1][:4])[::-1]
     assert all(torch.equal(a.ids, b.ids) for a, b in zip(together[-4:], alone, strict=True))
+
+
+def test_a_prompt_that_is_read_in_several_steps_leaves_the_others_alone(loop, requests, monkeypatch):
+    """The library then computes more rows than there are tokens to draw, and what is noted of those is out of date."""
+    expected = sample(paged(loop), requests)
+    monkeypatch.setattr(paged_engine, "READ_TOKENS", 5)
+    found = sample(paged(loop), requests)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.ids, b.ids) and torch.allclose(a.base_logp, b.base_logp, atol=1e-4)
 
 
 def test_a_request_that_lost_its_blocks_goes_on_where_it_was(loop, requests, monkeypatch):

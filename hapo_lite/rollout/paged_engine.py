@@ -111,6 +111,7 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
 
     def __init__(self, scribe: Scribe, prompt_lengths: Sequence[int]) -> None:
         self.scribe, self.prompt_lengths = scribe, prompt_lengths
+        self.drawing = 0
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         int32_tensor.zero_()
@@ -122,12 +123,15 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
             # A request that lost its blocks starts again with what it has written as a part of its prompt.
             step = len(state.initial_tokens) + len(state.generated_tokens) - self.prompt_lengths[request]
             places.append(step * len(self.prompt_lengths) + request)
+        self.drawing = len(places)
         return torch.tensor(places, dtype=torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        places = tensor_arg[: scores.shape[0]].long()
+        # Rows of prompts that have been read in part come after those that get a token, with numbers of another step.
+        places = tensor_arg[: self.drawing].long()
         requests = len(self.prompt_lengths)
-        return self.scribe(scores, places // requests, places % requests)
+        scores[: self.drawing] = self.scribe(scores[: self.drawing], places // requests, places % requests)
+        return scores
 
 
 # Only processors that are listed here are told which request a row belongs to.
