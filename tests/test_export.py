@@ -20,10 +20,13 @@ from hapo_lite import export as command
 from hapo_lite import train
 from hapo_lite.checkpoint import file_hash
 from hapo_lite.cli import run_command
+from hapo_lite.errors import UserError
+from hapo_lite.exporting import probes
 from hapo_lite.exporting.compare import Drift
 from hapo_lite.exporting.gguf import problems_of
-from hapo_lite.exporting.merge import readable_config, readable_tokenizer
-from hapo_lite.policy import TINY_MODEL
+from hapo_lite.exporting.merge import DTYPES, placement, readable_config, readable_tokenizer
+from hapo_lite.policy import TINY_MODEL, load_policy
+from hapo_lite.recipe import LoraSettings, ModelSettings
 from hapo_lite.trace import read_traces
 from tests.conftest import TINY
 
@@ -129,13 +132,13 @@ def test_what_a_merged_folder_holds(merged):
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
 def test_a_merge_at_the_wrong_scale_is_refused(run, capsys, monkeypatch, factor):
-    merge = LoraModel.merge_and_unload
+    unload = LoraModel.merge_and_unload
 
     def wrong(model, **options):
         for module in model.modules():
             if isinstance(getattr(module, "scaling", None), dict):
                 module.scaling = {name: factor * scale for name, scale in module.scaling.items()}
-        return merge(model, **options)
+        return unload(model, **options)
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
     line = complaint(capsys, run, "--to", "merged")
@@ -173,6 +176,31 @@ def test_an_adapter_below_the_rounding_is_merged_in_fp32_only(run, capsys):
     assert json.loads((run / "export" / "merged" / "export.json").read_text())["four_bit"] is None
 
 
+def test_it_is_computed_in_fp32_on_weights_of_16_bits():
+    """To what a model in fp32 gives; bf16 throughout is a hundred times further away. The weights stay as they are."""
+    texts = [((5, 6, 7), (9, 30, 2)), ((8,), (3, 4, 11, 40, 2))]
+    found = {}
+    for dtype, widened in (("fp32", False), ("bf16", True), ("bf16", False)):
+        settings = ModelSettings(name="tiny", quantization="none", dtype=dtype, lora=LoraSettings(rank=4, alpha=8.0))
+        policy = load_policy(settings, 0, "cpu")
+        if widened:
+            probes.compute_in_fp32(policy.model)
+        found[dtype, widened] = probes.logprobs(policy, texts)
+        weights = {p.dtype for name, p in policy.model.named_parameters() if "lora_" not in name}
+        assert weights == {DTYPES[dtype]}
+    exact = found["fp32", False]
+    assert len(exact) == 8 and (found["bf16", True] - exact).abs().max() < 1e-5
+    assert (found["bf16", False] - exact).abs().max() > 1e-3
+
+
+def test_where_it_is_merged(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1_300_000}))
+    assert placement(1_000_000) == torch.device("cpu")
+    with pytest.raises(UserError, match=r"merging takes 0\.0014 GB of memory and 0\.0013 GB are free"):
+        placement(1_050_000)
+
+
 @pytest.mark.parametrize(
     ("numbers", "problem"),
     [
@@ -187,7 +215,7 @@ def test_an_adapter_below_the_rounding_is_merged_in_fp32_only(run, capsys):
 )
 def test_what_counts_as_drift(numbers, problem):
     given = {"largest": 0.1, "tolerance": 0.02, "same": 5, "ties": 0, "other": 0, "tokens": 100} | numbers
-    found = Drift(dtype="bfloat16", computed_in="float32", **given).problem()
+    found = Drift(dtype="bfloat16", **given).problem()
     assert (found is None) if problem is None else (problem in found)
 
 

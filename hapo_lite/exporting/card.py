@@ -118,7 +118,7 @@ def facts(source: Source, record: dict[str, Any]) -> str:
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     if "drift" in record:
         drift = Drift(**record["drift"])
-        lines += ["", f"Checked: {drift.sentence()}. Computed in {drift.computed_in}, written in {drift.dtype}."]
+        lines += ["", f"Checked: {drift.sentence()}. Computed in fp32, written in {drift.dtype}."]
         if record["four_bit"]:
             lines += ["", f"Note: {QuantisationGap(**record['four_bit']).sentence()}."]
     elif source.model.quantization == "nf4":

@@ -15,29 +15,31 @@ from transformers import AutoModelForCausalLM
 
 from hapo_lite.errors import UserError
 from hapo_lite.exporting.compare import Drift, QuantisationGap, drift, quantisation_gap, refer
-from hapo_lite.exporting.probes import gather
+from hapo_lite.exporting.probes import compute_in_fp32, gather
 from hapo_lite.exporting.source import TOKENIZER_FILES, Source, base_config, base_files, own_dtype
 from hapo_lite.policy import Policy, load_policy
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-SPARE = 1.2
-"""Memory asked for beside the weights, as a factor."""
+SPARE = 1.3
+"""Memory for the weights, and for the widest layer in fp32 and activations beside them, as a factor."""
 
 
 def merge(source: Source, folder: Path, dtype: str, say: Callable[[str], None]) -> tuple[Drift, QuantisationGap | None]:
     """Write the merged model into `folder`, and compare what is read back with the adapter on its base.
 
-    dtype: of the weights, by its name; auto: the base's own. Both sides are computed in fp32 where there is memory for
-    it, which no rounding of activations then blurs. Raises UserError where they differ by more than rounding.
+    dtype: of the weights, by its name; auto: the base's own. Both sides are computed in fp32, so that what differs is
+    the weights. Raises UserError where they differ by more than rounding.
     """
     config = base_config(source)
-    written = own_dtype(config) if dtype == "auto" else DTYPES[dtype]
+    own = own_dtype(config)
+    written = own if dtype == "auto" else DTYPES[dtype]
+    loaded = torch.promote_types(own, written)
     parameters = count_parameters(config)
     need_disk(folder, parameters * written.itemsize)
-    device, computed_in = placement(parameters, written)
-    say(f"merging {source.adapter} into {source.model.name}, {NAMES[written]}, on {device} in {NAMES[computed_in]}")
-    policy = _load(source, source.base, device, computed_in, source.adapter)
+    device = placement(parameters * loaded.itemsize)
+    say(f"merging {source.adapter} into {source.model.name} on {device}, to {NAMES[written]}")
+    policy = _load(source, source.base, device, loaded, source.adapter)
     trained_on = source.origins.get("model", policy.origin)
     if policy.origin != trained_on:
         raise UserError(
@@ -49,7 +51,7 @@ def merge(source: Source, folder: Path, dtype: str, say: Callable[[str], None]) 
     _write(source, policy, folder, written)
     del policy
     _free()
-    merged = _load(source, str(folder), device, computed_in, None)
+    merged = _load(source, str(folder), device, written, None)
     with merged.base_alone():
         found = drift(merged, probes, reference, effect, written)
     del merged
@@ -80,24 +82,26 @@ def need_disk(folder: Path, size: int) -> None:
         )
 
 
-def placement(parameters: int, own: torch.dtype) -> tuple[torch.device, torch.dtype]:
-    """Where to merge and compare, and in what dtype: fp32 before `own`, a GPU before the CPU."""
+def placement(size: int) -> torch.device:
+    """Where to hold `size` bytes of weights and compare: on a GPU if they fit, else on the CPU. Raises UserError."""
     free = {"cuda": torch.cuda.mem_get_info()[0]} if torch.cuda.is_available() else {}
     free |= {"cpu": psutil.virtual_memory().available}
     for device, left in free.items():
-        for dtype in (torch.float32, own):
-            if SPARE * parameters * dtype.itemsize <= left:
-                return torch.device(device), dtype
+        if SPARE * size <= left:
+            return torch.device(device)
     raise UserError(
-        f"merging takes {SPARE * parameters * own.itemsize / 1e9:.1f} GB of memory and {free['cpu'] / 1e9:.1f} GB are "
-        "free: close other programs, or use --to adapter"
+        f"merging takes {SPARE * size / 1e9:.2g} GB of memory and {free['cpu'] / 1e9:.2g} GB are free: close other "
+        "programs, or use --to adapter"
     )
 
 
 def _load(source: Source, name: str, device: torch.device, dtype: torch.dtype, adapter: Path | None) -> Policy:
     changes = {"name": name, "quantization": "none", "dtype": NAMES[dtype], "gradient_checkpointing": False}
+    changes["attention"] = "sdpa"  # flash attention takes no fp32
     changes |= {"revision": source.revision if name == source.base else None}
-    return load_policy(source.model.model_copy(update=changes), source.recipe.seed, device, adapter)
+    policy = load_policy(source.model.model_copy(update=changes), source.recipe.seed, device, adapter)
+    compute_in_fp32(policy.model)
+    return policy
 
 
 def _load_four_bit(source: Source, device: torch.device) -> Policy:

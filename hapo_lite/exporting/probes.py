@@ -5,23 +5,29 @@ Axes: T tokens of one completion.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hapo_lite.errors import UserError
 from hapo_lite.exporting.source import Source
 from hapo_lite.policy import Policy
-from hapo_lite.records import Sequences
+from hapo_lite.records import Sequences, pad
 from hapo_lite.tasks.data import load_prompts
 from hapo_lite.trace import read_traces
 
 TEXTS, TEXT_TOKENS = 32, 256
 """Completions that are scored, and how far into each."""
+AT_ONCE = 8
+"""Texts in one forward."""
 PROMPTS, ANSWER_TOKENS = 8, 64
 """Prompts that are answered greedily, and for how long."""
+
+WIDENED = "hapo_lite_widened"
+"""Set on a layer whose weights are widened while it is called."""
 
 Text = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of its completion."""
@@ -67,18 +73,55 @@ def _of_data(source: Source, policy: Policy, say: Callable[[str], None]) -> list
     return [ids for ids in encoded if len(ids) + ANSWER_TOKENS <= policy.context]
 
 
+def compute_in_fp32(model: nn.Module) -> None:
+    """Let every layer with 16-bit weights work in fp32, its weights widened while it does: exact, without the memory.
+
+    In bf16 the rounding of activations alone moves log-probabilities by more than merging does (docs/export.md).
+    """
+    for module in model.modules():
+        narrow = [p for p in module.parameters(recurse=False) if p.dtype in (torch.bfloat16, torch.float16)]
+        if narrow:
+            _widen_while_called(module, narrow)
+            setattr(module, WIDENED, True)
+
+
+def _widen_while_called(module: nn.Module, narrow: Sequence[nn.Parameter]) -> None:
+    held = contextlib.ExitStack()
+    module.register_forward_pre_hook(lambda *_: held.enter_context(_widened(narrow)) and None)
+    module.register_forward_hook(lambda *_: held.close(), always_call=True)
+
+
+@contextlib.contextmanager
+def _widened(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """In fp32, and afterwards the very tensors that they were."""
+    kept = [p.data for p in parameters]
+    for p in parameters:
+        p.data = p.data.float()
+    try:
+        yield
+    finally:
+        for p, data in zip(parameters, kept, strict=True):
+            p.data = data
+
+
 @torch.no_grad()
 def logprobs(policy: Policy, texts: Sequence[Text]) -> Tensor:
     """Log-probability of every completion token, one text after the other, fp64 on the CPU; nats."""
     rows = []
-    for prompt, ids in texts:
-        one = Sequences(
-            torch.tensor([[*prompt, *ids]], device=policy.device),
-            torch.tensor([len(prompt)], device=policy.device),
-            torch.tensor([len(ids)], device=policy.device),
-            torch.ones(1, len(ids), dtype=torch.bool, device=policy.device),
+    head = policy.model.get_base_model().get_output_embeddings()
+    for start in range(0, len(texts), AT_ONCE):
+        some = texts[start : start + AT_ONCE]
+        ids = [torch.tensor([*prompt, *completion]) for prompt, completion in some]
+        lengths = torch.tensor([len(completion) for _, completion in some])
+        batch = Sequences(
+            pad(ids, policy.device),
+            torch.tensor([len(prompt) for prompt, _ in some]).to(policy.device),
+            lengths.to(policy.device),
+            (torch.arange(int(lengths.max()))[None] < lengths[:, None]).to(policy.device),
         )
-        rows.append(policy.completion_logprobs(one)[0][0].double().cpu())
+        # The product with the head is made from its weight, without calling it.
+        with _widened([head.weight]) if hasattr(head, WIDENED) else contextlib.nullcontext():
+            rows.append(policy.completion_logprobs(batch)[0][batch.mask].double().cpu())
     return torch.cat(rows)
 
 
