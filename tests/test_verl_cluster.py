@@ -116,5 +116,5 @@ def test_h_is_the_iterations_and_rows_that_fill_it_do_not_count():
 
 def test_names_are_where_verls_configuration_looks():
     assert get_trainer_cls("hapo") is verl_cluster.HapoTrainer
-    with pytest.raises(ValueError, match="no place for entropy_scale"):
+    with pytest.raises(ValueError, match="edge_grpo: verl has no place for entropy_scale"):
         verl.register("edge", PRESETS["edge_grpo"])

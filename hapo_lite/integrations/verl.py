@@ -24,6 +24,7 @@ from hapo_lite.algo.methods import PRESETS, Method
 from hapo_lite.algo.objective import loss_weights, method_loss
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.tokens import TokenSignals
+from hapo_lite.integrations.pieces import refuse_others
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 
 METHODS: dict[str, Method] = {}
@@ -43,17 +44,7 @@ def register(name: str = "hapo", method: Method = PRESETS["hapo"]) -> None:
     """
     from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
 
-    lacking = {
-        "trained_tokens": method.trained_tokens != "all",
-        "eps_uncertain": method.eps_uncertain is not None,
-        "entropy_scale": method.entropy_scale,
-        "entropy_bonus": method.entropy_bonus > 0.0,
-        "kl_certain and kl_uncertain (verl's own: actor.use_kl_loss)": method.needs_base,
-        "importance (verl's own: algorithm.rollout_correction)": method.importance != "none",
-    }
-    for piece, wanted in lacking.items():
-        if wanted:
-            raise ValueError(f"{name}: verl's losses have no place for {piece}")
+    refuse_others(method, "verl", "actor.use_kl_loss and algorithm.rollout_correction")
     if METHODS.get(name) == method:
         return
     register_adv_est(name)(partial(group_advantages, method))

@@ -1,0 +1,20 @@
+"""Which of the methods' pieces other trainers have a place for."""
+
+from __future__ import annotations
+
+from hapo_lite.algo.methods import Method
+
+
+def refuse_others(method: Method, trainer: str, own: str) -> None:
+    """Raise ValueError if `method` has more pieces than A-D and DAPO's. own: what `trainer` has in place of some."""
+    lacking = {
+        "trained_tokens": method.trained_tokens != "all",
+        "eps_uncertain": method.eps_uncertain is not None,
+        "entropy_scale": method.entropy_scale,
+        "entropy_bonus": method.entropy_bonus > 0.0,
+        "kl_certain and kl_uncertain": method.needs_base,
+        "importance": method.importance != "none",
+    }
+    for piece, wanted in lacking.items():
+        if wanted:
+            raise ValueError(f"{method.preset}: {trainer} has no place for {piece} here; its own are {own}")
