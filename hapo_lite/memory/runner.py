@@ -38,6 +38,8 @@ def preflight(recipe: Recipe, card: int | None, shape_only: bool, file: Path | N
         f"{str(predictor.dtype).removeprefix('torch.')}; {sizes.rows} completions sampled at once, prompts of "
         f"{sizes.prompt} and completions of {sizes.completion} tokens, micro-batches of {sizes.batch} x {sizes.width}"
     )
+    if recipe.rollout.engine != "transformers":
+        print(f"note: the rollout is predicted for rollout.engine=transformers, not for {recipe.rollout.engine}")
     stages = predictor.stages()
     measured = None if shape_only else measure_loop(prepare(recipe), print)
     print(memory_table(stages, measured))
