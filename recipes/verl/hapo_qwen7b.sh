@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # HAPO on Qwen2.5-Math-7B over a Ray cluster with verl 0.9: the paper's batch, full fine-tuning. Not yet run on a cluster.
 #
-#   pip install "hapo_lite[verl]"      on every machine, with verl's vllm and fsdp extras beside it
-#   ray start --head                   on the first, `ray start --address=HOST:6379` on the others
+#   pip install "verl[vllm,fsdp]==0.9.*" && pip install --no-deps hapo_lite      on every machine
+#   ray start --head             on the first, `ray start --address=HOST:6379` on the others
 #   TRAIN=dapo-math-17k.parquet VAL=aime-2024.parquet NODES=4 recipes/verl/hapo_qwen7b.sh [more overrides]
 #
 # The files are in verl's format: prompt, data_source, reward_model.ground_truth.
