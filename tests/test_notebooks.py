@@ -67,3 +67,25 @@ def test_the_quickstart_trains_and_shows(tmp_path, monkeypatch):
     served = shown(done, "app.serve", "text/html") + shown(done, "app.serve")
     assert re.search(r"<iframe src=\"?http://127\.0\.0\.1:\d+", served) and "gradio.live" not in served
     assert (tmp_path / "tiny_cpu" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_colab_notebook_with_the_bundled_model_in_place_of_qwen(tmp_path, monkeypatch):
+    done = run_notebook(
+        "colab_qwen1_5b.ipynb",
+        monkeypatch,
+        RECIPE="recipes/tiny_cpu.yaml",
+        OVERRIDES=[f"output_dir={tmp_path}", *SMALL, "benchmark.samples=2"],
+        SUITE="tiny",
+        LIMIT=4,
+    )
+    for command, promised in (
+        ("hapo_lite.preflight", "GiB"),
+        ("hapo_lite.train", r"held-out accuracy, avg@2 +0\.\d+ +[01]\.\d+"),
+        ("hapo_lite.evaluate", r"avg@2 +[01]\.\d+ .*\n[^$]*on 4 prompts"),
+        ("hapo_lite.export", r"adapter: README\.md, adapter_config\.json"),
+    ):
+        printed = shown(done, command)
+        assert re.search(promised, printed) and not re.search("error|Traceback", printed), printed
+    assert shown(done, "curves.png", "image/png")
+    assert "hapo-tokens" in shown(done, "inline.completion(run)", "text/html")
+    assert (tmp_path / "tiny_cpu" / "export" / "adapter" / "README.md").is_file()
