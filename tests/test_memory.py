@@ -205,6 +205,10 @@ def test_a_card_that_is_too_small_is_one_sentence(tmp_path, capsys):
     assert run_command(preflight.main, [*recipe, "--shape-only", "--card", "-1"]) == 2
     assert run_command(preflight.main, [*recipe[:1], "model.name=./nowhere", "--shape-only"]) == 2
     assert "has no config.json" in capsys.readouterr().err
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}')
+    assert run_command(preflight.main, [*recipe[:1], f"model.name={tmp_path / 'own'}", "--shape-only"]) == 2
+    assert "code of its own, which preflight does not run" in capsys.readouterr().err
 
 
 def test_what_cannot_be_edited_line_by_line_is_left_alone(tmp_path):

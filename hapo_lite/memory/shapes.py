@@ -33,6 +33,11 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
         return AutoConfig.from_pretrained(name, trust_remote_code=False, revision=settings.revision)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().partition("\n")[0]
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"model.name = {settings.name} comes with code of its own, which preflight does not run, so its "
+                "shapes are not known"
+            ) from error
         raise UserError(
             f"model.name = {settings.name} has no config.json, neither in a folder here nor on the hub: check the "
             f"name and the network ({first})"
