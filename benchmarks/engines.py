@@ -1,6 +1,6 @@
 """Sampled tokens per second of each rollout engine, on the bundled model and the same requests.
 
-    python benchmarks/engines.py [--repeats 3] [--engines generate transformers paged] [section.key=value ...]
+    python benchmarks/engines.py [--repeats 3] [--engines generate,transformers,paged] [section.key=value ...]
 
 `generate` is the library's own loop, every completion with its own prompt and in the batch until the last has ended.
 The engines take turns, so that what disturbs the machine disturbs all. Medians; the ratio is to the first engine, of
@@ -40,7 +40,7 @@ def engine(name: str, recipe: Recipe, policy: Policy) -> Engine:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--engines", nargs="+", default=["generate", "transformers", "paged"])
+    parser.add_argument("--engines", type=lambda names: names.split(","), default=["generate", "transformers", "paged"])
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
     quiet_libraries()
