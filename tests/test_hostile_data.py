@@ -182,15 +182,16 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     # 40,000 problems of 2,500 characters: 100 MB of text.
     count = 40_000
     texts = [f"problem {i}: " + f"{i % 10}" * 2490 for i in range(count)]
-    paths = [tmp_path / "rows.jsonl", tmp_path / "rows.csv", tmp_path / "rows.parquet"]
+    paths = [tmp_path / name for name in ("rows.jsonl", "rows.csv", "rows.parquet", "one-group.parquet")]
     paths[0].write_text("".join(json.dumps({"problem": text, "answer": "1"}) + "\n" for text in texts))
     paths[1].write_text("problem,answer\n" + "".join(f"{text},1\n" for text in texts))
     rows = pa.table({"problem": texts, "answer": ["1"] * count})
     pq.write_table(rows, paths[2], row_group_size=2000, compression="none", use_dictionary=False)
+    pq.write_table(rows, paths[3], row_group_size=count, compression="none", use_dictionary=False)
     command = [sys.executable, "-c", GROWTH, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [(int(kept), int(read)) for kept, read, _ in lines] == [(count - 64, 400)] * 3, done.stderr
+    assert [(int(kept), int(read)) for kept, read, _ in lines] == [(count - 64, 400)] * 4, done.stderr
     assert all(float(megabytes) < 70 for _, _, megabytes in lines), lines
 
 

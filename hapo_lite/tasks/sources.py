@@ -108,15 +108,14 @@ class _Reading:
 def _parquet(path: Path) -> tuple[list[str], Callable[[Iterable[str]], Rows]]:
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(path)
+    # Not ahead and through a buffer: a row group may be the whole file.
+    file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16)
 
     def read(needed: Iterable[str]) -> Rows:
         wanted = {name.split(".")[0] for name in needed} | set(needed)
         present = [name for name in file.schema_arrow.names if name in wanted]
-        # Group by group: asked for all of them, pyarrow reads the whole file ahead.
-        for group in range(file.num_row_groups):
-            for batch in file.iter_batches(_FIRST, row_groups=[group], columns=present):
-                yield from batch.to_pylist()
+        for batch in file.iter_batches(_FIRST, columns=present):
+            yield from batch.to_pylist()
 
     return _arrow_columns(file.schema_arrow), read
 
