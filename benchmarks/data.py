@@ -21,22 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-WORDS = (
-    "find",
-    "the",
-    "value",
-    "of",
-    "x",
-    "such",
-    "that",
-    "integers",
-    "n",
-    "prime",
-    "factors",
-    "equal",
-    "polynomial",
-    "root",
-)
+WORDS = ("find", "the", "value", "of", "x", "such", "that", "integers", "prime", "factors", "equal", "root")
 
 
 def texts(rows: int) -> list[str]:

@@ -234,7 +234,7 @@ def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         answer = "answer"
         chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
         text = templated(tokenizer, chat)
-        after = tokenizer.encode(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)
+        after = tokenizer.encode(text.rpartition(answer)[2] if answer in text else "", add_special_tokens=False)
         found += [i for i in after[:1] if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]
     stop_ids = tuple(dict.fromkeys(i for i in found if i is not None))
     if not stop_ids:

@@ -41,7 +41,7 @@ from hapo_lite.sharding import WholeBaseEngine, shard_base, take_switch
 from hapo_lite.skipped import SkippedStep, save_step
 from hapo_lite.status import Status
 from hapo_lite.tasks.data import PromptSet, load_prompts, split_held_out
-from hapo_lite.tasks.rewards import Scorer
+from hapo_lite.tasks.rewards import Scorer, code_of
 from hapo_lite.trace import write_traces
 from hapo_lite.verdict import judge_run
 
@@ -77,6 +77,8 @@ def _train(
         open_folder(folder, recipe, status)
     accelerator.wait_for_everyone()
     say(describe(recipe, policy, encoded, held_out, accelerator))
+    if recipe.reward.function:
+        say(f"note: reward.function is code, which runs with your rights: {code_of(recipe.reward.function)}")
     for note in recipe.advice():
         say(f"note: {note}")
     if recipe.logging.report_to != "none":

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from hapo_lite import run
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import RewardSettings
 from hapo_lite.records import Prompt
-from hapo_lite.tasks.rewards import Score, Scorer, load_function, soft_overlong_penalty
+from hapo_lite.tasks.rewards import Score, Scorer, code_of, load_function, soft_overlong_penalty
 
 PROMPT = Prompt("p", (("system", "Be brief."), ("user", "1+1=?")), "2")
 BOXES = (r"\boxed{2}", r"\boxed{3}")
@@ -135,3 +136,14 @@ def test_the_example_of_the_guide_works(tmp_path, monkeypatch):
 def test_unequal_lengths_are_a_mistake_of_the_caller():
     with Scorer(RewardSettings(), 100) as scorer, pytest.raises(ValueError, match="as many"):
         scorer.score([PROMPT], ["a", "b"], [1, 1], [False, False])
+
+
+@pytest.mark.parametrize("form", ["{folder}/theirs.py:score", "theirs:score"])
+def test_the_file_of_a_reward_is_named_before_it_is_run(tmp_path, monkeypatch, make_recipe, capsys, form):
+    (tmp_path / "theirs.py").write_text("raise RuntimeError('it was run')")
+    monkeypatch.chdir(tmp_path)
+    name = form.format(folder=tmp_path)
+    assert code_of(name) == str(tmp_path / "theirs.py")
+    with pytest.raises(UserError, match="it was run"):
+        run.train(make_recipe(f"reward.function={name}"))
+    assert f"runs with your rights: {tmp_path / 'theirs.py'}\n" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import numbers
 import os
@@ -151,6 +152,18 @@ def load_function(name: str) -> RewardFunction:
             f"reward.function {name}: {where} has no function {attribute!r}; it has {', '.join(there) or 'none at all'}"
         )
     return function
+
+
+def code_of(name: str) -> str:
+    """The file that `reward.function` would import, found without importing it; the module's name where there is none.
+
+    Of a module in a package, the package's.
+    """
+    where = name.rpartition(":")[0]
+    if where.endswith(".py"):
+        return str(Path(where).resolve())
+    spec = importlib.machinery.PathFinder.find_spec(where.partition(".")[0], [*sys.path, os.getcwd()])
+    return spec.origin if spec and spec.origin else where
 
 
 def _module(where: str, name: str) -> ModuleType:
