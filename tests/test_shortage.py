@@ -9,12 +9,13 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from hapo_lite import run
 from hapo_lite.checkpoint import TrainState
 from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
-from hapo_lite.shortage import is_shortage
+from hapo_lite.shortage import Shortage, is_shortage
 from hapo_lite.train import main
 from tests.conftest import ROOT, TINY
 from tests.test_loop import adapter_digest
@@ -204,3 +205,9 @@ def test_processes_halve_together_if_one_is_short():
     ]
     printed = [process.communicate(timeout=120)[0].split() for process in both]
     assert printed == [[str(rank), "2", "10", "8.0", "8"] for rank in range(2)]
+
+
+def test_with_a_split_base_the_others_cannot_be_asked():
+    lockstep = Shortage(Accelerator(cpu=True)).together(lockstep=True)
+    with pytest.raises(UserError, match=r"memory ran out \(no room\).*FSDP.*training.micro_batch_tokens"), lockstep:
+        raise torch.OutOfMemoryError("no room")
