@@ -25,6 +25,7 @@ from hapo_lite.exporting import probes
 from hapo_lite.exporting.compare import Drift
 from hapo_lite.exporting.gguf import problems_of
 from hapo_lite.exporting.merge import DTYPES, placement, readable_config, readable_tokenizer
+from hapo_lite.files import replacing_folder
 from hapo_lite.policy import TINY_MODEL, load_policy
 from hapo_lite.recipe import LoraSettings, ModelSettings
 from hapo_lite.trace import read_traces
@@ -437,3 +438,12 @@ def test_traces_and_data_are_what_it_compares_on(run, capsys):
     recipe["data"]["source"] = "gone.jsonl"
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert "there is nothing to compare the merged model on" in complaint(capsys, run, "--to", "merged")
+
+
+def test_ctrl_c_leaves_nothing_half_written(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("an earlier export")
+    with pytest.raises(KeyboardInterrupt), replacing_folder(tmp_path / "out") as aside:
+        (aside / "model.safetensors").write_bytes(bytes(100))
+        raise KeyboardInterrupt
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["out", "out/old"]
