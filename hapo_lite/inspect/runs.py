@@ -191,7 +191,9 @@ class Run:
             return None
         name = str(TINY_MODEL) if recipe.model.name == "tiny" else recipe.model.name
         try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=True)
+            return AutoTokenizer.from_pretrained(
+                name, revision=recipe.model.revision, trust_remote_code=False, local_files_only=True
+            )
         except (OSError, ValueError, KeyError, ImportError):
             return None
 
