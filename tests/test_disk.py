@@ -102,6 +102,13 @@ def cut_in_half(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def with_another_place_in_the_data(path: Path) -> None:
+    """Still JSON, still whole."""
+    record = json.loads(path.read_text())
+    record["state"]["cursor"] += 1
+    path.write_text(json.dumps(record))
+
+
 def of_another_version(path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
 
@@ -123,6 +130,7 @@ def of_another_recipe(path: Path) -> None:
         ("optimizer.pt", cut_in_half, "is damaged: optimizer.pt has changed"),
         ("optimizer.pt", Path.unlink, "is damaged: optimizer.pt is missing"),
         ("state.json", flip_a_byte, "is damaged: "),
+        ("state.json", with_another_place_in_the_data, "is damaged: state.json has changed since it was written"),
         ("state.json", cut_in_half, "is damaged: JSONDecodeError"),
         ("state.json", Path.unlink, "is damaged: state.json is missing"),
         ("state.json", of_another_version, "has version 99; this program reads 2"),

@@ -199,6 +199,7 @@ def test_another_recipe_does_not_continue_the_run(finished, tmp_path, override, 
     shutil.copytree(finished[0], tmp_path / "tiny_cpu")
     done = train(tmp_path, override)
     assert done.returncode == 2 and message in done.stderr
+    assert "choose another name=" in done.stderr  # found before the model is loaded, not with the checkpoints
     assert left_by(tmp_path) == left_by(finished[0].parent)
 
 
