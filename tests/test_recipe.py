@@ -107,6 +107,7 @@ def test_mistakes_in_overrides(write_recipe, override, message):
         ("model: [", "recipe.yaml:1: not valid YAML"),
         ("- a\n- b", "a recipe is a mapping of sections"),
         ("seed: 1\nseed: 2", "recipe.yaml:2: not valid YAML: the key 'seed' stands twice"),
+        ("seed: &one 1\nname: *one", "recipe.yaml:2: not valid YAML: an alias"),
         ("model: {name: tiny}\ndata: {source: tiny}", r"training is missing"),
         ("model: {name: tiny}\ndata: {}\ntraining: {iterations: 1}", r"data\.source is missing"),
         ("a: &a [*a]", "recipe.yaml"),
