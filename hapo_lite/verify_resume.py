@@ -133,15 +133,19 @@ def verify(start: Sequence[str], folder: Path, kills: int, seed: int) -> Finding
 
 
 def pace_of(folder: Path) -> Pace:
-    """The stages of a finished run, from its status.json. Raises UserError where there is none."""
+    """The stages of a finished run, from its status.json; of a comparison, as the run was that entered a stage most.
+
+    Raises UserError where there is none.
+    """
     doings = [doing for path in status_files(folder) if (doing := read_status(path))]
     if not doings:
         raise UserError(f"the undisturbed run in {folder} left no status.json: it cannot be killed in a known stage")
-    entered, seconds = Counter[str](), Counter[str]()
+    entered, seconds = {}, {}
     for doing in doings:
-        entered.update({stage: n for stage, n in doing.entered.items() if stage not in ENDED})
-        seconds.update(doing.seconds)
-    return Pace(max(1, *(doing.iteration for doing in doings)), dict(entered), dict(seconds))
+        for stage, times in doing.entered.items():
+            if stage not in ENDED and times > entered.get(stage, 0):
+                entered[stage], seconds[stage] = times, doing.seconds.get(stage, 0.0)
+    return Pace(max(1, *(doing.iteration for doing in doings)), entered, seconds)
 
 
 def draw_aim(pace: Pace, findings: Findings, done: float, draw: random.Random) -> Aim:
@@ -156,7 +160,7 @@ def draw_aim(pace: Pace, findings: Findings, done: float, draw: random.Random) -
     stage = draw.choice(sorted(stage for stage in pace.entered if hits[stage] == fewest))
     entered = pace.entered[stage]
     left = max(1, round(entered * (1.0 - done)))
-    return Aim(stage, draw.randrange(left), draw.uniform(0.0, pace.seconds.get(stage, 0.0) / entered))
+    return Aim(stage, draw.randrange(left), draw.uniform(0.0, pace.seconds[stage] / entered))
 
 
 def run(start: Sequence[str], folder: Path, aim: Aim | None = None, findings: Findings | None = None) -> Doing | None:
