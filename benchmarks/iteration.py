@@ -83,7 +83,8 @@ def measure_trl(iterations: int, lora: LoraSettings) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from hapo_lite.policy import TINY_MODEL, keep_weights_unpacked
+    from hapo_lite.origins import TINY_MODEL
+    from hapo_lite.policy import keep_weights_unpacked
     from hapo_lite.tasks.verify import grade
     from hapo_lite.tiny.task import problems
 

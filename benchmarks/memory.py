@@ -28,7 +28,7 @@ from hapo_lite.cli import keep_freed_memory, quiet_libraries  # noqa: E402
 from hapo_lite.memory.measure import measure_loop, prepare  # noqa: E402
 from hapo_lite.memory.predict import Predictor  # noqa: E402
 from hapo_lite.memory.table import memory_table  # noqa: E402
-from hapo_lite.policy import TINY_MODEL  # noqa: E402
+from hapo_lite.origins import TINY_MODEL  # noqa: E402
 from hapo_lite.recipe import load_recipe  # noqa: E402
 
 SHAPES = {

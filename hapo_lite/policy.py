@@ -26,7 +26,6 @@ from transformers import (
 
 from hapo_lite.errors import UserError
 from hapo_lite.head import token_logprobs
-from hapo_lite.origins import TINY_MODEL as TINY_MODEL
 from hapo_lite.origins import may_run_code, model_origin
 from hapo_lite.recipe import ModelSettings
 from hapo_lite.records import Sequences

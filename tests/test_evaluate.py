@@ -348,7 +348,7 @@ def test_held_out_prompts_are_those_of_training(make_recipe, make_loop):
         (["--suite", "tiny", "benchmark.max_new_tokens=254"], "leave 2 of the model's context of 256"),
         (["--suite", "tiny", "--adapter", "nowhere"], "adapter nowhere has no adapter_config.json"),
         (["benchmark.top_p=1.5"], "benchmark.top_p = 1.5"),
-        (["rollout.top_p=0.7"], "rollout.top_p is not a field"),
+        (["rollout.top_p=0.7"], "rollout.top_p below 1 or a rollout.top_k needs method.importance=truncated"),
         (["benchmark.samples=0"], "benchmark.samples = 0"),
         (["--suite", "{folder}/odd.csv"], "suite odd: {folder}/odd.csv has none of the columns"),
         (["--suite", "tiny", "output_dir={folder}/odd.csv"], "cannot be written"),

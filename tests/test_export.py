@@ -26,7 +26,8 @@ from hapo_lite.exporting.compare import Drift
 from hapo_lite.exporting.gguf import problems_of
 from hapo_lite.exporting.merge import DTYPES, placement, readable_config, readable_tokenizer
 from hapo_lite.files import replacing_folder
-from hapo_lite.policy import TINY_MODEL, load_policy
+from hapo_lite.origins import TINY_MODEL
+from hapo_lite.policy import load_policy
 from hapo_lite.recipe import LoraSettings, ModelSettings
 from hapo_lite.trace import read_traces
 from tests.conftest import TINY

@@ -34,7 +34,7 @@ from hapo_lite.inspect.tokens import (
     visible,
     what_if,
 )
-from hapo_lite.policy import TINY_MODEL
+from hapo_lite.origins import TINY_MODEL
 from hapo_lite.trace import Trace, read_traces, write_traces
 
 ENTROPIES = [1.2, 0.3, 1e-4, 0.02, 2.0, 1e-6]

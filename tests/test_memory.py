@@ -20,7 +20,8 @@ from hapo_lite.errors import UserError
 from hapo_lite.memory.advise import usable, write_back
 from hapo_lite.memory.live import tensors_of, total_bytes
 from hapo_lite.memory.predict import Predictor, Stage, worst_case
-from hapo_lite.policy import TINY_MODEL, load_policy
+from hapo_lite.origins import TINY_MODEL
+from hapo_lite.policy import load_policy
 from hapo_lite.recipe import load_recipe
 from hapo_lite.records import EncodedPrompt, Prompt, Sequences
 from hapo_lite.rollout.engine import Request, make_engine

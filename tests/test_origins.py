@@ -18,8 +18,8 @@ from hapo_lite import run
 from hapo_lite.checkpoint import read_record
 from hapo_lite.errors import UserError
 from hapo_lite.evaluation.runner import evaluate
-from hapo_lite.origins import folder_digest, model_origin
-from hapo_lite.policy import TINY_MODEL, load_policy
+from hapo_lite.origins import TINY_MODEL, folder_digest, model_origin
+from hapo_lite.policy import load_policy
 from hapo_lite.recipe import LoraSettings, ModelSettings
 from tests.test_data import jsonl
 

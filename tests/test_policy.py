@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hapo_lite import policy as policy_module
 from hapo_lite.errors import UserError
-from hapo_lite.policy import TINY_MODEL, find_stop_ids, load_policy, resolve_dtype
+from hapo_lite.origins import TINY_MODEL
+from hapo_lite.policy import find_stop_ids, load_policy, resolve_dtype
 from hapo_lite.recipe import LoraSettings, ModelSettings
 from hapo_lite.records import Completion, EncodedPrompt, Prompt, Sequences
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from hapo_lite.checkpoint import read_record
 from hapo_lite.metrics import MetricsFile, timeless
-from hapo_lite.policy import TINY_MODEL
+from hapo_lite.origins import TINY_MODEL
 from hapo_lite.status import read_status
 from hapo_lite.trace import read_traces
 from hapo_lite.verify_resume import left_by

@@ -64,7 +64,7 @@ def how_to_load(source: Source, record: dict[str, Any], output: Path) -> str:
     revision = f', revision="{source.revision}"' if source.revision else ""
     if record["kind"] == "adapter":
         name = "TINY_MODEL" if source.model.name == "tiny" else f'"{source.base}"'
-        tiny = "from hapo_lite.policy import TINY_MODEL\n" if source.model.name == "tiny" else ""
+        tiny = "from hapo_lite.origins import TINY_MODEL\n" if source.model.name == "tiny" else ""
         lines = (
             f"from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n{tiny}\n"
             f'base = AutoModelForCausalLM.from_pretrained({name}{revision}, dtype="auto")\n'

@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 from hapo_lite.checkpoint import STATE, file_hash, read_record
 from hapo_lite.errors import UserError
 from hapo_lite.folder import RunFolder
-from hapo_lite.policy import TINY_MODEL
+from hapo_lite.origins import TINY_MODEL
 from hapo_lite.recipe import ModelSettings, Recipe, load_recipe
 
 WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"

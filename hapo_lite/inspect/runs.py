@@ -17,7 +17,7 @@ from hapo_lite.algo.methods import Method
 from hapo_lite.errors import UserError
 from hapo_lite.files import inside
 from hapo_lite.inspect.tokens import TREATED, TokenTable, token_table, treated_tokens
-from hapo_lite.policy import TINY_MODEL
+from hapo_lite.origins import TINY_MODEL
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.status import read_status
 from hapo_lite.trace import Trace, read_traces

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from hapo_lite.errors import UserError
-from hapo_lite.policy import TINY_MODEL
+from hapo_lite.origins import TINY_MODEL
 from hapo_lite.recipe import ModelSettings
 
 BLOCK, NESTED_BLOCK = 64, 256
