@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.errors import UserError, disk_problem
 from hapo_lite.files import file_hash, replacing_folder
-from hapo_lite.policy import Policy
+from hapo_lite.policy import Policy, save_adapter
 from hapo_lite.recipe import Recipe, departure
 from hapo_lite.rollout.collect import PromptStream
 
@@ -99,13 +99,6 @@ def save_checkpoint(
     return final
 
 
-def save_adapter(policy: Policy, folder: Path) -> None:
-    """The adapter as plain peft reads it."""
-    # Without this, peft asks the hub whether the base's embedding was resized.
-    policy.model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints, damaged ones too, oldest first."""
     return sorted(folder.glob("[0-9]*"))
@@ -128,7 +121,8 @@ def load_checkpoint(
     saved = torch.load(path / OPTIMIZER, map_location=policy.device, weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
     scheduler.load_state_dict(saved["scheduler"])
-    if optimizer.scaler is not None:
+    # A run that began in bf16 or fp32 has none; it may go on in fp16, on a card without bf16.
+    if optimizer.scaler is not None and "scaler" in saved:
         optimizer.scaler.load_state_dict(saved["scaler"])
     return TrainState.from_json(record["state"])
 

@@ -60,6 +60,8 @@ class CollapseWatch:
         )
 
     def see(self, line: Mapping[str, Any]) -> list[str]:
+        if "entropy/all_mean" not in line:
+            return []  # nothing was learned from: no group was kept, or no number was finite
         solved = line.get("reward/correct_share", 0.0) >= SOLVED
         found = []
         for fall in self.falls:

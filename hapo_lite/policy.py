@@ -150,7 +150,8 @@ def load_policy(
         raise
     except Exception as error:
         # With its own code, a model may raise anything.
-        if not settings.trust_remote_code and not isinstance(error, (OSError, ValueError, ImportError, KeyError)):
+        known = (OSError, ValueError, ImportError, KeyError, SafetensorError)
+        if not settings.trust_remote_code and not isinstance(error, known):
             raise
         raise UserError(_loading_problem(settings.name, error)) from error
     keep_weights_unpacked(base)
@@ -187,15 +188,27 @@ def _fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) ->
         raise UserError(f"model.lora.targets = {targets!r} does not fit {settings.name}: {error}") from error
 
 
-def _saved_adapter(base: PreTrainedModel, settings: ModelSettings, folder: Path) -> PeftModel:
+def check_adapter(folder: Path) -> None:
+    """Raises UserError where a folder is no saved adapter."""
     # Looked for first: without them peft would read a pickle, or ask the hub for a name that looks like the folder's.
     for needed in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / needed).is_file():
             raise UserError(f"adapter {folder} has no {needed}: give a folder like runs/NAME/adapter")
+
+
+def _saved_adapter(base: PreTrainedModel, settings: ModelSettings, folder: Path) -> PeftModel:
+    check_adapter(folder)
     try:
         return PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"adapter {folder} does not fit {settings.name}: {_first_line(error)}") from error
+
+
+def save_adapter(policy: Policy, folder: Path) -> None:
+    """The adapter as plain peft reads it."""
+    # Without this, peft asks the hub whether the base's embedding was resized.
+    policy.model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -22,6 +22,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.card is not None and not arguments.card > 0:
         raise UserError(f"--card {arguments.card:g} must be above 0 GiB")
+    if arguments.write and arguments.overrides:
+        raise UserError("--write writes what fits the recipe file as it is: put the overrides into the file first")
     recipe = recipe_from(arguments)
     from hapo_lite.memory.runner import preflight
 

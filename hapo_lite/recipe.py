@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "training.max_skipped",
     "training.micro_batch_tokens",
     "rollout.batch_size",
+    "rollout.engine_memory",
     "model.gradient_checkpointing",
     "model.activation_offload",
     "checkpoint",

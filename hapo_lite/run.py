@@ -23,14 +23,14 @@ from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
 
 import hapo_lite
-from hapo_lite.checkpoint import TrainState, save_adapter, save_checkpoint
+from hapo_lite.checkpoint import TrainState, save_checkpoint
 from hapo_lite.collapse import CollapseWatch
 from hapo_lite.errors import UserError, writing
 from hapo_lite.files import file_hash, replace_text, replacing_folder
 from hapo_lite.folder import RunFolder, check_place, check_same_run, open_folder, resume
 from hapo_lite.interrupt import Interrupted, Interrupts
 from hapo_lite.loop import Loop
-from hapo_lite.policy import Policy, load_policy, resolve_dtype
+from hapo_lite.policy import Policy, load_policy, resolve_dtype, save_adapter
 from hapo_lite.recipe import DataSettings, Recipe, flatten
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.report import closing_table, draw_curves
@@ -165,9 +165,9 @@ def keep_step(folder: RunFolder, recipe: Recipe, policy: Policy, step: SkippedSt
 
 def hopeless(folder: RunFolder, recipe: Recipe, state: TrainState) -> str:
     return (
-        f"stopped after iteration {state.iteration}, which is saved: {state.skipped_in_a_row} updates in a row were "
-        f"skipped (training.max_skipped = {recipe.training.max_skipped}); python -m hapo_lite.replay FILE, with the "
-        f"newest file of {folder.replay}, shows where it begins"
+        f"stopped after iteration {state.iteration}, which is saved: {state.skipped_in_a_row} updates, or iterations "
+        f"before their first one, were skipped in a row (training.max_skipped = {recipe.training.max_skipped}); "
+        f"python -m hapo_lite.replay FILE, with the newest file of {folder.replay}, shows where it begins"
     )
 
 

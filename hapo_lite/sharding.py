@@ -16,9 +16,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from hapo_lite.errors import UserError
 from hapo_lite.policy import Policy
 from hapo_lite.records import Completion
 from hapo_lite.rollout.engine import Engine, Request
+from hapo_lite.shortage import is_shortage
 
 SWITCH = "ACCELERATE_USE_FSDP"
 """Set by `accelerate launch` for a configuration of type FSDP."""
@@ -58,10 +60,18 @@ def sharded_modules(policy: Policy) -> list[nn.Module]:
 def whole_base(policy: Policy) -> Iterator[None]:
     """Within, each process has the whole base and may run it as often as it likes. All have to enter together."""
     modules = sharded_modules(policy)
-    for module in modules:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
     try:
+        try:
+            for module in modules:
+                module.set_reshard_after_forward(False, recurse=False)
+                module.unshard()
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            # The others wait for this process's part, so there is no going on.
+            raise UserError(
+                "the whole base does not fit into this card for sampling: FSDP saves no memory there"
+            ) from error
         yield
     finally:
         for module in modules:

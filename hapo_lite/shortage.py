@@ -20,7 +20,7 @@ from hapo_lite.errors import UserError
 Found = TypeVar("Found")
 
 
-class OutOfMemory(Exception):
+class OutOfMemory(MemoryError):
     """Memory ran out in at least one process; the message says how much was asked for."""
 
 
@@ -98,9 +98,9 @@ class Shortage:
                 raise UserError(
                     f"memory ran out in the {stage} with one sequence at a time, of up to {longest:,} tokens "
                     f"({reason}): set model.gradient_checkpointing=true, or lower rollout.max_new_tokens or "
-                    "data.max_prompt_tokens"
+                    "data.max_prompt_tokens with another name="
                 )
-            self.tokens = max(padded) // 2
+            self.tokens = min(self.tokens or max(padded), max(padded) // 2)
             self._say(stage, f"training.micro_batch_tokens = {self.tokens}", reason, whole)
             parts = [micro_batches([i for batch in part for i in batch], lengths, self.tokens) for part in parts]
 
@@ -119,7 +119,7 @@ class Shortage:
             if engine.batch_size == 1:
                 raise UserError(
                     f"memory ran out in the rollout with one completion at a time ({reason}): lower "
-                    "rollout.max_new_tokens or data.max_prompt_tokens"
+                    "rollout.max_new_tokens or data.max_prompt_tokens with another name="
                 )
             engine.batch_size = max(1, min(engine.batch_size, max(count, 2)) // 2)
             self._say("rollout", f"rollout.batch_size = {engine.batch_size}", reason, whole)

@@ -143,7 +143,8 @@ def save_step(folder: Path, step: SkippedStep, adapter: dict[str, Tensor], recip
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    for old in sorted(folder.glob("[0-9]*-*.safetensors"))[:-KEPT]:
+    by_number = sorted(folder.glob("[0-9]*-*.safetensors"), key=lambda f: tuple(map(int, f.stem.split("-"))))
+    for old in by_number[:-KEPT]:
         old.unlink()
     return path
 

@@ -199,6 +199,13 @@ def test_shape_only_fits_a_card_and_writes_it_into_the_recipe(tmp_path, capsys):
     assert rollout.total > room and (update.total > room or tokens == 1536 * 32 * 8 // 4)
 
 
+def test_overrides_are_not_written(tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(TINY.read_text())
+    assert run_command(preflight.main, [str(file), "training.micro_batch_tokens=64", "--shape-only", "--write"]) == 2
+    assert "put the overrides into the file first" in capsys.readouterr().err and file.read_text() == TINY.read_text()
+
+
 def test_a_card_that_is_too_small_is_one_sentence(tmp_path, capsys):
     recipe = [str(TINY), f"model.name={write_config(tmp_path, '7b', layers=2)}"]
     assert run_command(preflight.main, [*recipe, "--shape-only", "--card", "1"]) == 2

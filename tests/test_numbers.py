@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 from hapo_lite import run
-from hapo_lite.checkpoint import TrainState
+from hapo_lite.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from hapo_lite.cli import run_command
 from hapo_lite.collapse import CollapseWatch
 from hapo_lite.errors import UserError
@@ -159,7 +160,7 @@ def test_the_run_stops_with_a_reason_after_as_many_as_the_recipe_allows(tmp_path
     ]
     assert run_command(main, arguments) == 2
     printed = capsys.readouterr()
-    assert "stopped after iteration 3, which is saved: 3 updates in a row were skipped" in printed.err
+    assert "stopped after iteration 3, which is saved: 3 updates, or iterations" in printed.err
     notes = [line for line in printed.out.splitlines() if "skipped: the reward of completion 0 of prompt" in line]
     assert len(notes) == 3
     folder = tmp_path / "tiny_cpu"
@@ -179,6 +180,25 @@ def test_no_more_files_than_the_disk_should_hold(prepared, tmp_path):
         state, _, _ = loop.step(state)
     assert state.skipped_in_a_row == len(files) == 8
     assert sorted((tmp_path / "replay").iterdir()) == files[-KEPT:]
+
+
+def test_the_newest_files_are_those_of_the_highest_numbers(prepared, tmp_path):
+    loop, state, files = prepared()
+    Poison(loop, {1}, backward=True)
+    loop.step(state)
+    step, adapter, recipe = load_step(files[0])
+    for number in range(1, 13):
+        save_step(tmp_path / "many", replace(step, step=number), adapter, recipe)
+    left = {path.stem for path in (tmp_path / "many").iterdir()}
+    assert left == {f"{step.iteration:06d}-{number}" for number in range(13 - KEPT, 13)}
+
+
+def test_a_run_that_had_no_loss_scaling_goes_on_with_it(prepared, tmp_path):
+    """As from a card with bf16 to one without."""
+    loop, state, _ = prepared()
+    path = save_checkpoint(tmp_path, loop.policy, loop.optimizer, loop.scheduler, state, loop.recipe, loop.stream)
+    loop.optimizer = AcceleratedOptimizer(loop.optimizer.optimizer, scaler=torch.amp.GradScaler("cpu"))
+    assert load_checkpoint(path, loop.policy, loop.optimizer, loop.scheduler, loop.stream) == state
 
 
 def test_replay_refuses_what_is_no_step(tmp_path):
@@ -259,6 +279,13 @@ def test_collapse_is_said_once_as_it_starts():
     for iteration, length in enumerate([40, 40, 40, 30, 19, 18, 17, 16], 1):
         said += watch.see(line(iteration, length=length))
     assert len(said) == 1 and said[0].startswith("iteration 7: completions are getting short, from 40 to 17 tokens")
+
+
+def test_iterations_without_a_group_are_no_collapse():
+    watch = CollapseWatch()
+    for iteration in range(1, 12):
+        empty = {"iteration": iteration, "length/mean": 0.0, "reward/correct_share": 0.0}
+        assert not watch.see(empty if iteration > 4 else line(iteration))
 
 
 def test_what_is_solved_may_be_short_and_certain():

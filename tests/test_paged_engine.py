@@ -138,6 +138,19 @@ def test_gradients_after_it_are_those_of_a_model_that_never_sampled(loop, reques
     assert any(bool(a.any()) for a in found[0])
 
 
+def test_a_shortage_of_memory_is_told_as_one(loop, requests):
+    """So that the run can halve the batch."""
+    processor = AdaptiveTemperature(SIGNAL)
+
+    class Short(AdaptiveTemperature):
+        def __call__(self, input_ids, scores):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        sample(paged(loop), requests, Short(SIGNAL))
+    assert len(sample(paged(loop), requests, processor)) == len(requests)
+
+
 def test_a_signal_stops_it_at_once_and_is_not_swallowed(loop, requests):
     class Signalling(AdaptiveTemperature):
         steps = 0

@@ -7,6 +7,7 @@ import pytest
 from hapo_lite import run
 from hapo_lite.errors import UserError
 from hapo_lite.evaluation.runner import evaluate
+from hapo_lite.exporting.runner import export
 from hapo_lite.folder import RunFolder, check_place
 from hapo_lite.recipe import load_recipe
 from tests.conftest import TINY
@@ -51,6 +52,17 @@ def test_links_out_of_a_run_are_refused_before_anything_is_written(make_recipe, 
         command(recipe)
     if link:
         assert (recipe.run_dir / "recipe.yaml").read_text() == "as it was"
+
+
+def test_an_export_does_not_follow_a_link_out_of_the_run(make_recipe, elsewhere):
+    recipe = make_recipe()
+    (recipe.run_dir / "adapter").mkdir(parents=True)
+    (recipe.run_dir / "recipe.yaml").write_text(recipe.to_yaml())
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (recipe.run_dir / "adapter" / name).write_text("{}")
+    (recipe.run_dir / "export").symlink_to(elsewhere)
+    with pytest.raises(UserError, match="leads out of"):
+        export(recipe.run_dir, "adapter")
 
 
 def test_a_link_within_a_run_and_runs_that_lie_on_another_disk_are_fine(make_recipe, tmp_path):

@@ -10,7 +10,6 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hapo_lite import policy as policy_module
 from hapo_lite.errors import UserError
 from hapo_lite.origins import TINY_MODEL
 from hapo_lite.policy import find_stop_ids, load_policy, resolve_dtype
@@ -201,7 +200,7 @@ def test_unknown_lora_targets_are_named():
 
 
 def test_the_bundled_model_is_small():
-    assert sum(f.stat().st_size for f in policy_module.TINY_MODEL.iterdir()) < 4 * 2**20
+    assert sum(f.stat().st_size for f in TINY_MODEL.iterdir()) < 4 * 2**20
 
 
 @pytest.mark.parametrize(

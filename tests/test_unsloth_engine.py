@@ -105,5 +105,5 @@ def test_without_a_gpu_or_the_package_it_says_so(monkeypatch):
         load_policy(settings, 0, "cpu", engine="unsloth")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "unsloth", None)
-    with pytest.raises(UserError, match=r"unsloth cannot be imported .*: pip install 'hapo_lite\[unsloth\]'"):
+    with pytest.raises(UserError, match=r"unsloth cannot be imported .*: pip install -e \.\[unsloth\]"):
         load_policy(settings, 0, "cpu", engine="unsloth")

@@ -198,7 +198,7 @@ def test_rows_beyond_a_completion_and_without_a_writer_are_left_alone(desk):
 
 def test_an_engine_that_is_not_installed_names_its_extra(policy, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(UserError, match=r"engine = vllm cannot be imported .*: pip install 'hapo_lite\[vllm\]'"):
+    with pytest.raises(UserError, match=r"engine = vllm cannot be imported .*: pip install -e \.\[vllm\]"):
         make_engine(load_recipe(TINY, SETTINGS), policy)
     recipe = load_recipe(TINY, ["rollout.engine=vllm", "model.dtype=bf16"])
     quantised = load_policy(recipe.model, 0, "cpu")

@@ -170,7 +170,7 @@ class Evaluation:
         """Sample and grade what is missing, a few prompts at a time; a signal stops it between two parts."""
         settings, prompts = self.settings, work.suite.prompts
         processor = AdaptiveTemperature(None, settings.temperature, top_p=settings.top_p)
-        switched = self.policy.model.disable_adapter() if work.file.label == BASE else contextlib.nullcontext()
+        switched = self.policy.base_alone() if work.file.label == BASE else contextlib.nullcontext()
         with switched:
             while not work.file.complete:
                 part = prompts[work.file.done : work.file.done + self.at_once]

@@ -27,6 +27,7 @@ from hapo_lite.exporting.source import (
     open_source,
 )
 from hapo_lite.files import replacing_folder
+from hapo_lite.folder import check_place
 
 MARK = "export.json"
 """Says that a folder is an export, of which run and kind; only such a one is written anew."""
@@ -42,6 +43,7 @@ def export(
     merged model is not the adapter on its base.
     """
     source = open_source(run, adapter)
+    check_place(source.folder)
     output = (output or run / "export" / kind).resolve()
     check_is_own(output, source, kind)
     with writing(output), replacing_folder(output) as aside:

@@ -58,9 +58,9 @@ class Source:
 
     @property
     def revision(self) -> str | None:
-        """Of a hub name: the recipe's, else the commit that the run loaded."""
+        """Of a hub name: the commit that the run loaded, else the recipe's, which may be a branch."""
         kind, _, commit = self.origins.get("model", "").partition(" ")
-        return self.model.revision or (commit if kind == "commit" else None)
+        return commit if kind == "commit" else self.model.revision
 
 
 def open_source(run: Path, adapter: Path | None) -> Source:

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from hapo_lite.checkpoint import TrainState
+from hapo_lite.errors import UserError
 from hapo_lite.loop import Loop
 from hapo_lite.memory.predict import worst_case
 from hapo_lite.policy import Policy, load_policy
@@ -58,7 +59,7 @@ def prepare(recipe: Recipe) -> Worst:
     """Load the model and make its loop."""
     accelerator = make_accelerator(recipe)
     watch = Watch(accelerator.device)
-    policy = load_policy(recipe.model, recipe.seed, accelerator.device)
+    policy = load_policy(recipe.model, recipe.seed, accelerator.device, engine=recipe.rollout.engine)
     loop, share = worst_loop(recipe, policy, accelerator, watch.enter)
     return Worst(loop, share, watch)
 
@@ -72,6 +73,10 @@ def measure_loop(worst: Worst, say: Callable[[str], None]) -> Measured:
         watch.seconds.clear()
         state, _, _ = loop.step(state)
         watch.enter("")
+    if missing := [stage for stage in STAGES if stage not in watch.allocated]:
+        raise UserError(
+            f"the {missing[0]} could not be measured, since a number before it was not finite: see model.dtype"
+        )
     fitted = {}
     if loop.shortage.count:
         fitted = {"rollout.batch_size": loop.collector.engine.batch_size}

@@ -135,7 +135,7 @@ class Collector:
         requests = [Request(prompt, sample) for prompt in prompts[rank::world] for sample in range(samples)]
         mine = self.shortage.fit_rollout(
             self.engine,
-            len(requests),
+            -(-len(prompts) // world) * samples,  # the most that any process writes, as all halve together
             lambda: self.engine.sample(requests, processor, seed, stage, iteration),
             whole=stage == TRAINING,
         )

@@ -17,12 +17,12 @@ TRAINING, EVALUATION, BENCHMARK, CANARY = 0, 1, 2, 3
 """Stages, which separate the random numbers of training, its evaluations, `hapo_lite.evaluate` and the canary."""
 
 ENGINES = {
-    "transformers": ("hapo_lite.rollout.transformers_engine", "TransformersEngine", "transformers>=5.10"),
-    "paged": ("hapo_lite.rollout.paged_engine", "PagedEngine", "transformers>=5.17"),
-    "unsloth": ("hapo_lite.rollout.unsloth_engine", "UnslothEngine", "hapo_lite[unsloth]"),
-    "vllm": ("hapo_lite.rollout.vllm_engine", "VllmEngine", "hapo_lite[vllm]"),
+    "transformers": ("hapo_lite.rollout.transformers_engine", "TransformersEngine", "'transformers>=5.10'"),
+    "paged": ("hapo_lite.rollout.paged_engine", "PagedEngine", "'transformers>=5.17'"),
+    "unsloth": ("hapo_lite.rollout.unsloth_engine", "UnslothEngine", "-e .[unsloth]"),
+    "vllm": ("hapo_lite.rollout.vllm_engine", "VllmEngine", "-e .[vllm]"),
 }
-"""By `rollout.engine`: the module, its class, and what to install for it. Imported when chosen."""
+"""By `rollout.engine`: the module, its class, and what pip has to install for it. Imported when chosen."""
 
 
 @dataclass(frozen=True)
@@ -74,5 +74,5 @@ def make_engine(recipe: Recipe, policy: Policy, max_new_tokens: int | None = Non
         return engine.make(recipe, policy, max_new_tokens or settings.max_new_tokens)
     except ImportError as error:
         raise UserError(
-            f"rollout.engine = {settings.engine} cannot be imported ({error}): pip install '{needed}'"
+            f"rollout.engine = {settings.engine} cannot be imported ({error}): pip install {needed}"
         ) from error

@@ -24,6 +24,7 @@ from hapo_lite.records import Completion
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transcript import Scribe, draws_of
+from hapo_lite.shortage import is_shortage
 
 WAVE = 8
 """Batches whose requests are queued together: bounds the memory of the random numbers and the records."""
@@ -170,6 +171,8 @@ def _generate(
                 if not manager.is_running():
                     raise RuntimeError("continuous batching stopped before all completions were written")
             elif result.error is not None:
+                if is_shortage(RuntimeError(result.error)):
+                    raise torch.OutOfMemoryError(result.error)
                 raise UserError(
                     f"rollout.engine = paged failed ({result.error}): lower rollout.batch_size if memory is short, or "
                     "use rollout.engine=transformers"

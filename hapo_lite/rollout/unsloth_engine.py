@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from hapo_lite.errors import UserError
 from hapo_lite.origins import Origin
-from hapo_lite.policy import Policy
+from hapo_lite.policy import Policy, check_adapter
 from hapo_lite.recipe import ModelSettings
 from hapo_lite.rollout.generate_engine import GenerateEngine
 
@@ -91,13 +91,15 @@ def load(
     try:
         from unsloth import FastLanguageModel
     except (ImportError, NotImplementedError) as error:
-        raise UserError(
-            f"rollout.engine = unsloth cannot be imported ({error}): pip install 'hapo_lite[unsloth]'"
-        ) from error
+        raise UserError(f"rollout.engine = unsloth cannot be imported ({error}): pip install -e .[unsloth]") from error
     config = AutoConfig.from_pretrained(
         origin.name, revision=origin.commit, trust_remote_code=settings.trust_remote_code
     )
-    lora = settings.lora
+    rank, alpha, targets = settings.lora.rank, settings.lora.alpha, settings.lora.targets
+    if adapter is not None:
+        check_adapter(adapter)
+        saved = LoraConfig.from_pretrained(str(adapter))  # it keeps the scale that it was trained at
+        rank, alpha, targets = saved.r, saved.lora_alpha, saved.target_modules
     # "unsloth" keeps what the backward needs in main memory.
     checkpointing = "unsloth" if settings.gradient_checkpointing else False
     base, _ = FastLanguageModel.from_pretrained(
@@ -108,14 +110,14 @@ def load(
         load_in_4bit=settings.quantization == "nf4",
         use_exact_model_name=True,  # not a copy of its own that was quantised in advance
         use_gradient_checkpointing=checkpointing,
-        max_lora_rank=lora.rank,
+        max_lora_rank=rank,
         trust_remote_code=settings.trust_remote_code,
     )
     model = FastLanguageModel.get_peft_model(
         base,
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=targets if isinstance(targets, str) else sorted(targets),
         use_gradient_checkpointing=checkpointing,
         random_state=seed,
     )
@@ -126,5 +128,5 @@ def load(
         except RuntimeError as error:
             left_over = [str(error).splitlines()[0]]
         if left_over:
-            raise UserError(f"adapter {adapter} does not fit model.lora of the recipe: {left_over[0]}")
+            raise UserError(f"adapter {adapter} does not fit {settings.name}: {left_over[0]}")
     return model, FastLanguageModel

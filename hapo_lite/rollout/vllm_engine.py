@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from hapo_lite.checkpoint import save_adapter
 from hapo_lite.errors import UserError
 from hapo_lite.interrupt import signals_held
-from hapo_lite.policy import Policy
+from hapo_lite.policy import Policy, save_adapter
 from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion
 from hapo_lite.rollout.engine import Request
@@ -40,7 +39,7 @@ class VllmEngine:
 
     def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int, llm: Any, desk: Desk) -> None:
         self.policy, self.batch_size, self.max_new_tokens = policy, batch_size, max_new_tokens
-        self.llm, self.desk = llm, desk
+        self.rows, self.llm, self.desk = batch_size, llm, desk
         self.level = 1 if policy.device.type == "cuda" else 0  # on a CPU only the queue can be put to sleep
         self.llm.sleep(self.level)
 
@@ -83,8 +82,10 @@ class VllmEngine:
         completions: list[Completion] = []
         with self._awake():
             adapter = self._adapter()
-            for start in range(0, len(requests), WAVE * self.batch_size):
-                wave = requests[start : start + WAVE * self.batch_size]
+            # vLLM keeps the rows that it was started with: fewer run at once only if fewer are queued.
+            size = self.batch_size * (WAVE if self.batch_size == self.rows else 1)
+            for start in range(0, len(requests), size):
+                wave = requests[start : start + size]
                 draws = draws_of(wave, seed, stage, iteration, limit or self.max_new_tokens)
                 completions += self._sample_wave(wave, Scribe(processor, draws.to(self.policy.device)), adapter)
         return completions

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # HAPO on Qwen2.5-Math-7B over a Ray cluster with verl 0.9: the paper's batch, full fine-tuning. Not yet run on a cluster.
 #
-#   pip install "verl[vllm,fsdp]==0.9.*" && pip install --no-deps hapo_lite      on every machine
+#   pip install "verl[vllm,fsdp]==0.9.*" && pip install --no-deps -e .      on every machine
 #   ray start --head             on the first, `ray start --address=HOST:6379` on the others
 #   TRAIN=dapo-math-17k.parquet VAL=aime-2024.parquet NODES=4 recipes/verl/hapo_qwen7b.sh [more overrides]
 #
