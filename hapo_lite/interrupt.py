@@ -8,8 +8,11 @@ import threading
 from collections.abc import Iterator
 
 
-class Interrupted(Exception):
-    """The user or the system asked the run to stop. number: the signal."""
+class Interrupted(BaseException):
+    """The user or the system asked the run to stop. number: the signal.
+
+    Like KeyboardInterrupt no Exception, so that whoever turns those into sentences lets it pass.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)

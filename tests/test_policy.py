@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hapo_lite.errors import UserError
+from hapo_lite.interrupt import Interrupted, Interrupts
 from hapo_lite.origins import TINY_MODEL
-from hapo_lite.policy import find_stop_ids, load_policy, resolve_dtype
+from hapo_lite.policy import find_stop_ids, load_policy, resolve_dtype, templated
 from hapo_lite.recipe import LoraSettings, ModelSettings
 from hapo_lite.records import Completion, EncodedPrompt, Prompt, Sequences
 
@@ -239,3 +241,10 @@ def test_what_a_family_does_to_its_logits_is_scored(family, changes, tmp_path):
             expected, expected_entropy = naive_logprobs(sampled, row, 1.0)
             torch.testing.assert_close(logp[i, : row.length].double(), expected, rtol=0, atol=1e-5)
             torch.testing.assert_close(entropy[i, : row.length].double(), expected_entropy, rtol=1e-4, atol=0)
+
+
+def test_a_signal_within_a_chat_template_is_no_failure_of_the_template(monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *a, **options: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted), Interrupts().listening():
+        templated(tokenizer, [{"role": "user", "content": "1 + 1"}])

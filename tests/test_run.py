@@ -146,7 +146,7 @@ def signal_at(folder: Path, lines: int, number: int) -> int:
     while process.poll() is None and not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= lines):
         time.sleep(0.002)
     process.send_signal(number)
-    process.communicate(timeout=120)
+    print(process.communicate(timeout=120)[1].decode())  # shown if the test fails
     return process.returncode
 
 
