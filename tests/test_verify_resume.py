@@ -42,12 +42,12 @@ def environment(monkeypatch):
 
 
 def test_a_run_that_is_killed_and_resumed_ends_the_same(tmp_path, capsys):
-    findings = verify([sys.executable, "-m", "hapo_lite.train", str(TINY), *SMALL, *SHORT], tmp_path, kills=2, seed=0)
+    findings = verify([sys.executable, "-m", "hapo_lite.train", str(TINY), *SMALL, *SHORT], tmp_path, kills=1, seed=0)
     assert not findings.complaints
-    assert len(findings.kills) == len({stage for stage, _ in findings.kills}) == 2
+    assert len(findings.kills) == 1
     assert set(findings.compared) >= {"adapters", "completions", "files", "numbers", "optimiser states", "prompts"}
     assert not +findings.differing
-    assert re.search(r"^all +2   in \d runs$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert re.search(r"^all +1   in \d runs$", capsys.readouterr().out, flags=re.MULTILINE)
 
 
 def test_a_run_that_forgets_is_found_out(tmp_path):
