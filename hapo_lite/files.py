@@ -14,12 +14,19 @@ from hapo_lite.errors import UserError
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file that is whole or, if that fails, as it was before. Raises OSError."""
-    aside = path.with_name(f".writing-{path.name}")
-    try:
+    with replacing_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing_file(final: Path) -> Iterator[Path]:
+    """Where to write what takes the place of `final` at the end, or vanishes if that fails. Raises OSError."""
+    aside = final.with_name(f".writing-{final.name}")
+    try:
+        yield aside
         flush(aside)
-        os.replace(aside, path)
-    except OSError:
+        os.replace(aside, final)
+    except BaseException:
         aside.unlink(missing_ok=True)
         raise
 

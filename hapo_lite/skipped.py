@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.errors import UserError
-from hapo_lite.files import flush
+from hapo_lite.files import replacing_file
 from hapo_lite.recipe import Recipe, parse_recipe
 from hapo_lite.records import Completion, EncodedPrompt, Prompt, Scored
 from hapo_lite.tasks.rewards import Score
@@ -135,14 +134,8 @@ def save_step(folder: Path, step: SkippedStep, adapter: dict[str, Tensor], recip
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{step.iteration:06d}-{step.step}.safetensors"
-    aside = folder / f".writing-{path.name}"
-    try:
+    with replacing_file(path) as aside:
         save_file({name: t.contiguous() for name, t in tensors.items()}, aside, {"step": json.dumps(about)})
-        flush(aside)
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
     by_number = sorted(folder.glob("[0-9]*-*.safetensors"), key=lambda f: tuple(map(int, f.stem.split("-"))))
     for old in by_number[:-KEPT]:
         old.unlink()
