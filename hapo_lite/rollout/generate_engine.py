@@ -12,47 +12,24 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from hapo_lite.policy import Policy
-from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion
+from hapo_lite.rollout.batched_engine import BatchedEngine
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.rollout.transcript import Scribe, draws_of, pad_left
+from hapo_lite.rollout.transcript import Scribe, pad_left
 
 
-class GenerateEngine:
+class GenerateEngine(BatchedEngine):
     """Samples with the policy's own model. A logits processor draws each token, and `generate` takes its choice."""
-
-    def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int) -> None:
-        self.policy, self.batch_size, self.max_new_tokens = policy, batch_size, max_new_tokens
-
-    @classmethod
-    def make(cls, recipe: Recipe, policy: Policy, max_new_tokens: int) -> GenerateEngine:
-        return cls(policy, recipe.rollout.batch_size, max_new_tokens)
-
-    def sample(
-        self,
-        requests: Sequence[Request],
-        processor: AdaptiveTemperature,
-        seed: int,
-        stage: int,
-        iteration: int,
-        limit: int | None = None,
-    ) -> list[Completion]:
-        """As `Engine.sample` says, batch by batch."""
-        completions: list[Completion] = []
-        for start in range(0, len(requests), self.batch_size):
-            batch = requests[start : start + self.batch_size]
-            draws = draws_of(batch, seed, stage, iteration, limit or self.max_new_tokens)
-            completions += self._sample_batch(batch, Scribe(processor, draws.to(self.policy.device)))
-        return completions
 
     def generator(self, model: PreTrainedModel) -> Callable[..., Tensor]:
         """What is called to generate."""
         return model.generate
 
-    def _sample_batch(self, requests: Sequence[Request], scribe: Scribe) -> list[Completion]:
-        policy = self.policy
+    def _sample_part(
+        self, requests: Sequence[Request], processor: AdaptiveTemperature, draws: Tensor
+    ) -> list[Completion]:
+        policy, scribe = self.policy, Scribe(processor, draws)
         ids, attention_mask = pad_left([r.prompt for r in requests], policy.tokenizer.pad_token_id, policy.device)
         with policy.sampling() as model:
             written = self.generator(
@@ -61,7 +38,7 @@ class GenerateEngine:
                 input_ids=ids,
                 attention_mask=attention_mask,
                 generation_config=GenerationConfig(
-                    max_new_tokens=scribe.draws.shape[0],
+                    max_new_tokens=draws.shape[0],
                     do_sample=False,  # the scribe has drawn; what is left is to take its choice
                     pad_token_id=policy.tokenizer.pad_token_id,
                     eos_token_id=list(policy.stop_ids),

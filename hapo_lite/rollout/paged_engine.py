@@ -18,16 +18,13 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 
 from hapo_lite.errors import UserError
-from hapo_lite.policy import Policy
-from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion
+from hapo_lite.rollout.batched_engine import WAVE, BatchedEngine
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.rollout.transcript import Scribe, draws_of
+from hapo_lite.rollout.transcript import Scribe
 from hapo_lite.shortage import is_shortage
 
-WAVE = 8
-"""Batches whose requests are queued together: bounds the memory of the random numbers and the records."""
 BLOCK_TOKENS, FLASH_BLOCK_TOKENS = 32, 256
 """Tokens in a block of the cache; flash attention reads pages of 256."""
 READ_TOKENS = 256
@@ -36,39 +33,18 @@ MEMORY_SHARE = 0.9
 """Share of the free memory that the cache may take."""
 
 
-class PagedEngine:
+class PagedEngine(BatchedEngine):
     """Samples with the policy's own model, as `TransformersEngine` does. batch_size: completions written at once."""
 
-    def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int) -> None:
-        self.policy, self.batch_size, self.max_new_tokens = policy, batch_size, max_new_tokens
+    @property
+    def part_size(self) -> int:
+        return WAVE * self.batch_size
 
-    @classmethod
-    def make(cls, recipe: Recipe, policy: Policy, max_new_tokens: int) -> PagedEngine:
-        return cls(policy, recipe.rollout.batch_size, max_new_tokens)
-
-    def sample(
-        self,
-        requests: Sequence[Request],
-        processor: AdaptiveTemperature,
-        seed: int,
-        stage: int,
-        iteration: int,
-        limit: int | None = None,
-    ) -> list[Completion]:
-        """As `Engine.sample` says."""
-        completions: list[Completion] = []
-        for start in range(0, len(requests), WAVE * self.batch_size):
-            wave = requests[start : start + WAVE * self.batch_size]
-            draws = draws_of(wave, seed, stage, iteration, limit or self.max_new_tokens)
-            completions += self._sample_wave(wave, processor, draws)
-        return completions
-
-    def _sample_wave(
+    def _sample_part(
         self, requests: Sequence[Request], processor: AdaptiveTemperature, draws: Tensor
     ) -> list[Completion]:
-        """draws: [limit, B], the random numbers of each completion."""
-        limit, device = draws.shape[0], self.policy.device
-        sampler = _Sampler(Scribe(processor, draws.to(device)), [len(r.prompt.ids) for r in requests])
+        limit = draws.shape[0]
+        sampler = _Sampler(Scribe(processor, draws), [len(r.prompt.ids) for r in requests])
         with self.policy.sampling() as model, _paged(model.get_base_model(), sampler) as base:
             written = _generate(
                 base,

@@ -12,48 +12,22 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
-from hapo_lite.policy import Policy
-from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion
+from hapo_lite.rollout.batched_engine import BatchedEngine
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.rollout.transcript import Transcript, draw, draws_of, pad_left
+from hapo_lite.rollout.transcript import Transcript, draw, pad_left
 
 COMPACT_SHARE = 8
 """Finished rows are taken out once they are an eighth of the batch: copying the cache costs about one step."""
 
 
-class TransformersEngine:
+class TransformersEngine(BatchedEngine):
     """Samples with the policy's own model, so there is no second copy and never a stale adapter."""
 
-    def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int) -> None:
-        self.policy, self.batch_size, self.max_new_tokens = policy, batch_size, max_new_tokens
-
-    @classmethod
-    def make(cls, recipe: Recipe, policy: Policy, max_new_tokens: int) -> TransformersEngine:
-        return cls(policy, recipe.rollout.batch_size, max_new_tokens)
-
-    def sample(
-        self,
-        requests: Sequence[Request],
-        processor: AdaptiveTemperature,
-        seed: int,
-        stage: int,
-        iteration: int,
-        limit: int | None = None,
-    ) -> list[Completion]:
-        """As `Engine.sample` says, batch by batch."""
-        completions: list[Completion] = []
-        for start in range(0, len(requests), self.batch_size):
-            batch = requests[start : start + self.batch_size]
-            draws = draws_of(batch, seed, stage, iteration, limit or self.max_new_tokens)
-            completions += self._sample_batch(batch, processor, draws)
-        return completions
-
-    def _sample_batch(
+    def _sample_part(
         self, requests: Sequence[Request], processor: AdaptiveTemperature, draws: Tensor
     ) -> list[Completion]:
-        """draws: [limit, B], the random numbers of each completion."""
         prompts = list({r.prompt.index: r.prompt for r in requests}.values())
         place = {prompt.index: i for i, prompt in enumerate(prompts)}
         device = self.policy.device
@@ -61,7 +35,7 @@ class TransformersEngine:
         decoder = _Decoder(
             attention_mask=attention_mask,
             rows=torch.tensor([place[r.prompt.index] for r in requests], device=device),
-            draws=draws.to(device),
+            draws=draws,
             stop_ids=torch.tensor(self.policy.stop_ids, device=device),
         )
         with self.policy.sampling() as model:

@@ -15,31 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hapo_lite.errors import UserError
 from hapo_lite.interrupt import signals_held
 from hapo_lite.policy import Policy, save_adapter
 from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion
+from hapo_lite.rollout.batched_engine import WAVE, BatchedEngine
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.rollout.transcript import Scribe, draws_of
+from hapo_lite.rollout.transcript import Scribe
 from hapo_lite.rollout.vllm_processor import NUMBER, Desk, batch_processor, slot_processor
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks of an adapter that vLLM makes room for."""
-WAVE = 8
-"""Batches whose requests are queued together: bounds the memory of the random numbers and the records."""
 ADAPTER = 1
 """The adapter's number in vLLM; always the same, so that a new one takes the place of the last."""
 
 
-class VllmEngine:
+class VllmEngine(BatchedEngine):
     """Samples with vLLM. llm: a `vllm.LLM` whose logits processor writes at `desk`. batch_size: rows at once."""
 
     def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int, llm: Any, desk: Desk) -> None:
-        self.policy, self.batch_size, self.max_new_tokens = policy, batch_size, max_new_tokens
-        self.rows, self.llm, self.desk = batch_size, llm, desk
+        super().__init__(policy, batch_size, max_new_tokens)
+        self.rows, self.llm, self.desk, self.adapter = batch_size, llm, desk, None
         self.level = 1 if policy.device.type == "cuda" else 0  # on a CPU only the queue can be put to sleep
         self.llm.sleep(self.level)
 
@@ -69,38 +69,30 @@ class VllmEngine:
             ) from error
         return cls(policy, recipe.rollout.batch_size, max_new_tokens, llm, desk)
 
-    def sample(
-        self,
-        requests: Sequence[Request],
-        processor: AdaptiveTemperature,
-        seed: int,
-        stage: int,
-        iteration: int,
-        limit: int | None = None,
-    ) -> list[Completion]:
-        """As `Engine.sample` says."""
-        completions: list[Completion] = []
-        with self._awake():
-            adapter = self._adapter()
-            # vLLM keeps the rows that it was started with: fewer run at once only if fewer are queued.
-            size = self.batch_size * (WAVE if self.batch_size == self.rows else 1)
-            for start in range(0, len(requests), size):
-                wave = requests[start : start + size]
-                draws = draws_of(wave, seed, stage, iteration, limit or self.max_new_tokens)
-                completions += self._sample_wave(wave, Scribe(processor, draws.to(self.policy.device)), adapter)
-        return completions
+    @property
+    def part_size(self) -> int:
+        # vLLM keeps the rows that it was started with: fewer run at once only if fewer are queued.
+        return self.batch_size * (WAVE if self.batch_size == self.rows else 1)
 
-    def _sample_wave(self, requests: Sequence[Request], scribe: Scribe, adapter: Any) -> list[Completion]:
-        device = self.policy.device
+    def sample(self, *arguments: Any, **options: Any) -> list[Completion]:
+        """As `Engine.sample` says."""
+        with self._awake():
+            self.adapter = self._adapter()
+            return super().sample(*arguments, **options)
+
+    def _sample_part(
+        self, requests: Sequence[Request], processor: AdaptiveTemperature, draws: Tensor
+    ) -> list[Completion]:
+        device, scribe = self.policy.device, Scribe(processor, draws)
         self.desk.scribe = scribe
         self.desk.prompt_lengths = torch.tensor([len(r.prompt.ids) for r in requests], device=device)
         if device.type == "cuda":
             torch.cuda.synchronize()  # vLLM computes in a stream of its own
         with torch.no_grad():
-            written = self._generate([list(r.prompt.ids) for r in requests], scribe.draws.shape[0], adapter)
+            written = self._generate([list(r.prompt.ids) for r in requests], draws.shape[0])
         return scribe.completions(requests, written, self.policy)
 
-    def _generate(self, prompts: list[list[int]], limit: int, adapter: Any) -> list[list[int]]:
+    def _generate(self, prompts: list[list[int]], limit: int) -> list[list[int]]:
         """What was written after each prompt. A signal waits for the end of a step: within it, it would break vLLM."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -117,7 +109,7 @@ class VllmEngine:
                     output_kind=RequestOutputKind.FINAL_ONLY,
                     extra_args={NUMBER: i},
                 )
-                llm.add_request(str(i), {"prompt_token_ids": ids}, params, lora_request=adapter)
+                llm.add_request(str(i), {"prompt_token_ids": ids}, params, lora_request=self.adapter)
             while llm.has_unfinished_requests():
                 with signals_held():
                     outputs = llm.step()

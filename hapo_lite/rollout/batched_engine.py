@@ -1,0 +1,57 @@
+"""What the engines share: requests are worked through part by part, each with its random numbers fixed in advance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+from torch import Tensor
+
+from hapo_lite.policy import Policy
+from hapo_lite.recipe import Recipe
+from hapo_lite.records import Completion
+from hapo_lite.rollout.engine import Request
+from hapo_lite.rollout.sampling import AdaptiveTemperature
+from hapo_lite.rollout.transcript import draws_of
+
+WAVE = 8
+"""Batches that an engine which refills its rows is given at once: bounds the memory of random numbers and records."""
+
+
+class BatchedEngine:
+    """An `Engine` but for how it writes one part."""
+
+    def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int) -> None:
+        self.policy, self.batch_size, self.max_new_tokens = policy, batch_size, max_new_tokens
+
+    @classmethod
+    def make(cls, recipe: Recipe, policy: Policy, max_new_tokens: int) -> Self:
+        return cls(policy, recipe.rollout.batch_size, max_new_tokens)
+
+    @property
+    def part_size(self) -> int:
+        """Requests that are handed to `_sample_part` together."""
+        return self.batch_size
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        processor: AdaptiveTemperature,
+        seed: int,
+        stage: int,
+        iteration: int,
+        limit: int | None = None,
+    ) -> list[Completion]:
+        """As `Engine.sample` says."""
+        completions: list[Completion] = []
+        for start in range(0, len(requests), self.part_size):
+            part = requests[start : start + self.part_size]
+            draws = draws_of(part, seed, stage, iteration, limit or self.max_new_tokens)
+            completions += self._sample_part(part, processor, draws.to(self.policy.device))
+        return completions
+
+    def _sample_part(
+        self, requests: Sequence[Request], processor: AdaptiveTemperature, draws: Tensor
+    ) -> list[Completion]:
+        """draws: [limit, B], the random numbers of each completion, on the policy's device."""
+        raise NotImplementedError
