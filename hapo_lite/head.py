@@ -54,7 +54,7 @@ def token_logprobs(
     the gradient is left out.
     Raises ValueError on shapes that do not fit, an id outside [0, V), or a temperature, scale or cap not above 0.
     """
-    vocabulary = _FourBit(weight) if hasattr(weight, "quant_state") else _Dense(weight)
+    vocabulary = _vocabulary(weight)
     if hidden.dim() != 2 or len(vocabulary.shape) != 2 or hidden.shape[1] != vocabulary.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(vocabulary.shape)} must be [N, D] and [V, D]")
     if targets.shape != hidden.shape[:1]:
@@ -101,6 +101,26 @@ def logits_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
     rows = logits.reshape(-1, logits.shape[-1]).clamp(min=torch.finfo(logits.dtype).min / 4)
     softmax.fold(rows, torch.empty_like(rows))
     return softmax.logsumexp().view(logits.shape[:-1]), softmax.entropy().view(logits.shape[:-1])
+
+
+@torch.no_grad()
+def next_token_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """h W^T + bias for a sampler, formed as `token_logprobs` forms it: [N, D], [V, D], [V] -> [N, V], no gradient.
+
+    fp32, or fp64 for fp64 input. A plain product in bf16 is off by up to 0.06 where a logit is 30; here the likely
+    entries of a row, which lie near its largest one, keep errors that are small beside 1.
+    """
+    vocabulary = _vocabulary(weight)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    factor = _product_dtype(vocabulary.dtype, dtype, hidden.device.type)
+    states = hidden.to(factor)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if not _rounds(factor, dtype, hidden.device.type):
+            tile = vocabulary[:].to(factor)
+            logits = states @ tile.T if factor == dtype else torch.mm(states, tile.T, out_dtype=dtype)
+        else:
+            logits = _logits_by_tiles(states, vocabulary, dtype)
+    return logits if bias is None else logits.add_(bias)
 
 
 class _Softmax:
@@ -222,6 +242,50 @@ class _FourBit:
         return self._functional.dequantize_4bit(packed.reshape(-1, 1), state)
 
 
+def _vocabulary(weight: Tensor) -> _Dense | _FourBit:
+    return _FourBit(weight) if hasattr(weight, "quant_state") else _Dense(weight)
+
+
+def _product_dtype(weight: torch.dtype, dtype: torch.dtype, device: str) -> torch.dtype:
+    """What both factors of h W^T are cast to. dtype: of the result.
+
+    fp16 products are slow or absent on CPUs, and a mixed pair has no product: such weights are cast tile by tile.
+    """
+    native = (dtype, torch.bfloat16) if device == "cpu" else (dtype, torch.bfloat16, torch.float16)
+    return weight if weight in native else dtype
+
+
+def _rounds(factor: torch.dtype, dtype: torch.dtype, device: str) -> bool:
+    """Whether the product is stored in 16 bits. CUDA multiplies them into fp32."""
+    return factor != dtype and device != "cuda"
+
+
+def _product_beside(reference: Tensor, states: Tensor, tile: Tensor, rounded: Tensor, out: Tensor) -> None:
+    """out [n, v] = states [n, D] @ tile^T [D, v], stored in 16 bits in between, relative to `reference` [n].
+
+    Entries near the reference keep small absolute errors. rounded: a buffer [n, v] of the factors' dtype.
+    """
+    # Rounded first: what is added back must be what was subtracted.
+    reference = reference.to(rounded.dtype)[:, None]
+    rounded.copy_(reference.neg())
+    torch.addmm(rounded, states, tile.T, out=rounded)
+    out.copy_(rounded).add_(reference.to(out.dtype))
+
+
+def _logits_by_tiles(states: Tensor, vocabulary: _Dense | _FourBit, dtype: torch.dtype) -> Tensor:
+    """The product of all of `vocabulary` with states [n, D] in `dtype`, [n, V]; the factors are narrower."""
+    size, width = vocabulary.shape[0], TILES["cpu"][1]
+    logits = states.new_empty(states.shape[0], size, dtype=dtype)
+    buffer, reference = states.new_empty(states.shape[0] * width), None
+    for start in range(0, size, width):
+        tile, out = vocabulary[start : start + width], logits[:, start : start + width]
+        if reference is None:
+            reference = torch.mm(states, tile.T).amax(dim=1).to(dtype)
+        _product_beside(reference, states, tile, buffer[: out.numel()].view(out.shape), out)
+        reference = torch.maximum(reference, out.amax(dim=1))
+    return logits
+
+
 class _Logits:
     """From a product h W^T to the logits z, and how steeply z follows it. bias: [V] or None."""
 
@@ -266,12 +330,9 @@ class _Tiles:
         dtype, device, vocabulary = inverse.dtype, hidden.device.type, logits.vocabulary
         self.rows, self.columns = tile_shape(device, *hidden.shape, vocabulary.shape[0])
         self.dtype, self._logits, self._vocabulary = dtype, logits, vocabulary
-        # fp16 products are slow or absent on CPUs, and a mixed pair has no product: such weights are cast tile by tile.
-        native = (dtype, torch.bfloat16) if device == "cpu" else (dtype, torch.bfloat16, torch.float16)
-        self.product_dtype = vocabulary.dtype if vocabulary.dtype in native else dtype
+        self.product_dtype = _product_dtype(vocabulary.dtype, dtype, device)
         self._narrow = self.product_dtype != dtype
-        # CUDA multiplies bf16 into fp32; elsewhere the product is stored in bf16, that is, rounded.
-        self._rounds = self._narrow and device != "cuda"
+        self._rounds = _rounds(self.product_dtype, dtype, device)
         self._unit = logits.bias is None and logits.soft_cap is None and logits.logit_scale == 1.0
         self._unit = self._unit and bool((inverse == 1.0).all())
         self._kernel = _fold_kernel(device)
@@ -320,11 +381,7 @@ class _Tiles:
         n, v = states.shape[0], tile.shape[0]
         out = self._z[: n * v].view(n, v)
         if self._rounds:
-            # Rounded first: what is added back must be what was subtracted.
-            reference = reference.to(self.product_dtype)[:, None]
-            rounded = self._rounded[: n * v].view(n, v).copy_(reference.neg())
-            torch.addmm(rounded, states, tile.T, out=rounded)
-            out.copy_(rounded).add_(reference.to(self.dtype))
+            _product_beside(reference, states, tile, self._rounded[: n * v].view(n, v), out)
         elif self._narrow:
             torch.mm(states, tile.T, out_dtype=self.dtype, out=out)
         else:

@@ -7,6 +7,7 @@ signal, the groups and the denominator are global by construction.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -212,7 +213,9 @@ class Loop:
     def _forward_all(self, completions: Sequence[Completion], plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probabilities and entropies of every completion, in order: two lists of [T], on the CPU."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        with self.shortage.together(lockstep=self.processes.sharded):
+        # On a GPU the packed layers have kernels of their own, and ratio = 1 asks for those of the update.
+        unpacked = self.policy.unpacked() if self.policy.device.type == "cpu" else contextlib.nullcontext()
+        with unpacked, self.shortage.together(lockstep=self.processes.sharded):
             for batch in [b for part in plan.parts for b in (*self.processes.mine(part), *self.processes.idle(part))]:
                 logp, entropy = (t.cpu() for t in self._logprobs([completions[i] for i in batch]))
                 for row, i in enumerate(batch):
@@ -376,10 +379,8 @@ class Loop:
         return Evaluation(metrics, traces)
 
     def _logprobs(self, completions: Sequence[Completion]) -> tuple[Tensor, Tensor]:
-        with self.accelerator.autocast():
-            return self.policy.completion_logprobs(
-                Sequences.of(completions, self.accelerator.device), self.recipe.rollout.temperature
-            )
+        batch = Sequences.of(completions, self.accelerator.device)
+        return self.policy.completion_logprobs(batch, self.recipe.rollout.temperature)
 
 
 def rewards(collected: Collected) -> Tensor:

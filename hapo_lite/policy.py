@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,26 +25,33 @@ from transformers import (
 )
 
 from hapo_lite.errors import UserError
-from hapo_lite.head import token_logprobs
+from hapo_lite.head import next_token_logits, token_logprobs
 from hapo_lite.origins import may_run_code, model_origin
 from hapo_lite.recipe import ModelSettings
 from hapo_lite.records import Sequences
+from hapo_lite.unpacked import UnpackedBase
 
 
 @dataclass(frozen=True)
 class Policy:
     """model: the base with its adapter; stop_ids: any of them ends a completion; context: longest sequence, tokens.
 
+    dtype: of the model's products; bf16 and fp16 by autocast, which leaves the adapter's weights in fp32.
     origin: what the base was when it was loaded, as in origins.Origin.
-    offload: what is kept for the backward waits in main memory.
+    offload: what is kept for the backward waits in main memory. dense: a 4-bit base's unpacked copy; None: it has none.
     """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     context: int
+    dtype: torch.dtype = torch.float32
     origin: str = ""
     offload: bool = False
+    dense: UnpackedBase | None = None
+
+    steps: ClassVar[bool] = True
+    """Whether the decoder can be called token by token with a cache."""
 
     @property
     def device(self) -> torch.device:
@@ -70,16 +77,37 @@ class Policy:
 
         Right padding needs no attention mask: under causal attention no real token sees what comes after it.
         """
-        base, hidden = self.model.get_base_model(), self.hidden_states(batch.ids)
+        with self.autocast():
+            hidden = self.hidden_states(batch.ids)
         rows, columns = batch.mask.nonzero(as_tuple=True)
         # The state at a position predicts the next token, so completion token t is predicted at prompt + t - 1.
         states = hidden[rows, batch.prompt_lengths[rows] + columns - 1]
         targets = batch.ids[rows, batch.prompt_lengths[rows] + columns]
-        logp, entropy = token_logprobs(
-            states, base.get_output_embeddings().weight, targets, temperature, **head_options(base)
-        )
+        logp, entropy = self.token_logprobs(states, targets, temperature)
         blank = logp.new_zeros(batch.mask.shape)
         return blank.index_put((rows, columns), logp), blank.index_put((rows, columns), entropy)
+
+    def token_logprobs(self, states: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of each target, [N] each, from what the head reads, [N, D]."""
+        base = self.model.get_base_model()
+        weight = base.get_output_embeddings().weight
+        return token_logprobs(states, weight, targets, temperature, **head_options(base))
+
+    def rounded_logprobs(self, states: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """The log-probabilities alone, of logits that the head's own layer makes in the policy's dtype. No gradient."""
+        base = self.model.get_base_model()
+        head, options = base.get_output_embeddings(), head_options(base)
+        with torch.no_grad(), self.autocast():
+            logits = nn.functional.linear(states, head.weight, options["bias"]).float() * options["logit_scale"]
+        if cap := options["soft_cap"]:
+            logits = cap * torch.tanh(logits / cap)
+        return torch.log_softmax(logits / temperature, dim=-1).gather(1, targets[:, None]).squeeze(1)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The precision that the policy computes in, for training and sampling alike."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
 
     def hidden_states(self, ids: Tensor) -> Tensor:
         """What the head reads, [B, L, D]. ids: [B, L]."""
@@ -98,16 +126,41 @@ class Policy:
         with self.model.disable_adapter():
             yield
 
+    def unpacked(self) -> contextlib.AbstractContextManager:
+        """Within, a 4-bit base is unpacked once, if memory allows, instead of in every forward."""
+        return contextlib.nullcontext() if self.dense is None else self.dense.held()
+
     @contextlib.contextmanager
     def sampling(self) -> Iterator[PreTrainedModel]:
-        """The model in evaluation mode without gradients; training mode comes back whatever happens inside."""
+        """The model as a sampler calls it; training mode comes back whatever happens inside.
+
+        It is in evaluation mode, without gradients, computes what the trainer computes, and its head makes fp32 logits
+        without a copy of its weight: a linear layer that is given one position of a longer sequence makes one for each
+        row, and rounds its logits to the weight's dtype.
+        """
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.autocast(), self.unpacked(), trainers_head(self.model.get_base_model()):
                 yield self.model
         finally:
             self.model.train(was_training)
+
+
+@contextlib.contextmanager
+def trainers_head(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the head's forward is `next_token_logits`."""
+    head = model.get_output_embeddings()
+
+    def forward(hidden: Tensor) -> Tensor:
+        logits = next_token_logits(hidden.reshape(-1, hidden.shape[-1]), head.weight, getattr(head, "bias", None))
+        return logits.view(*hidden.shape[:-1], -1)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def load_policy(
@@ -116,13 +169,15 @@ def load_policy(
     device: torch.device | str,
     adapter: Path | None = None,
     engine: str = "transformers",
+    unpacked: bool | None = None,
 ) -> Policy:
     """Load the base from a hub name or folder, quantise it, and put a fresh adapter on it.
 
     Only safetensors weights are read, and no code of the model's repository is run but with model.trust_remote_code.
     The adapter's initial weights depend on `seed` alone. adapter: a folder with a trained one instead, to sample from
-    and not to train. engine: rollout.engine; `unsloth` loads the model itself. Raises UserError if there is no such
-    model or it does not fit the settings.
+    and not to train. engine: rollout.engine; `unsloth` loads the model itself. unpacked: whether a 4-bit base
+    is unpacked once a rollout; None: where memory is free then. Raises UserError if there is no such model or it does
+    not fit the settings.
     """
     device = torch.device(device)
     dtype = resolve_dtype(settings.dtype, device)
@@ -162,11 +217,12 @@ def load_policy(
     base.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=list(stop_ids))
     context = int(getattr(base.config, "max_position_embeddings", None) or tokenizer.model_max_length)
     if engine == "unsloth":
-        return unsloth_engine.UnslothPolicy(model, tokenizer, stop_ids, context, str(origin), fast)
+        return unsloth_engine.UnslothPolicy(model, tokenizer, stop_ids, context, dtype, str(origin), fast=fast)
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = _fresh_adapter(base, settings, seed).train() if adapter is None else _saved_adapter(base, settings, adapter)
-    return Policy(model, tokenizer, stop_ids, context, str(origin), offload=settings.activation_offload)
+    dense = UnpackedBase(base, unpacked) if settings.quantization == "nf4" else None
+    return Policy(model, tokenizer, stop_ids, context, dtype, str(origin), settings.activation_offload, dense)
 
 
 def _fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> PeftModel:

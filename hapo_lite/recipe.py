@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "training.micro_batch_tokens",
     "rollout.batch_size",
     "rollout.engine_memory",
+    "rollout.unpacked_base",
     "model.gradient_checkpointing",
     "model.activation_offload",
     "checkpoint",
@@ -131,6 +132,11 @@ class RolloutSettings(Section):
     )
     top_k: Positive | None = Field(None, description="Sample from the k likeliest only; needs the same; null: all")
     batch_size: Positive = Field(64, description="Completions sampled at once; bounds the memory of the KV cache")
+    unpacked_base: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Unpack a 4-bit base once a rollout, instead of in every step, and keep it until the rollout ends; "
+        "auto: where memory allows",
+    )
     old_logprobs: Literal["recomputed", "sampled"] = Field(
         "recomputed", description="pi_old from one pass of the trainer (exact), or the sampler's own (saves the pass)"
     )

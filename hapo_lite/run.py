@@ -30,6 +30,7 @@ from hapo_lite.files import file_hash, replace_text, replacing_folder
 from hapo_lite.folder import RunFolder, check_place, check_same_run, open_folder, resume
 from hapo_lite.interrupt import Interrupted, Interrupts
 from hapo_lite.loop import Loop
+from hapo_lite.memory.advise import unpacks
 from hapo_lite.policy import Policy, load_policy, resolve_dtype, save_adapter
 from hapo_lite.recipe import DataSettings, Recipe, flatten
 from hapo_lite.records import EncodedPrompt, Prompt
@@ -70,7 +71,8 @@ def _train(
     say = accelerator.print
     check_same_run(folder, recipe)
     train_data, held_out_data = load_data(recipe, say)
-    policy = load_policy(recipe.model, recipe.seed, accelerator.device, engine=recipe.rollout.engine)
+    unpacked = not sharded and unpacks(recipe, accelerator.device)
+    policy = load_policy(recipe.model, recipe.seed, accelerator.device, None, recipe.rollout.engine, unpacked)
     encoded = training_prompts(train_data, policy, recipe.data, recipe.rollout.max_new_tokens, say)
     held_out = encode_prompts(held_out_data, policy, recipe.data, recipe.rollout.max_new_tokens, say)
     if accelerator.is_main_process:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ if not torch.cuda.is_available():
 from hapo_lite import run
 from hapo_lite.cli import quiet_libraries
 from hapo_lite.loop import Loop
-from hapo_lite.policy import load_policy
+from hapo_lite.policy import Policy, load_policy
 from hapo_lite.recipe import Recipe, load_recipe
+from hapo_lite.rollout.canary import perturbed_adapter
 from hapo_lite.rollout.collect import Collector, PromptStream
 from hapo_lite.rollout.engine import make_engine
 from hapo_lite.tasks.rewards import Scorer
@@ -76,6 +78,15 @@ def make_loop():
             )
 
         yield make
+
+
+@contextlib.contextmanager
+def noisy_adapter(policy: Policy, strength: float, seed: int) -> Iterator[None]:
+    """Seeded Gaussian noise of that standard deviation on every B matrix; afterwards they are what they were."""
+    matrices = [p for name, p in policy.trainable().items() if "lora_B" in name or "lora_embedding_B" in name]
+    generator = torch.Generator().manual_seed(seed)
+    with perturbed_adapter([(p, torch.randn(p.shape, generator=generator).to(p)) for p in matrices], strength):
+        yield
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ def test_it_is_computed_in_fp32_on_weights_of_16_bits():
         settings = ModelSettings(name="tiny", quantization="none", dtype=dtype, lora=LoraSettings(rank=4, alpha=8.0))
         policy = load_policy(settings, 0, "cpu")
         if widened:
-            probes.compute_in_fp32(policy.model)
+            policy = probes.compute_in_fp32(policy)
         found[dtype, widened] = probes.logprobs(policy, texts)
         weights = {p.dtype for name, p in policy.model.named_parameters() if "lora_" not in name}
         assert weights == {DTYPES[dtype]}

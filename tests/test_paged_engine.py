@@ -19,12 +19,12 @@ from hapo_lite.policy import load_policy
 from hapo_lite.recipe import load_recipe
 from hapo_lite.records import Sequences
 from hapo_lite.rollout import paged_engine
-from hapo_lite.rollout.canary import check_engine, perturbed_adapter
+from hapo_lite.rollout.canary import check_engine
 from hapo_lite.rollout.engine import Request, make_engine
 from hapo_lite.rollout.paged_engine import PagedEngine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transformers_engine import TransformersEngine
-from tests.conftest import TINY
+from tests.conftest import TINY, noisy_adapter
 
 SIGNAL = EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)
 LIMIT = 20
@@ -57,7 +57,7 @@ def state(policy):
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_it_writes_what_the_default_engine_writes(loop, requests, top_p):
     """With fewer rows than requests, an adapter that does something, stop tokens and completions that are cut off."""
-    with perturbed_adapter(loop.policy, 0.05, 3):
+    with noisy_adapter(loop.policy, 0.05, 3):
         theirs = sample(
             TransformersEngine(loop.policy, 64, LIMIT), requests, AdaptiveTemperature(SIGNAL, 1.1, top_p=top_p)
         )
@@ -109,7 +109,7 @@ def test_the_recipe_chooses_it_and_it_follows_the_adapter(loop):
     engine = loop.collector.engine
     assert isinstance(engine, PagedEngine)
     found = check_engine(engine, loop.policy, loop.stream.take(0, 2), loop.recipe, loop.accelerator)
-    assert max(found.at_rest, found.perturbed) < 1e-5 < found.followed
+    assert max(found.at_rest.engine, found.perturbed.engine) < 1e-5 < found.followed
 
 
 def test_the_model_is_as_it_was_after_sampling_and_after_a_failure(loop, requests):

@@ -19,14 +19,14 @@ from hapo_lite.policy import load_policy
 from hapo_lite.recipe import load_recipe
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.rollout import vllm_engine
-from hapo_lite.rollout.canary import check_engine, perturbed_adapter
+from hapo_lite.rollout.canary import check_engine
 from hapo_lite.rollout.engine import Request, make_engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transcript import Scribe, draws_of
 from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.rollout.vllm_processor import NOBODY, NUMBER, BatchRows, Desk, SlotRows, batch_processor, slot_processor
 from hapo_lite.tiny.task import problems
-from tests.conftest import TINY
+from tests.conftest import TINY, noisy_adapter
 
 SIGNAL = EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)
 LIMIT, ROWS = 14, 3
@@ -239,7 +239,7 @@ def test_vllm_writes_what_the_default_engine_writes(engine, policy, requests):
                 assert torch.allclose(getattr(a, name), getattr(b, name), atol=1e-4), name
         return theirs
 
-    with perturbed_adapter(policy, 0.05, 3):
+    with noisy_adapter(policy, 0.05, 3):
         with_adapter = check(AdaptiveTemperature(SIGNAL, 1.1))
         check(AdaptiveTemperature(SIGNAL, 1.1, top_p=0.7))
         with policy.base_alone():
@@ -251,7 +251,7 @@ def test_vllm_passes_the_check_before_training(engine, policy, requests, make_lo
     recipe = load_recipe(TINY, ["model.quantization=none", "data.limit=32", "evaluation.prompts=0"])
     accelerator = make_loop(recipe).accelerator
     found = check_engine(engine, policy, [r.prompt for r in requests[::2]], recipe, accelerator)
-    assert max(found.at_rest, found.perturbed) < 1e-4 < found.followed
+    assert max(found.at_rest.engine, found.perturbed.engine) < 1e-4 < found.followed
 
 
 def test_vllm_is_ready_again_after_a_signal(engine, policy, requests):

@@ -26,6 +26,7 @@ from hapo_lite.evaluation.suites import Suite, chosen, fit, read_problems
 from hapo_lite.files import file_hash
 from hapo_lite.folder import RunFolder, check_place
 from hapo_lite.interrupt import Interrupted, Interrupts
+from hapo_lite.memory.advise import unpacks
 from hapo_lite.policy import Policy, load_policy, resolve_dtype
 from hapo_lite.recipe import Recipe
 from hapo_lite.rollout.collect import Collector
@@ -62,7 +63,8 @@ def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
     check_place(RunFolder(recipe.run_dir))
     folder = recipe.run_dir / "evaluations"
     problems = [read_problems(settings, recipe) for settings in chosen(recipe)]
-    policy = load_policy(recipe.model, recipe.seed, accelerator.device, adapter, recipe.rollout.engine)
+    unpacked = unpacks(recipe, accelerator.device)
+    policy = load_policy(recipe.model, recipe.seed, accelerator.device, adapter, recipe.rollout.engine, unpacked)
     limit = recipe.benchmark.max_new_tokens or recipe.rollout.max_new_tokens
     suites = [fit(p, policy, recipe.data.max_prompt_tokens, limit) for p in problems]
     main = accelerator.is_main_process

@@ -100,8 +100,7 @@ def _load(source: Source, name: str, device: torch.device, dtype: torch.dtype, a
     changes["attention"] = "sdpa"  # flash attention takes no fp32
     changes |= {"revision": source.revision if name == source.base else None}
     policy = load_policy(source.model.model_copy(update=changes), source.recipe.seed, device, adapter)
-    compute_in_fp32(policy.model)
-    return policy
+    return compute_in_fp32(policy)
 
 
 def _load_four_bit(source: Source, device: torch.device) -> Policy:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -73,16 +73,17 @@ def _of_data(source: Source, policy: Policy, say: Callable[[str], None]) -> list
     return [ids for ids in encoded if len(ids) + ANSWER_TOKENS <= policy.context]
 
 
-def compute_in_fp32(model: nn.Module) -> None:
-    """Let every layer with 16-bit weights work in fp32, its weights widened while it does: exact, without the memory.
+def compute_in_fp32(policy: Policy) -> Policy:
+    """The same model, each layer with 16-bit weights working in fp32, its weights widened while it does.
 
     In bf16 the rounding of activations alone moves log-probabilities by more than merging does (docs/export.md).
     """
-    for module in model.modules():
+    for module in policy.model.modules():
         narrow = [p for p in module.parameters(recurse=False) if p.dtype in (torch.bfloat16, torch.float16)]
         if narrow:
             _widen_while_called(module, narrow)
             setattr(module, WIDENED, True)
+    return replace(policy, dtype=torch.float32)
 
 
 def _widen_while_called(module: nn.Module, narrow: Sequence[nn.Parameter]) -> None:

@@ -6,11 +6,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 
 from hapo_lite.errors import UserError, writing
 from hapo_lite.files import replace_text
-from hapo_lite.memory.predict import Predictor, Sizes, worst_case
+from hapo_lite.memory.predict import Predictor, Sizes, unpacking, worst_case
 from hapo_lite.recipe import Recipe
 
 CONTEXT = 0.6 * 2**30
@@ -41,6 +42,18 @@ def usable(card: int) -> int:
     return int((card - CONTEXT) * (1.0 - FRAGMENTS))
 
 
+def unpacks(recipe: Recipe, device: torch.device) -> bool | None:
+    """Whether a run of `recipe` on `device` unpacks its 4-bit base; None: asked anew when each rollout begins.
+
+    On a GPU the prediction decides, once, since the packed kernels round otherwise.
+    """
+    wanted = unpacking(recipe)
+    if wanted is not None or device.type != "cuda":
+        return wanted
+    room = usable(torch.cuda.get_device_properties(device).total_memory)
+    return "unpacked base" in Predictor(recipe, "cuda").stages(room=room)[0].parts
+
+
 def advise(predictor: Predictor, recipe: Recipe, card: int, factors: dict[str, float] | None = None) -> Advice:
     """factors: measured over predicted bytes of the rollout and the update, where they were measured.
 
@@ -59,6 +72,8 @@ def advise(predictor: Predictor, recipe: Recipe, card: int, factors: dict[str, f
 
     def rollout(completion: int, rows: int) -> float:
         stage = predictor.rollout(recipe, Sizes(sizes.prompt, completion, rows, -(-rows // samples), 1, 1))
+        if predictor.unpacks(recipe, stage, room=0):  # one that is made where it fits does not take part in what fits
+            stage = stage.beside(predictor.unpacked)
         return stage.total * factors.get("rollout", 1.0)
 
     base = sizes.completion

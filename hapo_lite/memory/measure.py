@@ -19,6 +19,7 @@ import torch
 from hapo_lite.checkpoint import TrainState
 from hapo_lite.errors import UserError
 from hapo_lite.loop import Loop
+from hapo_lite.memory.advise import unpacks
 from hapo_lite.memory.predict import worst_case
 from hapo_lite.policy import Policy, load_policy
 from hapo_lite.recipe import Recipe
@@ -59,7 +60,8 @@ def prepare(recipe: Recipe) -> Worst:
     """Load the model and make its loop."""
     accelerator = make_accelerator(recipe)
     watch = Watch(accelerator.device)
-    policy = load_policy(recipe.model, recipe.seed, accelerator.device, engine=recipe.rollout.engine)
+    unpacked = unpacks(recipe, accelerator.device)
+    policy = load_policy(recipe.model, recipe.seed, accelerator.device, None, recipe.rollout.engine, unpacked)
     loop, share = worst_loop(recipe, policy, accelerator, watch.enter)
     return Worst(loop, share, watch)
 

@@ -19,13 +19,15 @@ from transformers import DynamicCache, PretrainedConfig
 from hapo_lite.head import tile_shape
 from hapo_lite.memory.live import LiveBytes, tensors_of, total_bytes
 from hapo_lite.memory.shapes import build, computing_in, load_config
-from hapo_lite.policy import resolve_dtype
+from hapo_lite.policy import resolve_dtype, trainers_head
 from hapo_lite.recipe import Recipe
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transcript import Transcript, draw
+from hapo_lite.unpacked import UnpackedBase
 
 PARTS = (
     "base weights",
+    "unpacked base",
     "adapter",
     "optimiser",
     "gradients",
@@ -47,6 +49,10 @@ class Stage:
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+    def beside(self, unpacked: int) -> Stage:
+        """The same with an unpacked copy of the base, in bytes."""
+        return Stage(self.name, self.parts | {"unpacked base": unpacked})
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,14 @@ def worst_case(recipe: Recipe, context: int) -> Sizes:
     return Sizes(prompt, completion, rows, -(-rows // samples), batch, width)
 
 
+def unpacking(recipe: Recipe) -> bool | None:
+    """Whether the recipe has a 4-bit base unpacked for the rollout; None: where memory allows."""
+    settings = recipe.rollout
+    if recipe.model.quantization == "none" or settings.engine not in ("transformers", "paged"):
+        return False  # the others have a base of their own, or a loop that this cannot reach
+    return {"always": True, "never": False, "auto": None}[settings.unpacked_base]
+
+
 class Predictor:
     """Predicts for one model and one kind of device; recipes may differ in all but `model`."""
 
@@ -97,18 +111,36 @@ class Predictor:
             "optimiser": optimizer_bytes(recipe.training.optimizer, self.adapter),
         }
 
-    def stages(self, recipe: Recipe | None = None) -> list[Stage]:
-        """Rollout, scoring and update at the recipe's worst case."""
+    def stages(self, recipe: Recipe | None = None, room: int = 0) -> list[Stage]:
+        """Rollout, scoring and update at the recipe's worst case. room: bytes of tensors that there is memory for."""
         recipe = recipe or self.recipe
         sizes = worst_case(recipe, self.context)
-        return [self.rollout(recipe, sizes), self.score(sizes), self.update(sizes)]
+        rollout, scoring = self.rollout(recipe, sizes), self.score(sizes)
+        if self.unpacks(recipe, rollout, room):
+            rollout = rollout.beside(self.unpacked)
+            # On a GPU scoring keeps to the kernels that the update will use.
+            scoring = scoring.beside(self.unpacked) if self.device == "cpu" else scoring
+        return [rollout, scoring, self.update(sizes)]
+
+    @property
+    def unpacked(self) -> int:
+        """Bytes of the base's unpacked copy; 0 where it is not in 4 bits."""
+        return UnpackedBase(self.model, None).size
+
+    def unpacks(self, recipe: Recipe, rollout: Stage, room: int) -> bool:
+        """Whether the copy is made: as the recipe says or, where that is left open, if it fits beside the rollout."""
+        wanted = unpacking(recipe)
+        if wanted is not None or not self.unpacked:
+            return bool(wanted and self.unpacked)
+        return rollout.total + self.unpacked * (1 if self.device == "cuda" else 2) <= room
 
     def rollout(self, recipe: Recipe, sizes: Sizes) -> Stage:
         """Reading the prompts, or the last step of all rows at their longest: whichever takes more."""
         settings = recipe.rollout
         cache = DynamicCache(config=self.config.get_text_config())
         self.model.eval()
-        with self.mode, torch.no_grad(), LiveBytes(tensors_of(self.model)) as live:
+        computing = computing_in(self.dtype, self.device), trainers_head(self.model.get_base_model())
+        with self.mode, torch.no_grad(), computing[0], computing[1], LiveBytes(tensors_of(self.model)) as live:
             transcript = Transcript(sizes.completion, sizes.rows, torch.device("cpu"))
             self._decode(torch.empty(sizes.prompts, sizes.prompt, dtype=torch.long), sizes.prompt, cache)
             cache.batch_select_indices(torch.zeros(sizes.rows, dtype=torch.long))

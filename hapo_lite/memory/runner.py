@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from hapo_lite.errors import UserError
-from hapo_lite.memory.advise import Advice, advise, write_back
+from hapo_lite.memory.advise import Advice, advise, usable, write_back
 from hapo_lite.memory.measure import measure_loop, prepare
 from hapo_lite.memory.predict import Predictor, worst_case
 from hapo_lite.memory.table import memory_table, suggestion, verdict
@@ -40,7 +40,8 @@ def preflight(recipe: Recipe, card: int | None, shape_only: bool, file: Path | N
     )
     if recipe.rollout.engine != "transformers":
         print(f"note: the rollout is predicted for rollout.engine=transformers, not for {recipe.rollout.engine}")
-    stages = predictor.stages()
+    room = psutil.virtual_memory().available if predictor.device == "cpu" else usable(card or 0)
+    stages = predictor.stages(room=room)
     measured = None if shape_only else measure_loop(prepare(recipe), print)
     print(memory_table(stages, measured))
     if measured is not None and measured.fitted:

@@ -21,6 +21,8 @@ WAVE = 8
 class BatchedEngine:
     """An `Engine` but for how it writes one part."""
 
+    steps_alike = False
+
     def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int) -> None:
         self.policy, self.batch_size, self.max_new_tokens = policy, batch_size, max_new_tokens
 
@@ -44,10 +46,11 @@ class BatchedEngine:
     ) -> list[Completion]:
         """As `Engine.sample` says."""
         completions: list[Completion] = []
-        for start in range(0, len(requests), self.part_size):
-            part = requests[start : start + self.part_size]
-            draws = draws_of(part, seed, stage, iteration, limit or self.max_new_tokens)
-            completions += self._sample_part(part, processor, draws.to(self.policy.device))
+        with self.policy.unpacked():
+            for start in range(0, len(requests), self.part_size):
+                part = requests[start : start + self.part_size]
+                draws = draws_of(part, seed, stage, iteration, limit or self.max_new_tokens)
+                completions += self._sample_part(part, processor, draws.to(self.policy.device))
         return completions
 
     def _sample_part(

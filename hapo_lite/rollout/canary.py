@@ -2,55 +2,103 @@
 
 An engine with a copy of the weights that is out of date, or that left the adapter out, trains to nothing and raises no
 error. So the adapter is perturbed, and the engine's log-probabilities have to follow the trainer's.
+
+How far two right computations lie apart belongs to the model and its dtype. So the trainer is also compared with
+itself, as it scores the same tokens one by one through a cache, which is how a sampler computes them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache
 
 from hapo_lite.errors import UserError
-from hapo_lite.policy import Policy, resolve_dtype
+from hapo_lite.policy import Policy
 from hapo_lite.recipe import Recipe
-from hapo_lite.records import Completion, EncodedPrompt, Sequences
+from hapo_lite.records import Completion, EncodedPrompt, Sequences, pad
 from hapo_lite.rollout.engine import CANARY, Engine, Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
+from hapo_lite.rollout.transcript import pad_left
 
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Largest mean distance between the engine's log-probabilities and the trainer's, nats, by compute dtype."""
-MOVE = 10.0
-"""The perturbation moves the trainer's log-probabilities by at least so many tolerances."""
-PROMPTS, SAMPLES, TOKENS = 2, 2, 8
-"""What is sampled, twice: so many completions of so many prompts, of at most so many tokens."""
-STRENGTHS = [2.0**exponent for exponent in range(-14, 6)]
-"""Standard deviations of the perturbation; the first that moves enough is taken."""
+PROMPTS, TOKENS, OFFERED = 4, 16, 32
+"""What is sampled, twice: so many completions of at most so many tokens, of the shortest prompts among the first."""
+MOVE = 1.0
+"""How far the perturbation moves the trainer's log-probabilities, nats a token: far above any rounding, and far from
+where the model's own answers break down."""
+SMALLEST, LARGEST, ATTEMPTS = 1e-3, 1e3, 12
+"""Norms of the perturbation that are tried, and how many of them."""
+ALIKE, FOREIGN = 0.5, 1.6
+"""Largest distance of a right engine, in parts of the floor: from the trainer's own steps for an engine that steps
+alike, and from the trainer for any other. docs/measurements.md has what was measured."""
+SLACK, SHARE = 1e-3, 0.005
+"""What is allowed beside it, for dtypes that hardly round: nats at rest, and the part of a perturbation's move."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Mean distances of log-probabilities over the sampled tokens, nats.
+
+    engine: to the trainer. steps: to the trainer's own token-by-token pass. floor: of that pass to the trainer.
+    """
+
+    engine: float
+    steps: float
+    floor: float
+
+    def share(self, alike: bool, slack: float) -> float:
+        """The distance in parts of what is allowed. alike: as in `Canary`; slack: nats that are allowed in any dtype."""
+        allowed = (ALIKE if alike else FOREIGN) * self.floor + slack
+        return (self.steps if alike else self.engine) / allowed
 
 
 @dataclass(frozen=True)
 class Canary:
-    """Mean distances of log-probabilities over tokens, nats.
+    """at_rest, perturbed: with the adapter as it is, and perturbed.
 
-    at_rest, perturbed: engine to trainer, with the adapter as it is and perturbed. moved: trainer with the perturbed
-    adapter to trainer without; followed: engine with the perturbed adapter to trainer without.
+    moved: by how much the perturbation changed the trainer's log-probabilities of the tokens that were sampled under
+    it, nats a token. followed: the part of that change that the engine made too; 1 for a right one. alike: whether
+    the engine steps as the trainer's own pass does.
     """
 
-    at_rest: float
-    perturbed: float
+    at_rest: Distance
+    perturbed: Distance
     moved: float
     followed: float
-    tolerance: float
+    alike: bool
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """The distance at rest and perturbed, each in parts of what is allowed."""
+        return self.at_rest.share(self.alike, SLACK), self.perturbed.share(self.alike, SHARE * self.moved)
+
+    @property
+    def right(self) -> bool:
+        # A share that is not a number is no agreement.
+        return all(share <= 1.0 for share in self.shares)
 
     def __str__(self) -> str:
         return (
-            f"{self.at_rest:.1e} nats from the trainer's and {self.perturbed:.1e} with a perturbed adapter "
-            f"({self.tolerance:g} allowed), which moved the trainer's by {self.moved:.1e} and the engine's by "
-            f"{self.followed:.1e}"
+            f"{self.at_rest.engine:.1e} nats from the trainer's, where rounding alone makes {self.at_rest.floor:.1e}; "
+            f"with an adapter perturbed by {self.moved:.2g} nats {self.perturbed.engine:.1e}, where rounding makes "
+            f"{self.perturbed.floor:.1e}, and they follow {self.followed:.1%} of the change"
+        )
+
+    def meaning(self) -> str:
+        """What an engine that is not right does, as far as the numbers tell."""
+        if not self.shares[0] <= 1.0:
+            return "its base, or its adapter, is another one even before the adapter is perturbed"
+        return (
+            "the adapter that it samples with is not the current one: it is left out, a step old, at another scale "
+            "(model.lora.alpha / model.lora.rank), or incomplete"
         )
 
 
@@ -63,68 +111,198 @@ def check_engine(
 ) -> Canary:
     """Sample a few tokens with the adapter as it is and perturbed, and compare with the trainer.
 
-    The adapter is the same afterwards, to the last bit. Raises UserError, with the numbers, if they are too far apart.
+    The adapter is the same afterwards, to the last bit. Raises UserError, with the numbers, if they are too far apart;
+    in every process, if they are in one.
     """
+    found = compare(engine, policy, prompts, recipe)
+    wrong = torch.tensor(float(not found.right), device=accelerator.device)
+    if accelerator.reduce(wrong, "sum") > 0:
+        if found.right:
+            raise UserError("another process found that its engine does not sample from the policy that is trained")
+        raise UserError(
+            f"rollout.engine = {recipe.rollout.engine} does not sample from the policy that is trained: its "
+            f"log-probabilities are {found}; {found.meaning()}; {_advice(recipe.rollout.engine)}"
+        )
+    return found
+
+
+def compare(engine: Engine, policy: Policy, prompts: Sequence[EncodedPrompt | None], recipe: Recipe) -> Canary:
+    """What `check_engine` judges. Raises UserError if no change of the adapter moves the policy."""
     settings = recipe.rollout
-    tolerance = TOLERANCE[resolve_dtype(recipe.model.dtype, policy.device)]
-    short = itertools.islice((prompt for prompt in prompts if prompt is not None), PROMPTS)
-    requests = [Request(prompt, sample) for prompt in short for sample in range(SAMPLES)]
+    offered = (prompt for prompt in itertools.islice(prompts, OFFERED) if prompt is not None)
+    some = sorted(offered, key=lambda prompt: len(prompt.ids))[:PROMPTS]
+    requests = [Request(prompt, sample) for sample in range(PROMPTS) for prompt in some][:PROMPTS]
 
     def sampled() -> list[Completion]:
         processor = AdaptiveTemperature(None, settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
         return engine.sample(requests, processor, recipe.seed, CANARY, 0, limit=TOKENS)
 
-    def scored(completions: Sequence[Completion]) -> Tensor:
-        batch = Sequences.of(completions, policy.device)
-        with torch.no_grad(), accelerator.autocast():
-            logp, _ = policy.completion_logprobs(batch, settings.temperature)
-        return logp[batch.mask].cpu()
+    with policy.unpacked():
+        before = sampled()
+        at_rest = measure(policy, before, settings.temperature, engine)
+        directions = blockwise_directions(policy, before, settings.temperature, recipe.seed)
+        strength = strength_for(policy, before, settings.temperature, directions)
+        with perturbed_adapter(directions, strength):
+            after = sampled()
+            perturbed = measure(policy, after, settings.temperature, engine)
+            moved_to = trainer_logp(policy, after, settings.temperature)
+        moved_from = trainer_logp(policy, after, settings.temperature)
+    change = (moved_to - moved_from).double()
+    followed = ((engine_logp(after) - moved_from).double() * change).sum() / change.square().sum()
+    return Canary(at_rest, perturbed, float(change.abs().mean()), float(followed), engine.steps_alike)
 
-    before = sampled()
-    trainer_before = scored(before)
-    for strength in STRENGTHS:
-        with perturbed_adapter(policy, strength, recipe.seed):
-            if distance(scored(before), trainer_before) >= MOVE * tolerance:
-                after = sampled()
-                trainer_after = scored(after)
-                break
-    else:
-        raise UserError(
-            f"no change of the adapter moves the policy's log-probabilities by {MOVE * tolerance:g} nats, so there is "
-            "nothing to train: check model.lora.targets and model.lora.alpha"
-        )
-    unperturbed = scored(after)
-    found = Canary(
-        at_rest=distance(engine_logp(before), trainer_before),
-        perturbed=distance(engine_logp(after), trainer_after),
-        moved=distance(trainer_after, unperturbed),
-        followed=distance(engine_logp(after), unperturbed),
-        tolerance=tolerance,
-    )
-    # "not <=": a distance that is not a number is no agreement.
-    if not max(found.at_rest, found.perturbed) <= tolerance:
-        raise UserError(
-            f"rollout.engine = {settings.engine} does not sample from the policy that is trained: its "
-            f"log-probabilities are {found}; use rollout.engine=transformers, or other versions of the engine's "
-            "packages"
-        )
+
+def _advice(engine: str) -> str:
+    if engine == "transformers":
+        return "this engine is the reference, so please report this sentence with the model's name"
+    return "use rollout.engine=transformers, or other versions of the engine's packages"
+
+
+def measure(policy: Policy, completions: Sequence[Completion], temperature: float, engine: Engine) -> Distance:
+    """Engine, trainer and the trainer's own steps on the same tokens, with the adapter as it is now."""
+    trainer, own = trainer_logp(policy, completions, temperature), engine_logp(completions)
+    # An engine with a head of its own may make its logits in the compute dtype: so much rounding is no fault.
+    steps = stepwise_logp(policy, completions, temperature, rounded=not engine.steps_alike)
+    return Distance(distance(own, trainer), distance(own, steps), distance(steps, trainer))
+
+
+@torch.no_grad()
+def trainer_logp(policy: Policy, completions: Sequence[Completion], temperature: float) -> Tensor:
+    """Log-probabilities as training scores them, one completion after the other: [N], on the CPU."""
+    batch = Sequences.of(completions, policy.device)
+    return policy.completion_logprobs(batch, temperature)[0][batch.mask].cpu()
+
+
+@torch.no_grad()
+def stepwise_logp(
+    policy: Policy, completions: Sequence[Completion], temperature: float, rounded: bool = False
+) -> Tensor:
+    """The same, but each token through a cache after those before it, as a sampler computes it.
+
+    rounded: the logits are rounded to the policy's dtype, as a head without fp32 sums makes them.
+    """
+    states = torch.cat(_row_states(policy, completions) if policy.steps else _lone_states(policy, completions))
+    targets = torch.cat([c.ids for c in completions]).to(policy.device)
+    if rounded:
+        return policy.rounded_logprobs(states, targets, temperature).cpu()
+    return policy.token_logprobs(states, targets, temperature)[0].cpu()
+
+
+def _row_states(policy: Policy, completions: Sequence[Completion]) -> list[Tensor]:
+    """What the head reads for each token of each completion, [T, D], computed token by token."""
+    decoder, config = policy.model.get_base_model().get_decoder(), policy.model.get_base_model().config
+    ids, mask = pad_left([c.prompt for c in completions], policy.tokenizer.pad_token_id, policy.device)
+    tokens, found = pad([c.ids for c in completions], policy.device), []
+    cache = DynamicCache(config=config.get_text_config())
+    with policy.sampling():
+        for step in range(tokens.shape[1]):
+            out = decoder(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1)[:, -ids.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            found.append(out.last_hidden_state[:, -1])
+            ids, mask = tokens[:, step : step + 1], torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return [row[: c.length] for row, c in zip(torch.stack(found, dim=1), completions, strict=True)]
+
+
+def _lone_states(policy: Policy, completions: Sequence[Completion]) -> list[Tensor]:
+    """The same for a model whose decoder cannot be called step by step: each completion alone, another shape too."""
+    found = []
+    for c in completions:
+        ids = torch.cat([torch.tensor(c.prompt.ids), c.ids])[None].to(policy.device)
+        with policy.autocast():
+            found.append(policy.hidden_states(ids)[0, len(c.prompt.ids) - 1 : -1])
     return found
 
 
+Direction = tuple[nn.Parameter, Tensor]
+"""A matrix of the adapter, and what a perturbation of strength 1 adds to it."""
+
+
+def blockwise_directions(
+    policy: Policy, completions: Sequence[Completion], temperature: float, seed: int
+) -> list[Direction]:
+    """The gradient of the tokens' log-probability with respect to every B matrix, with a seeded sign for each block of
+    layers, and scaled so that every block changes that log-probability by as much.
+
+    Along the gradient a small change of the weights moves log-probabilities evenly. Noise on all weights moves them
+    hardly at all until it destroys the model. The signs keep the blocks' effects on a token apart, so that a block that
+    is missing shows. Raises UserError where nothing has a gradient.
+    """
+    batch = Sequences.of(completions, policy.device)
+    logp, _ = policy.completion_logprobs(batch, temperature)
+    parameters = policy.trainable()
+    logp[batch.mask].sum().backward()
+    blocks: dict[str, list[Direction]] = {}
+    for name, p in parameters.items():
+        if p.grad is not None and ("lora_B" in name or "lora_embedding_B" in name):
+            number = re.search(r"\.\d+\.", name)
+            blocks.setdefault(number.group() if number else name, []).append((p, p.grad.detach()))
+    for p in parameters.values():
+        p.grad = None
+    generator, found = torch.Generator().manual_seed(seed), []
+    for matrices in blocks.values():
+        square = sum(float(gradient.double().square().sum()) for _, gradient in matrices)
+        sign = 1.0 if torch.rand((), generator=generator) < 0.5 else -1.0
+        if 0.0 < square < math.inf:
+            found += [(p, gradient * (sign / square)) for p, gradient in matrices]
+    norm = math.sqrt(sum(float(added.double().square().sum()) for _, added in found))
+    if not found:
+        raise UserError(_UNMOVED)
+    return [(p, added / norm) for p, added in found]
+
+
+_UNMOVED = (
+    "no change of the adapter moves the policy's log-probabilities, so there is nothing to train: check "
+    "model.lora.targets and model.lora.alpha"
+)
+
+
+def strength_for(
+    policy: Policy, completions: Sequence[Completion], temperature: float, directions: Sequence[Direction]
+) -> float:
+    """The norm of the perturbation that moves the trainer's log-probabilities by about MOVE, at most by twice that.
+
+    Raises UserError where none does.
+    """
+    before = trainer_logp(policy, completions, temperature)
+    strength, low, high = 0.1, 0.0, math.inf
+    for _ in range(ATTEMPTS):
+        with perturbed_adapter(directions, strength):
+            moved = distance(trainer_logp(policy, completions, temperature), before)
+        if MOVE / 1.5 <= moved <= 1.5 * MOVE:
+            return strength
+        if moved < MOVE:
+            low = strength
+        else:
+            high = strength
+        aimed = strength * min(max(MOVE / max(moved, 1e-9), 0.1), 10.0)
+        strength = aimed if low < aimed < high else math.sqrt(max(low, SMALLEST) * min(high, LARGEST))
+    if low == 0.0:
+        raise UserError(
+            "even a tiny change of the adapter moves the policy's log-probabilities by more than a few nats, or to "
+            "something that is no number: lower model.lora.alpha, or choose another model.dtype"
+        )
+    if math.isinf(high):
+        raise UserError(_UNMOVED)
+    return low
+
+
 @contextlib.contextmanager
-def perturbed_adapter(policy: Policy, strength: float, seed: int) -> Iterator[None]:
-    """Seeded Gaussian noise of that standard deviation on every B matrix; afterwards they are what they were."""
-    matrices = [p for name, p in policy.trainable().items() if "lora_B" in name or "lora_embedding_B" in name]
-    kept = [p.detach().clone() for p in matrices]
-    generator = torch.Generator().manual_seed(seed)
+def perturbed_adapter(directions: Sequence[Direction], strength: float) -> Iterator[None]:
+    """The adapter with `strength` times the directions added; afterwards its matrices are what they were."""
+    kept = [p.detach().clone() for p, _ in directions]
     try:
         with torch.no_grad():
-            for p in matrices:
-                p.add_(torch.randn(p.shape, generator=generator).to(p), alpha=strength)
+            for p, added in directions:
+                p.add_(added, alpha=strength)
         yield
     finally:
         with torch.no_grad():
-            for p, before in zip(matrices, kept, strict=True):
+            for (p, _), before in zip(directions, kept, strict=True):
                 p.copy_(before)
 
 

@@ -36,10 +36,13 @@ class Request:
 class Engine(Protocol):
     """Samples from the policy as it is now, adapter included.
 
-    batch_size: completions written at once; it may be lowered between calls, and changes none of them.
+    batch_size: completions written at once; it may be lowered between calls, and changes none of them. steps_alike: it
+    computes a token as the trainer does that scores one by one, with the policy's own model, cache and head, so that
+    the check before training may expect the same rounding.
     """
 
     batch_size: int
+    steps_alike: bool
 
     def sample(
         self,

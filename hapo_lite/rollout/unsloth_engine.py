@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
@@ -32,6 +32,8 @@ HIDDEN_STATES = "UNSLOTH_RETURN_HIDDEN_STATES"
 class UnslothEngine(GenerateEngine):
     """Samples with Unsloth's `fast_generate`; the rest is plain `generate`'s engine."""
 
+    steps_alike = False
+
     def generator(self, model: PreTrainedModel) -> Callable[..., Tensor]:
         return getattr(model, "fast_generate", model.generate)  # which is its own too, where there is no other
 
@@ -41,6 +43,7 @@ class UnslothPolicy(Policy):
     """A policy whose model was loaded by Unsloth. fast: the class that switches it between its two modes."""
 
     fast: Any = None
+    steps: ClassVar[bool] = False
 
     def hidden_states(self, ids: Tensor) -> Tensor:
         # Its decoder alone is not what Unsloth's own forward calls it as.

@@ -1,0 +1,200 @@
+"""How often the check before training is right: about the default engine, and about engines with a fault.
+
+    python benchmarks/engine_check.py MODEL --data FILE [--dtype bf16] [--quantization none] [--seeds 200]
+        [--fault-seeds 20] [section.key=value ...]
+
+MODEL is a folder or a hub name. Each seed takes other prompts, other random numbers and another perturbation. Printed
+are the mean distances over the seeds, the largest part of what was allowed that the right engine took, and, for each
+fault, how many of the fault seeds caught it and the smallest multiple of what was allowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from hapo_lite import run  # noqa: E402
+from hapo_lite.cli import quiet_libraries  # noqa: E402
+from hapo_lite.policy import Policy, load_policy  # noqa: E402
+from hapo_lite.recipe import Recipe, load_recipe  # noqa: E402
+from hapo_lite.records import Completion, EncodedPrompt  # noqa: E402
+from hapo_lite.rollout import canary  # noqa: E402
+from hapo_lite.rollout.engine import Engine, make_engine  # noqa: E402
+from hapo_lite.tasks.data import load_prompts  # noqa: E402
+
+PROMPTS = 16
+"""Prompts that each seed offers to the check."""
+
+
+class FaultyEngine:
+    """A right engine whose policy is another one while it samples. fault: a context that makes it so."""
+
+    def __init__(self, engine: Engine, fault: Callable[[], contextlib.AbstractContextManager]) -> None:
+        self.engine, self.fault = engine, fault
+        self.batch_size, self.steps_alike = engine.batch_size, engine.steps_alike
+
+    def sample(self, *arguments, **options) -> list[Completion]:
+        with self.fault():
+            return self.engine.sample(*arguments, **options)
+
+
+def lora_layers(policy: Policy) -> list[LoraLayer]:
+    return [module for module in policy.model.modules() if isinstance(module, LoraLayer)]
+
+
+@contextlib.contextmanager
+def scaled(policy: Policy, factor: float) -> Iterator[None]:
+    """The adapter at `factor` times its scale."""
+    layers = lora_layers(policy)
+    try:
+        for layer in layers:
+            layer.scaling["default"] *= factor
+        yield
+    finally:
+        for layer in layers:
+            layer.scaling["default"] /= factor
+
+
+@contextlib.contextmanager
+def without_block(policy: Policy, number: int) -> Iterator[None]:
+    """The adapter but for one block's part, the one with that number (modulo their count)."""
+    blocks = policy.model.get_base_model().get_decoder().layers
+    layers = [m for m in blocks[number % len(blocks)].modules() if isinstance(m, LoraLayer)]
+    kept = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling["default"] = 0.0
+        yield
+    finally:
+        for layer, scaling in zip(layers, kept, strict=True):
+            layer.scaling.update(scaling)
+
+
+class OneStepOld:
+    """The adapter as it was at the call before; at the first call, as it is."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.kept = policy, None
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        parameters = list(self.policy.trainable().values())
+        now = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            for p, old in zip(parameters, self.kept or now, strict=True):
+                p.copy_(old)
+        try:
+            yield
+        finally:
+            self.kept = now
+            with torch.no_grad():
+                for p, new in zip(parameters, now, strict=True):
+                    p.copy_(new)
+
+
+class OtherBase:
+    """An engine on another base, to which the adapter is copied before it samples."""
+
+    def __init__(self, recipe: Recipe, policy: Policy, other: Policy) -> None:
+        self.policy, self.other = policy, other
+        self.engine = make_engine(recipe, other)
+        self.batch_size, self.steps_alike = self.engine.batch_size, self.engine.steps_alike
+
+    def sample(self, *arguments, **options) -> list[Completion]:
+        with torch.no_grad():
+            for name, p in self.other.trainable().items():
+                p.copy_(self.policy.trainable()[name])
+        return self.engine.sample(*arguments, **options)
+
+
+def faulty_engines(recipe: Recipe, policy: Policy, other: Policy | None, seed: int) -> dict[str, Engine]:
+    """By what is wrong with it. other: the same model, its base quantised in another way."""
+    engine = make_engine(recipe, policy)
+    found = {
+        "adapter one step old": FaultyEngine(engine, OneStepOld(policy)),
+        "adapter left out": FaultyEngine(engine, policy.base_alone),
+        "one block's adapter missing": FaultyEngine(engine, lambda: without_block(policy, seed)),
+        "scale doubled": FaultyEngine(engine, lambda: scaled(policy, 2.0)),
+        "scale halved": FaultyEngine(engine, lambda: scaled(policy, 0.5)),
+    }
+    if other is not None:
+        found["another quantisation of the base"] = OtherBase(recipe, policy, other)
+    return found
+
+
+def prompts_for(seed: int, prompts, policy: Policy) -> list[EncodedPrompt]:
+    chosen = [prompts[(PROMPTS * seed + i) % len(prompts)] for i in range(PROMPTS)]
+    return [EncodedPrompt(i, prompt, tuple(policy.encode(prompt.chat()))) for i, prompt in enumerate(chosen)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"))
+    parser.add_argument("--quantization", default="none", choices=("none", "nf4"))
+    parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--fault-seeds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    quiet_libraries()
+    settings = [f"model.name={arguments.model}", f"model.dtype={arguments.dtype}", f"data.source={arguments.data}"]
+    settings += ["model.gradient_checkpointing=false", *arguments.overrides]
+    recipe = load_recipe(ROOT / "recipes" / "qwen1_5b_lora.yaml", settings)
+    model = recipe.model.model_copy(update={"quantization": arguments.quantization})
+    accelerator = run.make_accelerator(recipe)
+    policy = load_policy(model, 0, accelerator.device)
+    prompts = load_prompts(recipe.data).prompts
+    print(f"{arguments.model}, {arguments.quantization}, {arguments.dtype}, torch {torch.__version__}", flush=True)
+
+    def check(engine: Engine, seed: int) -> canary.Canary:
+        seeded = recipe.model_copy(update={"seed": seed})
+        return canary.compare(engine, policy, prompts_for(seed, prompts, policy), seeded)
+
+    started, found = time.perf_counter(), []
+    for seed in range(arguments.seeds):
+        found.append(check(make_engine(recipe, policy), seed))
+        if not found[-1].right:
+            print(f"seed {seed}: a right engine is accused: {found[-1]}", flush=True)
+    seconds = (time.perf_counter() - started) / max(arguments.seeds, 1)
+    if found:
+        rows = {
+            "engine to trainer, at rest": [f.at_rest.engine for f in found],
+            "rounding alone, at rest": [f.at_rest.floor for f in found],
+            "engine to trainer, perturbed": [f.perturbed.engine for f in found],
+            "rounding alone, perturbed": [f.perturbed.floor for f in found],
+            "perturbed by": [f.moved for f in found],
+            "followed": [f.followed for f in found],
+        }
+        for name, values in rows.items():
+            print(f"{name:<32}mean {statistics.fmean(values):.3g}, {min(values):.3g} to {max(values):.3g}")
+        print(f"false alarms {sum(not f.right for f in found)} of {len(found)}; {seconds:.1f} s a check")
+        print(f"most that a right engine took of what is allowed: {max(max(f.shares) for f in found):.2f}", flush=True)
+    if not arguments.fault_seeds:
+        return
+    swapped = {"none": "nf4", "nf4": "none"}[arguments.quantization]
+    other = load_policy(recipe.model.model_copy(update={"quantization": swapped}), 0, accelerator.device)
+    shares: dict[str, list[float]] = {}
+    for seed in range(arguments.fault_seeds):
+        for name, engine in faulty_engines(recipe, policy, other, seed).items():
+            shares.setdefault(name, []).append(max(check(engine, seed).shares))
+    for name, values in shares.items():
+        caught = sum(value > 1.0 for value in values)
+        print(f"{name:<34}caught {caught} of {len(values)}; at least {min(values):.1f} times what is allowed")
+
+
+if __name__ == "__main__":
+    main()
