@@ -55,7 +55,7 @@ class Distance:
     floor: float
 
     def share(self, alike: bool, slack: float) -> float:
-        """The distance in parts of what is allowed. alike: as in `Canary`; slack: nats that are allowed in any dtype."""
+        """The distance in parts of what is allowed. alike: as in `Canary`; slack: nats allowed in any dtype."""
         allowed = (ALIKE if alike else FOREIGN) * self.floor + slack
         return (self.steps if alike else self.engine) / allowed
 
