@@ -9,6 +9,7 @@ from typing import Protocol
 
 from hapo_lite.errors import UserError
 from hapo_lite.policy import Policy
+from hapo_lite.progress import Progress
 from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion, EncodedPrompt
 from hapo_lite.rollout.sampling import AdaptiveTemperature
@@ -36,10 +37,12 @@ class Request:
 class Engine(Protocol):
     """Samples from the policy as it is now, adapter included.
 
-    batch_size: completions written at once; it may be lowered between calls, and changes none of them.
+    batch_size: completions written at once; it may be lowered between calls, and changes none of them. progress: told
+    how far the sampling is; whoever uses the engine may put another one in its place.
     """
 
     batch_size: int
+    progress: Progress
 
     def sample(
         self,
