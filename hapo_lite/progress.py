@@ -97,6 +97,7 @@ class Writing:
         self._before = 0, 0  # completions and tokens of the parts before this one
         self._size = 0
         self._steps = 0
+        self._first_steps = 0
         self._seconds: list[float] = []
         self.began = self._part_began = self._first = self._last = clock()
 
@@ -104,14 +105,15 @@ class Writing:
         """A part of `count` completions begins, of which `rows` are written at once."""
         self._before = self.done, self.tokens
         self._waiting -= count
-        self._size, self.rows, self._steps = count, rows, 0
+        self._size, self.rows, self._steps, self._first_steps = count, rows, 0, 0
         self._part_began = self._last = self.clock()
 
     def drew(self, rows: int, steps: int = 1) -> None:
         """Each of `rows` completions is `steps` tokens longer."""
         self._last = self.clock()
         if self._steps == 0:
-            self._first = self._last  # reading the prompts is no part of a step's time
+            # Reading the prompts is no part of a step's time.
+            self._first, self._first_steps = self._last, steps
         self._steps += steps
         self.tokens += rows * steps
         self.rows = rows
@@ -158,15 +160,17 @@ class Writing:
         mean = self.tokens / done if done else math.inf
         if self.refills:
             return self._tokens_left(mean) / pace
-        # A GPU's step takes about as long with few rows as with many, so steps are counted and not tokens.
-        if steps < 2:
-            return None
-        step = (self._last - self._first) / (steps - 1)
-        left = longest(rows, mean, self.limit - steps) * step
-        if self._seconds:
-            each = sum(self._seconds) / len(self._seconds)
+        each = sum(self._seconds) / len(self._seconds) if self._seconds else None
+        if timed := steps - self._first_steps:
+            # A GPU's step takes about as long with few rows as with many, so steps are counted and not tokens.
+            step = (self._last - self._first) / timed
+            left = longest(rows, mean, self.limit - steps) * step
+            reading = self._first - self._part_began
+            each = reading + longest(self._size, mean, self.limit) * step if each is None else each
+        elif each is not None:
+            left = max(0.0, each - (self.clock() - self._part_began)) if rows else 0.0
         else:
-            each = self._first - self._part_began + longest(self._size, mean, self.limit) * step
+            return None
         return left + math.ceil(waiting / self._size) * each
 
     def _tokens_left(self, mean: float) -> float:
