@@ -22,6 +22,7 @@ from hapo_lite.progress import Counting, Progress, Writing, in_words
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.status import BLOCK, Doing, Status, read_status
+from hapo_lite.tasks.verify import GraderPool
 from tests.conftest import ROOT, TINY
 
 
@@ -201,6 +202,15 @@ def test_every_stage_counts_all_of_its_work(make_recipe, make_loop):
         assert found.done == found.total > 1 and found.unit == "micro-batches"
         assert found.tokens == loop.progress.work.size if stage == "update" else found.tokens > 0
         assert found.seconds_left == 0.0
+
+
+def test_every_answer_is_counted_whether_it_is_plain_compared_or_the_same_as_another():
+    told = []
+    pairs = [(r"\boxed{2}", "2"), (r"\boxed{x+\frac{1}{2}}", "0.5+x"), (r"\boxed{y^2}", "y*y")]
+    with GraderPool(workers=1) as pool:
+        grades = pool.grade_many([pairs[0], pairs[1], pairs[1], pairs[2]], graded=told.append)
+    assert all(grade.correct for grade in grades)
+    assert sorted(told) == [1, 1, 2]
 
 
 # ----------------------------------------------------------------------------------------------------- what is shown
@@ -385,7 +395,8 @@ def test_on_a_pipe_there_are_whole_lines(silent, tmp_path):
     ]
 
 
-COLUMNS = 100
+COLUMNS = 50
+"""Fewer than many a line has."""
 
 
 def on_a_terminal(whole: list[str]) -> tuple[int, str]:
