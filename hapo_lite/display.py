@@ -30,8 +30,8 @@ WORTH_SAYING_S = 60.0
 """Seconds that something has to take for its length to be announced."""
 LEAVING_S = 2.0
 """Seconds to wait for the thread at the end. A terminal that takes no output may hold it up longer."""
-STAGE_LINE = "{desc}{bar}"
-"""The line where there is no bar of iterations. Without {bar}, which is blank, tqdm would not cut it to the width."""
+STAGE_LINE = "{desc}"
+"""The line where there is no bar of iterations. tqdm cuts it to the width of the terminal."""
 BAR_LINE = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc}{postfix} |{bar}|"
 """The bar of iterations on a terminal: what is cut off last comes first."""
 
