@@ -70,3 +70,8 @@ def micro_batches(members: Sequence[int], lengths: Sequence[int], budget: int) -
 def sequence_lengths(completions: Sequence[Completion]) -> list[int]:
     """Tokens of each, prompt included."""
     return [len(c.prompt.ids) + c.length for c in completions]
+
+
+def padded_tokens(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    """Tokens that micro-batches compute, padding included. lengths: as in `micro_batches`."""
+    return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)

@@ -20,7 +20,7 @@ from hapo_lite.algo.advantage import entropy_scale, group_advantage
 from hapo_lite.algo.methods import Method
 from hapo_lite.algo.objective import loss_denominator, loss_weights, method_loss
 from hapo_lite.algo.tokens import TokenSignals, fit_signal, uncertain_tokens
-from hapo_lite.batching import Parts, Plan, make_plan, micro_batches, sequence_lengths
+from hapo_lite.batching import Parts, Plan, make_plan, micro_batches, padded_tokens, sequence_lengths
 from hapo_lite.checkpoint import TrainState
 from hapo_lite.errors import UserError
 from hapo_lite.metrics import (
@@ -54,7 +54,7 @@ class Evaluation:
 class Loop:
     """One run's moving parts. `step` does an iteration and returns the state after it.
 
-    enter: told what begins, for status.json. keep: given each step that is skipped, before anything else is done.
+    keep: given each step that is skipped, before anything else is done.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Loop:
         stream: PromptStream,
         held_out: Sequence[EncodedPrompt],
         accelerator: Accelerator,
-        enter: Callable[[str], None] = lambda stage: None,
         keep: Callable[[SkippedStep], None] = lambda step: None,
     ) -> None:
-        self.recipe, self.policy, self.collector, self.enter = recipe, policy, collector, enter
+        self.recipe, self.policy, self.collector = recipe, policy, collector
+        self.progress = collector.progress
         self.stream, self.held_out, self.accelerator = stream, held_out, accelerator
         self.keep, self.shortage = keep, collector.shortage
         self.processes = Processes(accelerator, sharded=bool(sharded_modules(policy)))
@@ -110,7 +110,7 @@ class Loop:
             check_rewards(collected.scores, completions)
             advantage = advantages(collected, self.recipe.method)
             plan = self.plan(completions, advantage, traced, state.iteration)
-            self.enter("scoring")
+            self.progress.enter("scoring")
             plan, scored = self.score_what_fits(completions, plan)
         except NotFinite as found:
             commit()
@@ -121,7 +121,7 @@ class Loop:
             return replace(state, skipped_in_a_row=state.skipped_in_a_row + 1), missed, []
         watch.lap("score")
         commit()
-        self.enter("update")
+        self.progress.enter("update")
         outcomes, update, in_a_row = self.update(collected, advantage, scored, plan, state)
         watch.lap("update")
         metrics = entropy_metrics(scored.entropy, collected.scores, scored.signal, scored.uncertain)
@@ -213,11 +213,15 @@ class Loop:
     def _forward_all(self, completions: Sequence[Completion], plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probabilities and entropies of every completion, in order: two lists of [T], on the CPU."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
+        batches = [b for part in plan.parts for b in (*self.processes.mine(part), *self.processes.idle(part))]
+        lengths = sequence_lengths(completions)
+        self.progress.count(len(batches), "micro-batches", padded_tokens(batches, lengths))
         # On a GPU the packed layers have kernels of their own, and ratio = 1 asks for those of the update.
         unpacked = self.policy.unpacked() if self.policy.device.type == "cpu" else contextlib.nullcontext()
         with unpacked, self.shortage.together(lockstep=self.processes.sharded):
-            for batch in [b for part in plan.parts for b in (*self.processes.mine(part), *self.processes.idle(part))]:
+            for batch in batches:
                 logp, entropy = (t.cpu() for t in self._logprobs([completions[i] for i in batch]))
+                self.progress.advance(1, padded_tokens([batch], lengths))
                 for row, i in enumerate(batch):
                     length = completions[i].length
                     found[i] = logp[row, :length].clone(), entropy[row, :length].clone()
@@ -236,6 +240,8 @@ class Loop:
         losses, norms, rate, skipped = [], [], 0.0, 0
         lengths = sequence_lengths(completions)
         trained = torch.stack([t.sum() for t in scored.trained(self.recipe.method)])
+        mine = [batch for part in plan.updates for batch in self.processes.mine(part)]
+        self.progress.count(len(mine), "micro-batches", padded_tokens(mine, lengths))
         for number, (members, batches) in enumerate(zip(plan.members, plan.updates, strict=True), 1):
             denominator = loss_denominator(trained[members], self.recipe.method.loss_average)
 
@@ -284,12 +290,14 @@ class Loop:
         outcomes: dict[int, TokenOutcome] = {}
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.accelerator.device)
+        lengths = sequence_lengths(completions)
         with self.shortage.together(lockstep=self.processes.sharded):
             for batch in batches:
                 part, seen = self._micro_batch(batch, completions, advantage, scored, denominator)
                 self.accelerator.backward(part)
                 loss += part.detach()
                 outcomes |= seen
+                self.progress.advance(1, padded_tokens([batch], lengths))
             for batch in idle:
                 logp, _ = self._logprobs([completions[i] for i in batch])
                 self.accelerator.backward(0.0 * logp.sum())

@@ -247,7 +247,7 @@ class CheckpointSettings(Section):
 class LoggingSettings(Section):
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field("none", description="Tracker")
     traces_per_iteration: NonNegative = Field(4, description="Completions whose tokens are recorded each iteration")
-    progress: bool = Field(True, description="Show the progress bar")
+    progress: bool = Field(True, description="Show what the run is doing, and the bar of iterations")
 
 
 class Recipe(Section):

@@ -13,7 +13,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 import hapo_lite
 from hapo_lite.checkpoint import TrainState, save_checkpoint
 from hapo_lite.collapse import CollapseWatch
+from hapo_lite.display import Display
 from hapo_lite.errors import UserError, writing
 from hapo_lite.files import file_hash, replace_text, replacing_folder
 from hapo_lite.folder import RunFolder, check_place, check_same_run, open_folder, resume
@@ -32,6 +33,7 @@ from hapo_lite.interrupt import Interrupted, Interrupts
 from hapo_lite.loop import Loop
 from hapo_lite.memory.advise import unpacks
 from hapo_lite.policy import Policy, load_policy, resolve_dtype, save_adapter
+from hapo_lite.progress import Progress
 from hapo_lite.recipe import DataSettings, Recipe, flatten
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.report import closing_table, draw_curves
@@ -61,22 +63,28 @@ def train(recipe: Recipe) -> dict[str, Any]:
     accelerator = make_accelerator(recipe)
     folder = RunFolder(recipe.run_dir)
     check_place(folder)
-    with Status(folder.status if accelerator.is_main_process else None) as status:
-        return _train(recipe, accelerator, folder, status, sharded and accelerator.num_processes > 1)
+    main = accelerator.is_main_process
+    with (
+        Status(folder.status if main else None) as status,
+        Display(Progress(status.enter), status, main, recipe.logging.progress) as display,
+    ):
+        return _train(recipe, accelerator, folder, display, sharded and accelerator.num_processes > 1)
 
 
 def _train(
-    recipe: Recipe, accelerator: Accelerator, folder: RunFolder, status: Status, sharded: bool
+    recipe: Recipe, accelerator: Accelerator, folder: RunFolder, display: Display, sharded: bool
 ) -> dict[str, Any]:
-    say = accelerator.print
+    say, progress = display.say, display.progress
     check_same_run(folder, recipe)
-    train_data, held_out_data = load_data(recipe, say)
-    unpacked = not sharded and unpacks(recipe, accelerator.device)
-    policy = load_policy(recipe.model, recipe.seed, accelerator.device, None, recipe.rollout.engine, unpacked)
+    with progress.within(f"reading {recipe.data.source}"):
+        train_data, held_out_data = load_data(recipe, say)
+    with progress.within(f"loading {recipe.model.name}, base {recipe.model.quantization}"):
+        unpacked = not sharded and unpacks(recipe, accelerator.device)
+        policy = load_policy(recipe.model, recipe.seed, accelerator.device, None, recipe.rollout.engine, unpacked)
     encoded = training_prompts(train_data, policy, recipe.data, recipe.rollout.max_new_tokens, say)
     held_out = encode_prompts(held_out_data, policy, recipe.data, recipe.rollout.max_new_tokens, say)
     if accelerator.is_main_process:
-        open_folder(folder, recipe, status)
+        open_folder(folder, recipe, display.status)
     accelerator.wait_for_everyone()
     say(describe(recipe, policy, encoded, held_out, accelerator))
     if recipe.reward.function:
@@ -86,7 +94,8 @@ def _train(
     if recipe.logging.report_to != "none":
         settings = flatten(recipe.model_dump(mode="json"))
         accelerator.init_trackers("hapo_lite", config={k: "null" if v is None else v for k, v in settings.items()})
-    engine = make_engine(recipe, policy)
+    with progress.within(f"rollout.engine = {recipe.rollout.engine}"):
+        engine = make_engine(recipe, policy)
     if sharded:
         whole, part = (size / 2**20 for size in shard_base(policy))
         engine = WholeBaseEngine(engine, policy)
@@ -95,28 +104,29 @@ def _train(
         loop = Loop(
             recipe,
             policy,
-            Collector(engine, scorer, accelerator, status.enter),
+            Collector(engine, scorer, accelerator, progress),
             PromptStream(encoded, recipe.seed),
             held_out,
             accelerator,
-            status.enter,
             keep=lambda step: keep_step(folder, recipe, policy, step) if accelerator.is_main_process else None,
         )
         state = resume(folder, recipe, loop, say)
         if not is_over(recipe, state):
-            status.enter("engine check")
+            progress.enter("engine check")
             checked = check_engine(engine, policy, encoded, recipe, accelerator)
             say(f"rollout.engine = {recipe.rollout.engine}: its log-probabilities are {checked}")
-        summary = run_iterations(folder, recipe, loop, state, status)
+        summary = run_iterations(folder, recipe, loop, state, display)
     if recipe.logging.report_to != "none":
         accelerator.end_training()
     return summary
 
 
-def run_iterations(folder: RunFolder, recipe: Recipe, loop: Loop, state: TrainState, status: Status) -> dict[str, Any]:
+def run_iterations(
+    folder: RunFolder, recipe: Recipe, loop: Loop, state: TrainState, display: Display
+) -> dict[str, Any]:
     """Iterate from `state` to the recipe's end; on a signal, save what is whole and raise Interrupted."""
     accelerator, last = loop.accelerator, recipe.training.iterations
-    recorder = Recorder(folder, recipe, loop)
+    recorder = Recorder(folder, recipe, loop, display.say)
 
     def short_of_memory(sentence: str, whole: bool) -> None:
         """Say so, and save what there is: after this, memory may run out where nothing can be done."""
@@ -127,14 +137,14 @@ def run_iterations(folder: RunFolder, recipe: Recipe, loop: Loop, state: TrainSt
 
     loop.shortage.tell = short_of_memory
     interrupts = Interrupts(deferred=accelerator.num_processes > 1)
-    shown = recipe.logging.progress and accelerator.is_main_process
-    with interrupts.listening(), tqdm(total=last, initial=state.iteration, disable=not shown, unit="it") as bar:
+    with interrupts.listening(), display.bar(last, state.iteration, "it") as bar:
         try:
             if state.iteration == 0:
-                recorder.record({"iteration": 0}, [], evaluate=recorder.evaluates)
+                with display.announcing(first_evaluation(recipe, len(loop.held_out))):
+                    recorder.record({"iteration": 0}, [], evaluate=recorder.evaluates)
             while not is_over(recipe, state):
                 started = time.perf_counter()
-                status.doing.iteration = state.iteration + 1
+                display.status.doing.iteration = state.iteration + 1
                 after, metrics, traces = loop.step(state, commit=interrupts.shield)
                 due = recipe.evaluation.every and after.iteration % recipe.evaluation.every == 0
                 metrics["seconds/iteration"] = time.perf_counter() - started
@@ -173,6 +183,15 @@ def hopeless(folder: RunFolder, recipe: Recipe, state: TrainState) -> str:
     )
 
 
+def first_evaluation(recipe: Recipe, prompts: int) -> str:
+    """The sentence that says how long the first evaluation takes, with {} for the time."""
+    samples = recipe.evaluation.samples
+    return (
+        f"first evaluation: {prompts * samples:,} completions, {{}} ({prompts} held-out prompts x {samples} samples; "
+        "a lower evaluation.samples or evaluation.prompts shortens it)"
+    )
+
+
 def is_over(recipe: Recipe, state: TrainState) -> bool:
     """Whether the run has come to its last iteration, or has sampled its tokens."""
     training = recipe.training
@@ -182,8 +201,8 @@ def is_over(recipe: Recipe, state: TrainState) -> bool:
 class Recorder:
     """Everything a run writes, by the main process."""
 
-    def __init__(self, folder: RunFolder, recipe: Recipe, loop: Loop) -> None:
-        self.folder, self.recipe, self.loop = folder, recipe, loop
+    def __init__(self, folder: RunFolder, recipe: Recipe, loop: Loop, say: Callable[[str], None]) -> None:
+        self.folder, self.recipe, self.loop, self.say = folder, recipe, loop, say
         self.main = loop.accelerator.is_main_process
         self.shown: dict[str, float] = {}
         self.watch = CollapseWatch()
@@ -200,7 +219,7 @@ class Recorder:
             evaluation = self.loop.evaluate(int(metrics["iteration"]))
             metrics = metrics | evaluation.metrics
             traces = traces + evaluation.traces
-        self.loop.enter("recording")
+        self.loop.progress.enter("recording")
         # What is nan or inf, such as the entropy of an evaluation, would be no JSON.
         metrics = {key: v for key, v in metrics.items() if not isinstance(v, float) or math.isfinite(v)}
         self.shown |= {key: v for key, v in metrics.items() if key in HEADLINE}
@@ -217,7 +236,7 @@ class Recorder:
 
     def save(self, state: TrainState) -> None:
         if self.main and state.iteration:
-            self.loop.enter("checkpoint")
+            self.loop.progress.enter("checkpoint")
             loop, folder = self.loop, self.folder.checkpoints
             save_checkpoint(folder, loop.policy, loop.optimizer, loop.scheduler, state, self.recipe, loop.stream)
 
@@ -227,7 +246,7 @@ class Recorder:
 
     def finish(self, state: TrainState) -> dict[str, Any]:
         """Write adapter/, summary.json and curves.png, and print the closing table and the verdict."""
-        self.loop.enter("closing")
+        self.loop.progress.enter("closing")
         self.loop.accelerator.wait_for_everyone()
         if not self.main:
             return {}
@@ -240,9 +259,9 @@ class Recorder:
             verdict = judge_run(lines, self.recipe)
             summary = self._summary(state, lines) | {"verdict": asdict(verdict)}
             replace_text(self.folder.summary, json.dumps(summary, indent=1) + "\n")
-        print(closing_table(lines, self.recipe.evaluation.samples))
-        print(verdict)
-        print(f"{self.folder.path}: adapter/, curves.png, summary.json, metrics.jsonl, traces/")
+        self.say(closing_table(lines, self.recipe.evaluation.samples))
+        self.say(str(verdict))
+        self.say(f"{self.folder.path}: adapter/, curves.png, summary.json, metrics.jsonl, traces/")
         return summary
 
     def _summary(self, state: TrainState, lines: list[dict[str, Any]]) -> dict[str, Any]:

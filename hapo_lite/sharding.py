@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from hapo_lite.errors import UserError
 from hapo_lite.policy import Policy
+from hapo_lite.progress import Progress
 from hapo_lite.records import Completion
 from hapo_lite.rollout.engine import Engine, Request
 from hapo_lite.shortage import is_shortage
@@ -92,6 +93,14 @@ class WholeBaseEngine:
     @batch_size.setter
     def batch_size(self, value: int) -> None:
         self.engine.batch_size = value
+
+    @property
+    def progress(self) -> Progress:
+        return self.engine.progress
+
+    @progress.setter
+    def progress(self, value: Progress) -> None:
+        self.engine.progress = value
 
     def sample(self, requests: Sequence[Request], *arguments, **options) -> list[Completion]:
         with whole_base(self.policy):

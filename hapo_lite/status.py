@@ -10,21 +10,28 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hapo_lite.errors import UserError, writing
+from hapo_lite.progress import Numbers
 
 ENDED = ("finished", "stopped")
 """Stages of a run that is over."""
-BLOCK = 512
+BLOCK = 2048
 """Bytes that a record is padded to. It is overwritten in place: a file put in its place would not be locked."""
 
 
 @dataclass
 class Doing:
-    """process, host: who runs. stage: what it is doing, in which iteration. entered, seconds: of each stage so far."""
+    """process, host: who runs. stage: what it is doing, in which iteration. entered, seconds: of each stage so far.
+
+    about: what the stage is part of, such as "4 of 16 groups kept". progress: the fields of `progress.Numbers`, of this
+    process alone; None where the stage counts nothing.
+    """
 
     process: int = 0
     host: str = ""
@@ -32,6 +39,8 @@ class Doing:
     stage: str = "starting"
     entered: dict[str, int] = field(default_factory=lambda: {"starting": 1})
     seconds: dict[str, float] = field(default_factory=dict)
+    about: str = ""
+    progress: dict[str, Any] | None = None
 
 
 class Status:
@@ -45,6 +54,10 @@ class Status:
         self.doing = Doing(os.getpid(), socket.gethostname())
         self._handle: int | None = None
         self._since = time.perf_counter()
+        self._size = 0
+        # Stages are entered by the run, and their numbers noted by the display's thread. Reentrant, since a signal may
+        # end the run's own thread between taking the lock and the block that releases it.
+        self._lock = threading.RLock()
 
     def __enter__(self) -> Status:
         if self.path is not None and self.path.parent.is_dir():
@@ -76,23 +89,37 @@ class Status:
             pass  # Some network file systems have no locks; that is no reason not to train.
         os.ftruncate(handle, 0)
         self._handle = handle
-        self._write()
+        with self._lock:
+            self._write()
 
     def enter(self, stage: str) -> None:
         """Note that `stage` begins, and so that the one before it has ended."""
         now, doing = time.perf_counter(), self.doing
-        doing.seconds[doing.stage] = round(doing.seconds.get(doing.stage, 0.0) + now - self._since, 6)
-        doing.entered[stage] = doing.entered.get(stage, 0) + 1
-        doing.stage, self._since = stage, now
-        self._write()
+        with self._lock:
+            doing.seconds[doing.stage] = round(doing.seconds.get(doing.stage, 0.0) + now - self._since, 6)
+            doing.entered[stage] = doing.entered.get(stage, 0) + 1
+            doing.stage, doing.about, doing.progress, self._since = stage, "", None, now
+            self._write()
+
+    def note(self, stage: str, about: str, numbers: Numbers | None) -> None:
+        """Note how far `stage` is. Without effect where another one has been entered since."""
+        known = {} if numbers is None else asdict(numbers)
+        progress = {key: round(v, 1) if isinstance(v, float) else v for key, v in known.items()} or None
+        with self._lock:
+            doing = self.doing
+            if doing.stage == stage and (doing.about, doing.progress) != (about, progress):
+                doing.about, doing.progress = about, progress
+                self._write()
 
     def _write(self) -> None:
         if self._handle is None:
             return
         text = json.dumps(asdict(self.doing)) + "\n"
+        # Never less than before: what a longer record left behind this one would break it.
+        self._size = max(self._size, -(-len(text) // BLOCK) * BLOCK)
         # A full disk is reported by the files that matter.
         with contextlib.suppress(OSError):
-            os.pwrite(self._handle, text.rjust(-(-len(text) // BLOCK) * BLOCK).encode(), 0)
+            os.pwrite(self._handle, text.rjust(self._size).encode(), 0)
 
 
 def read_status(path: Path) -> Doing | None:

@@ -26,7 +26,6 @@ from hapo_lite.cli import run_command
 from hapo_lite.compare import main
 from hapo_lite.comparison import pace, runner
 from hapo_lite.comparison.numbers import Numbers, clipped_share, run_numbers
-from hapo_lite.comparison.pace import in_words
 from hapo_lite.comparison.plan import load_comparison, planned_runs
 from hapo_lite.comparison.report import difference_rows, table_rows, write_report
 from hapo_lite.comparison.words import caveats, findings, shown, verdict
@@ -240,18 +239,6 @@ def test_a_seed_that_one_arm_lacks_is_left_out_of_the_pairs(write):
 def test_a_number_that_rounds_to_nothing_has_no_sign():
     values = [(-0.0001, "+.3f"), (0.0001, "+.3f"), (-0.4, "+,.0f"), (-0.0006, "+.3f"), (float("nan"), ".3f")]
     assert [shown(*value) for value in values] == ["0.000", "0.000", "0", "-0.001", "-"]
-
-
-def test_durations_in_words():
-    assert [in_words(s) for s in (5, 89, 90, 3600, 5400, 12_060, 200_000)] == [
-        "5 s",
-        "89 s",
-        "2 min",
-        "60 min",
-        "1 h 30 min",
-        "3 h 21 min",
-        "2 d 8 h",
-    ]
 
 
 def test_the_time_left_follows_from_the_first_runs_pace(write, monkeypatch):

@@ -237,13 +237,13 @@ def test_nothing_of_the_cache_is_alive_when_scoring_begins(make_recipe, make_loo
             caches.extend(weakref.ref(layer.keys) for layer in cache.layers if layer.keys is not None)
 
     loop.policy.model.get_base_model().get_decoder().register_forward_pre_hook(note, with_kwargs=True)
-    loop.enter = lambda stage: alive.setdefault(stage, sum(ref() is not None for ref in caches))
+    loop.progress.entered = lambda stage: alive.setdefault(stage, sum(ref() is not None for ref in caches))
     gc.disable()
     try:
         loop.step(TrainState())
     finally:
         gc.enable()
-    assert len(caches) > 100 and alive == {"scoring": 0, "update": 0}
+    assert len(caches) > 100 and {stage: alive[stage] for stage in ("scoring", "update")} == {"scoring": 0, "update": 0}
 
 
 def test_a_worst_iteration_for_real(capsys):

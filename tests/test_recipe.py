@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 import yaml
 
@@ -23,6 +26,25 @@ def test_every_shipped_recipe_loads_and_survives_a_round_trip(path, write_recipe
     assert recipe.name == path.stem
     assert load_recipe(write_recipe(recipe.to_yaml())) == recipe
     assert not recipe.advice()
+
+
+@pytest.mark.parametrize("path", [p for p in SHIPPED if p.stem != "tiny_cpu"], ids=lambda p: p.stem)
+def test_the_first_evaluation_takes_less_than_a_tenth_of_the_first_hour(path):
+    """By the time of a step that the recipe's own comment estimates, with every batch as long as it may be."""
+    recipe = load_recipe(path)
+    estimate = re.search(
+        r"^# An evaluation takes (\d+) completions in (\w+) batch\w* of up to ([\d,]+) steps of about (\d+) ms, "
+        r"[\w ]+ minutes:\n# an estimate, not yet run on a card\.",
+        path.read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    completions, batches, steps, milliseconds = estimate.groups()
+    wanted = recipe.evaluation.prompts * recipe.evaluation.samples
+    needed = math.ceil(wanted / recipe.rollout.batch_size)
+    assert (int(completions), batches) == (wanted, "one" if needed == 1 else str(needed))
+    assert int(steps.replace(",", "")) == recipe.rollout.max_new_tokens
+    assert needed * recipe.rollout.max_new_tokens * int(milliseconds) / 1000 < 360
+    assert recipe.evaluation.prompts >= 32
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda p: p.stem)

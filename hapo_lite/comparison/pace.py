@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from hapo_lite.comparison.plan import PlannedRun
 from hapo_lite.folder import RunFolder
+from hapo_lite.progress import in_words
 
 ENOUGH = 0.1
 """Share of a run from which its pace is believed."""
@@ -114,20 +115,6 @@ def recorded_seconds(run: PlannedRun) -> float:
     """Training and evaluation of a complete run, by its metrics."""
     lines = RunFolder(run.recipe.run_dir).metrics.read()
     return sum(x.get("seconds/iteration", 0.0) + x.get("seconds/evaluate", 0.0) for x in lines)
-
-
-def in_words(seconds: float) -> str:
-    """40 s, 12 min, 3 h 20 min, 2 d 4 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 36:
-        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
-    days, hours = divmod(round(seconds / 3600), 24)
-    return f"{days} d {hours} h" if hours else f"{days} d"
 
 
 def until(seconds: float) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 import hapo_lite
 from hapo_lite.comparison.figures import Picture
 from hapo_lite.comparison.numbers import MEASURES, Numbers
-from hapo_lite.comparison.pace import in_words
 from hapo_lite.comparison.plan import PlannedRun
 from hapo_lite.comparison.words import caveats, findings, shown, signed, verdict
+from hapo_lite.progress import in_words
 from hapo_lite.statistics import Interval
 
 COMPARED = ("final", "area", "to_threshold", "length", "entropy")

@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 import hapo_lite
+from hapo_lite.display import Display
 from hapo_lite.errors import writing
 from hapo_lite.evaluation.samples import Sample, SampleFile
 from hapo_lite.evaluation.scores import Values, by_prompt, differences, intervals, notes, outcomes, table
@@ -28,6 +28,7 @@ from hapo_lite.folder import RunFolder, check_place
 from hapo_lite.interrupt import Interrupted, Interrupts
 from hapo_lite.memory.advise import unpacks
 from hapo_lite.policy import Policy, load_policy, resolve_dtype
+from hapo_lite.progress import Progress
 from hapo_lite.recipe import Recipe
 from hapo_lite.rollout.collect import Collector
 from hapo_lite.rollout.engine import BENCHMARK, make_engine
@@ -62,20 +63,30 @@ def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
     accelerator = make_accelerator(recipe)
     check_place(RunFolder(recipe.run_dir))
     folder = recipe.run_dir / "evaluations"
-    problems = [read_problems(settings, recipe) for settings in chosen(recipe)]
-    unpacked = unpacks(recipe, accelerator.device)
-    policy = load_policy(recipe.model, recipe.seed, accelerator.device, adapter, recipe.rollout.engine, unpacked)
-    limit = recipe.benchmark.max_new_tokens or recipe.rollout.max_new_tokens
-    suites = [fit(p, policy, recipe.data.max_prompt_tokens, limit) for p in problems]
     main = accelerator.is_main_process
-    if main:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-    reward = recipe.reward.model_copy(update={"function": None, "overlong_buffer": 0})
-    with Status(folder / "status.json" if main else None) as status, Scorer(reward, limit) as scorer:
-        engine = make_engine(recipe, policy, limit)
-        collector = Collector(engine, scorer, accelerator, status.enter)
-        return Evaluation(recipe, policy, adapter, suites, collector, accelerator, folder, limit).run()
+    with (
+        Status(folder / "status.json" if main else None) as status,
+        Display(Progress(status.enter), status, main, recipe.logging.progress) as display,
+    ):
+        with display.progress.within("reading the problems"):
+            problems = [read_problems(settings, recipe) for settings in chosen(recipe)]
+        with display.progress.within(f"loading {recipe.model.name}, base {recipe.model.quantization}"):
+            unpacked = unpacks(recipe, accelerator.device)
+            policy = load_policy(
+                recipe.model, recipe.seed, accelerator.device, adapter, recipe.rollout.engine, unpacked
+            )
+        limit = recipe.benchmark.max_new_tokens or recipe.rollout.max_new_tokens
+        suites = [fit(p, policy, recipe.data.max_prompt_tokens, limit) for p in problems]
+        if main:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            status.claim()
+        reward = recipe.reward.model_copy(update={"function": None, "overlong_buffer": 0})
+        with Scorer(reward, limit) as scorer:
+            with display.progress.within(f"rollout.engine = {recipe.rollout.engine}"):
+                engine = make_engine(recipe, policy, limit)
+            collector = Collector(engine, scorer, accelerator, display.progress)
+            return Evaluation(recipe, policy, adapter, suites, collector, display, folder, limit).run()
 
 
 class Evaluation:
@@ -88,12 +99,13 @@ class Evaluation:
         adapter: Path | None,
         suites: Sequence[Suite],
         collector: Collector,
-        accelerator: Accelerator,
+        display: Display,
         folder: Path,
         max_new_tokens: int,
     ) -> None:
         self.recipe, self.policy, self.adapter, self.suites = recipe, policy, adapter, suites
-        self.collector, self.accelerator, self.folder = collector, accelerator, folder
+        self.collector, self.display, self.folder = collector, display, folder
+        self.accelerator = accelerator = collector.accelerator
         self.max_new_tokens, self.settings = max_new_tokens, recipe.benchmark
         self.main = accelerator.is_main_process
         per_process = max(1, recipe.rollout.batch_size // self.settings.samples)
@@ -102,23 +114,22 @@ class Evaluation:
 
     def run(self) -> dict[str, Any]:
         work = self.plan()
-        self.accelerator.print(self.opening(work))
+        self.display.say(self.opening(work))
         n = self.settings.samples
         total = sum(len(w.suite.prompts) for w in work) * n
         done = sum(w.file.done for w in work) * n
-        shown = self.recipe.logging.progress and self.main
         found: dict[str, dict[str, Any]] = {}
         values: dict[str, list[Values]] = {}
         with (
             self.interrupts.listening(),
             # The time left is reckoned from the mean pace: suites differ in length.
-            tqdm(total=total, initial=done, disable=not shown, unit="sample", smoothing=0.0) as bar,
+            self.display.bar(total, done, "sample", smoothing=0.0) as bar,
         ):
             for suite in self.suites:
                 mine = {w.file.label: w for w in work if w.suite is suite}
                 for label, w in mine.items():
-                    bar.set_description(f"{suite.name}, {label}")
-                    self.sample(w, bar)
+                    with self.display.progress.within(f"{suite.name}, {label}"):
+                        self.sample(w, bar)
                 for label, w in mine.items():
                     values.setdefault(label, []).append(by_prompt(w.file.samples, n))
                 found[suite.name] = self.report(suite, mine, {label: v[-1] for label, v in values.items()})
@@ -219,8 +230,7 @@ class Evaluation:
                 pace = sum(w.seconds.values()) / w.sampled
                 lines.append(f"{label}: {pace:.3g} seconds a prompt, over {w.sampled:,} prompts")
         self.write(self.folder / suite.name, summary)
-        if self.main:
-            tqdm.write("\n".join(lines))
+        self.display.say("\n".join(lines))
         return summary
 
     def close(self, found: Mapping[str, dict[str, Any]], values: Mapping[str, Sequence[Values]]) -> None:
@@ -230,8 +240,8 @@ class Evaluation:
         self.write(self.folder, {"suites": list(found), "prompts": count, **numbers})
         if len(found) > 1:
             text = [f"\nmean of {len(found)} suites, {count:,} prompts", *self.lines(numbers)]
-            self.accelerator.print("\n".join(text))
-        self.accelerator.print(f"\n{self.folder}: summary.json, and the samples of each suite")
+            self.display.say("\n".join(text))
+        self.display.say(f"\n{self.folder}: summary.json, and the samples of each suite")
 
     def numbers(self, values: Mapping[str, Sequence[Values]], prompts: int) -> dict[str, Any]:
         """Figures of each model over some suites, their difference, and the verdict."""

@@ -22,6 +22,7 @@ from hapo_lite.loop import Loop
 from hapo_lite.memory.advise import unpacks
 from hapo_lite.memory.predict import worst_case
 from hapo_lite.policy import Policy, load_policy
+from hapo_lite.progress import Progress
 from hapo_lite.recipe import Recipe
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.rollout.collect import Collector, PromptStream
@@ -62,7 +63,7 @@ def prepare(recipe: Recipe) -> Worst:
     watch = Watch(accelerator.device)
     unpacked = unpacks(recipe, accelerator.device)
     policy = load_policy(recipe.model, recipe.seed, accelerator.device, None, recipe.rollout.engine, unpacked)
-    loop, share = worst_loop(recipe, policy, accelerator, watch.enter)
+    loop, share = worst_loop(recipe, policy, accelerator, Progress(watch.enter))
     return Worst(loop, share, watch)
 
 
@@ -92,7 +93,7 @@ def measure_loop(worst: Worst, say: Callable[[str], None]) -> Measured:
     )
 
 
-def worst_loop(recipe: Recipe, policy: Policy, accelerator, enter: Callable[[str], None]) -> tuple[Loop, float]:
+def worst_loop(recipe: Recipe, policy: Policy, accelerator, progress: Progress) -> tuple[Loop, float]:
     """A loop whose iterations are the recipe's at their worst, and what share of one each does.
 
     As many groups as fill a sampling batch and two micro-batches, at most the recipe's, and one update of them all.
@@ -114,8 +115,8 @@ def worst_loop(recipe: Recipe, policy: Policy, accelerator, enter: Callable[[str
     prompts = [EncodedPrompt(i, Prompt(str(i), (("user", str(i)),), ""), ids) for i in range(groups)]
     endless = replace(policy, stop_ids=(-1,))
     engine = make_engine(small, endless, sizes.completion)
-    collector = Collector(engine, _Turns(), accelerator, enter)
-    loop = Loop(small, policy, collector, PromptStream(prompts, recipe.seed), (), accelerator, enter)
+    collector = Collector(engine, _Turns(), accelerator, progress)
+    loop = Loop(small, policy, collector, PromptStream(prompts, recipe.seed), (), accelerator)
     return loop, groups / rollout.prompts_per_iteration
 
 

@@ -8,6 +8,7 @@ from typing import Self
 from torch import Tensor
 
 from hapo_lite.policy import Policy
+from hapo_lite.progress import Progress
 from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion
 from hapo_lite.rollout.engine import Request
@@ -19,12 +20,14 @@ WAVE = 8
 
 
 class BatchedEngine:
-    """An `Engine` but for how it writes one part."""
+    """An `Engine` but for how it writes one part. While it does, it tells `self.writing` what it knows at no cost."""
 
     steps_alike = False
 
     def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int) -> None:
         self.policy, self.batch_size, self.max_new_tokens = policy, batch_size, max_new_tokens
+        self.progress = Progress()
+        self.writing = self.progress.write(0, max_new_tokens)
 
     @classmethod
     def make(cls, recipe: Recipe, policy: Policy, max_new_tokens: int) -> Self:
@@ -46,11 +49,16 @@ class BatchedEngine:
     ) -> list[Completion]:
         """As `Engine.sample` says."""
         completions: list[Completion] = []
+        limit = limit or self.max_new_tokens
+        self.writing = self.progress.write(len(requests), limit, refills=self.part_size > self.batch_size)
         with self.policy.unpacked():
             for start in range(0, len(requests), self.part_size):
                 part = requests[start : start + self.part_size]
-                draws = draws_of(part, seed, stage, iteration, limit or self.max_new_tokens)
-                completions += self._sample_part(part, processor, draws.to(self.policy.device))
+                self.writing.part(len(part), min(len(part), self.batch_size))
+                draws = draws_of(part, seed, stage, iteration, limit)
+                written = self._sample_part(part, processor, draws.to(self.policy.device))
+                self.writing.part_ended(sum(c.length for c in written))
+                completions += written
         return completions
 
     def _sample_part(

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from hapo_lite.errors import UserError
+from hapo_lite.progress import Progress
 from hapo_lite.records import Completion, EncodedPrompt, Prompt
 from hapo_lite.rollout.engine import TRAINING, Engine, Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
@@ -105,7 +106,8 @@ class Collected:
 class Collector:
     """Samples, grades and gathers over all processes; every process ends up with the same groups.
 
-    enter: told what begins, for status.json. shortage: what is done when memory runs out, here and in the loop.
+    progress: told what begins and how far it is, here, in the engine, the scorer and the loop. shortage: what is done
+    when memory runs out, here and in the loop.
     """
 
     def __init__(
@@ -113,9 +115,12 @@ class Collector:
         engine: Engine,
         scorer: Scorer,
         accelerator: Accelerator,
-        enter: Callable[[str], None] = lambda stage: None,
+        progress: Progress | None = None,
     ) -> None:
-        self.engine, self.scorer, self.accelerator, self.enter = engine, scorer, accelerator, enter
+        self.engine, self.scorer, self.accelerator = engine, scorer, accelerator
+        self.progress = progress or Progress()
+        for part in filter(None, (engine, scorer)):
+            part.progress = self.progress
         self.shortage = Shortage(accelerator)
 
     def graded(
@@ -131,7 +136,7 @@ class Collector:
         """`samples` completions of each prompt, in the prompts' order, whichever process wrote them."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         started = time.perf_counter()
-        self.enter("rollout" if stage == TRAINING else "evaluation")
+        self.progress.enter("rollout" if stage == TRAINING else "evaluation")
         requests = [Request(prompt, sample) for prompt in prompts[rank::world] for sample in range(samples)]
         mine = self.shortage.fit_rollout(
             self.engine,
@@ -140,7 +145,8 @@ class Collector:
             whole=stage == TRAINING,
         )
         rolled = time.perf_counter()
-        self.enter("grading")
+        self.progress.enter("grading")
+        self.progress.count(len(mine), "answers")
         scores = self.scorer.score(
             [c.prompt.prompt for c in mine],
             [c.text for c in mine],
@@ -166,7 +172,6 @@ class Collector:
         seed: int,
         iteration: int,
         token_budget: int | None,
-        progress: Callable[[], None] = lambda: None,
     ) -> Collected:
         """`groups` graded groups of `samples` completions, from position `cursor` of the stream on.
 
@@ -177,7 +182,9 @@ class Collector:
         out = Collected()
         while (missing := groups - len(out.completions) // samples) > 0:
             prompts = stream.take(cursor + out.prompts_used, missing)
-            completions, scores = self.graded(prompts, samples, processor, seed, 0, iteration, out.seconds)
+            kept = f"{groups - missing} of {groups} groups kept" if token_budget is not None else ""
+            with self.progress.within(kept):
+                completions, scores = self.graded(prompts, samples, processor, seed, 0, iteration, out.seconds)
             out.prompts_used = prompts[-1].index + 1 - cursor
             out.groups_sampled += len(prompts)
             out.tokens_sampled += sum(c.length for c in completions)
@@ -190,7 +197,6 @@ class Collector:
                 else:
                     out.completions += completions[group]
                     out.scores += scores[group]
-            progress()
             if token_budget is None or out.tokens_sampled >= token_budget:
                 break
         return out

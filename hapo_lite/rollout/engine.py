@@ -9,6 +9,7 @@ from typing import Protocol
 
 from hapo_lite.errors import UserError
 from hapo_lite.policy import Policy
+from hapo_lite.progress import Progress
 from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion, EncodedPrompt
 from hapo_lite.rollout.sampling import AdaptiveTemperature
@@ -36,12 +37,14 @@ class Request:
 class Engine(Protocol):
     """Samples from the policy as it is now, adapter included.
 
-    batch_size: completions written at once; it may be lowered between calls, and changes none of them. steps_alike: it
-    computes a token as the trainer does that scores one by one, with the policy's own model, cache and head, so that
-    the check before training may expect the same rounding.
+    batch_size: completions written at once; it may be lowered between calls, and changes none of them. progress: told
+    how far the sampling is; whoever uses the engine may put another one in its place. steps_alike: it computes a token
+    as the trainer does that scores one by one, with the policy's own model, cache and head, so that the check before
+    training may expect the same rounding.
     """
 
     batch_size: int
+    progress: Progress
     steps_alike: bool
 
     def sample(

@@ -31,7 +31,7 @@ class GenerateEngine(BatchedEngine):
     def _sample_part(
         self, requests: Sequence[Request], processor: AdaptiveTemperature, draws: Tensor
     ) -> list[Completion]:
-        policy, scribe = self.policy, Scribe(processor, draws)
+        policy, scribe = self.policy, Scribe(processor, draws, self.writing.drew)
         ids, attention_mask = pad_left([r.prompt for r in requests], policy.tokenizer.pad_token_id, policy.device)
         with policy.sampling() as model:
             written = self.generator(

@@ -7,7 +7,7 @@ other choice, so that a completion depends neither on the batch nor on the sched
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class PagedEngine(BatchedEngine):
         self, requests: Sequence[Request], processor: AdaptiveTemperature, draws: Tensor
     ) -> list[Completion]:
         limit = draws.shape[0]
-        sampler = _Sampler(Scribe(processor, draws), [len(r.prompt.ids) for r in requests])
+        sampler = _Sampler(Scribe(processor, draws, self.writing.drew), [len(r.prompt.ids) for r in requests])
         with self.policy.sampling() as model, _paged(model.get_base_model(), sampler) as base:
             written = _generate(
                 base,
@@ -56,6 +56,7 @@ class PagedEngine(BatchedEngine):
                     eos_token_id=list(self.policy.stop_ids),
                 ),
                 self._cache(requests, limit, base.config._attn_implementation),
+                self.writing.finished,
             )
         return sampler.scribe.completions(requests, written, self.policy)
 
@@ -132,9 +133,16 @@ def _paged(base: PreTrainedModel, sampler: _Sampler) -> Iterator[PreTrainedModel
 
 
 def _generate(
-    base: PreTrainedModel, prompts: list[list[int]], generation: GenerationConfig, cache: ContinuousBatchingConfig
+    base: PreTrainedModel,
+    prompts: list[list[int]],
+    generation: GenerationConfig,
+    cache: ContinuousBatchingConfig,
+    finished: Callable[[], None],
 ) -> list[list[int]]:
-    """What was written after each prompt. `generate_batch` would swallow the exception that a signal raises."""
+    """What was written after each prompt; `finished` is called as each one ends.
+
+    `generate_batch` would swallow the exception that a signal raises.
+    """
     manager = base.init_continuous_batching(generation_config=generation, continuous_batching_config=cache)
     written: dict[int, list[int]] = {}
     try:
@@ -155,6 +163,7 @@ def _generate(
                 )
             else:
                 written[int(result.request_id)] = result.generated_tokens
+                finished()
     finally:
         manager.stop(block=True, hard_stop=len(written) < len(prompts))
         manager.destroy()

@@ -5,7 +5,7 @@ Axes: B rows (completions being written), V vocabulary, S steps, P prompts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,17 +100,20 @@ class Scribe:
     """Draws and records tokens within a sampler of somebody else's, and leaves it no other token to choose.
 
     So that sampler's own random numbers play no part, and its completions are those of every other engine. draws:
-    [S, B].
+    [S, B]. drew: told at each call for how many rows.
     """
 
-    def __init__(self, processor: AdaptiveTemperature, draws: Tensor) -> None:
-        self.processor, self.draws = processor, draws
+    def __init__(
+        self, processor: AdaptiveTemperature, draws: Tensor, drew: Callable[[int], None] = lambda rows: None
+    ) -> None:
+        self.processor, self.draws, self.drew = processor, draws, drew
         self.transcript = Transcript(*draws.shape, draws.device)
 
     def __call__(self, logits: Tensor, steps: Tensor, rows: Tensor) -> Tensor:
         """logits: [n, V]; steps, rows: [n], where each stands in `draws`. Scores: 0 for the token drawn, else -inf."""
         drawn = draw(self.processor, logits, self.draws[steps, rows])
         self.transcript.write(steps, rows, drawn)
+        self.drew(rows.shape[0])
         return torch.full_like(logits, float("-inf")).scatter_(1, drawn.ids[:, None], 0.0)
 
     def completions(

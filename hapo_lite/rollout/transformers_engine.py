@@ -6,7 +6,7 @@ copying its cache. Rows that have ended leave the batch and the cache, and what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class TransformersEngine(BatchedEngine):
             rows=torch.tensor([place[r.prompt.index] for r in requests], device=device),
             draws=draws,
             stop_ids=torch.tensor(self.policy.stop_ids, device=device),
+            wrote=self.writing.wrote,
         )
         with self.policy.sampling() as model:
             model.generate(
@@ -61,10 +62,18 @@ class _Decoder:
     """The decoding loop that `generate` calls in place of its own.
 
     attention_mask: [P, L]; rows: [B], the prompt of each row; draws: [max_new, B] uniforms; stop_ids: all that end a
-    completion.
+    completion; wrote: told after each step how many rows go on.
     """
 
-    def __init__(self, attention_mask: Tensor, rows: Tensor, draws: Tensor, stop_ids: Tensor) -> None:
+    def __init__(
+        self,
+        attention_mask: Tensor,
+        rows: Tensor,
+        draws: Tensor,
+        stop_ids: Tensor,
+        wrote: Callable[[int], None] = lambda running: None,
+    ) -> None:
+        self.wrote = wrote
         # `generate` of transformers 5.19 drops a mask that hides nothing.
         self.attention_mask = attention_mask
         self.rows, self.draws, self.stop_ids = rows, draws, stop_ids
@@ -86,6 +95,7 @@ class _Decoder:
             tokens = self._choose(step, alive, logits, processor)
             running = ~self.stopped[alive]
             count = int(running.sum())
+            self.wrote(count)
             if count == 0:
                 break
             if (alive.shape[0] - count) * COMPACT_SHARE >= alive.shape[0]:

@@ -83,7 +83,7 @@ class VllmEngine(BatchedEngine):
     def _sample_part(
         self, requests: Sequence[Request], processor: AdaptiveTemperature, draws: Tensor
     ) -> list[Completion]:
-        device, scribe = self.policy.device, Scribe(processor, draws)
+        device, scribe = self.policy.device, Scribe(processor, draws, self.writing.drew)
         self.desk.scribe = scribe
         self.desk.prompt_lengths = torch.tensor([len(r.prompt.ids) for r in requests], device=device)
         if device.type == "cuda":
@@ -113,7 +113,9 @@ class VllmEngine(BatchedEngine):
             while llm.has_unfinished_requests():
                 with signals_held():
                     outputs = llm.step()
-                written |= {int(o.request_id): list(o.outputs[0].token_ids) for o in outputs if o.finished}
+                ended = {int(o.request_id): list(o.outputs[0].token_ids) for o in outputs if o.finished}
+                written |= ended
+                self.writing.finished(len(ended))
         finally:
             llm.abort_request([str(i) for i in range(len(prompts)) if i not in written])
         return [written[i] for i in range(len(prompts))]

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from hapo_lite.errors import UserError
+from hapo_lite.progress import Progress
 from hapo_lite.recipe import RewardSettings
 from hapo_lite.records import Prompt
 from hapo_lite.tasks.verify import Grade, GraderPool, Outcome, boxed_answer
@@ -46,12 +47,14 @@ def soft_overlong_penalty(length: int, max_new_tokens: int, buffer: int, penalty
 class Scorer:
     """Scores completions as the recipe's `reward` section says. Close it, or use it as a context manager.
 
-    max_new_tokens: longest completion, tokens; only the overlong penalty needs it. Raises UserError where
-    `reward.function` cannot be loaded.
+    max_new_tokens: longest completion, tokens; only the overlong penalty needs it. progress: told of every answer that
+    is graded; whoever uses the scorer may put another one in its place. Raises UserError where `reward.function` cannot
+    be loaded.
     """
 
     def __init__(self, settings: RewardSettings, max_new_tokens: int) -> None:
         self.settings, self.max_new_tokens = settings, max_new_tokens
+        self.progress = Progress()
         self._function = load_function(settings.function) if settings.function else None
         self._pool = GraderPool(settings.workers, settings.timeout_s)
 
@@ -97,7 +100,8 @@ class Scorer:
         grades = [Grade(False, None, "unparseable")] * len(completions)
         complete = [i for i, cut in enumerate(truncated) if not cut or boxed_answer(completions[i]) is not None]
         pairs = [(completions[i], prompts[i].answer) for i in complete]
-        for i, grade in zip(complete, self._pool.grade_many(pairs), strict=True):
+        self.progress.advance(len(completions) - len(complete))
+        for i, grade in zip(complete, self._pool.grade_many(pairs, graded=self.progress.advance), strict=True):
             grades[i] = grade
         return grades
 

@@ -18,8 +18,8 @@ import sys
 import threading
 import time
 import unicodedata
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -369,19 +369,30 @@ class GraderPool:
         self._lock = threading.Lock()
         self._closed = False
 
-    def grade_many(self, pairs: Sequence[tuple[str, str]], timeout_s: float | None = None) -> list[Grade]:
+    def grade_many(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        timeout_s: float | None = None,
+        graded: Callable[[int], None] = lambda count: None,
+    ) -> list[Grade]:
         """Grades of (completion text, gold answer) pairs, in their order. Never raises because of what a text says.
 
-        Raises UserError where the grading processes cannot be started, RuntimeError after `close`.
+        graded: told how many more of them have their grade. Raises UserError where the grading processes cannot be
+        started, RuntimeError after `close`.
         """
         read = [_read(text, gold) for text, gold in pairs]
         # Completions of one prompt often give the same answer: each distinct comparison is made once.
         open_requests = {json.dumps(r): r for r in read if isinstance(r, dict)}
+        pairs_of = Counter(json.dumps(r) for r in read if isinstance(r, dict))
+        graded(len(read) - pairs_of.total())
         if open_requests:
             with self._lock:
                 if self._closed:
                     raise RuntimeError("this GraderPool is closed")
-                answered = self._ask_all(list(open_requests.values()), timeout_s or self._timeout_s)
+                counts = [pairs_of[key] for key in open_requests]
+                answered = self._ask_all(
+                    list(open_requests.values()), timeout_s or self._timeout_s, lambda i: graded(counts[i])
+                )
             verdicts = dict(zip(open_requests, answered, strict=True))
         return [r if isinstance(r, Grade) else verdicts[json.dumps(r)] for r in read]
 
@@ -398,7 +409,7 @@ class GraderPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask_all(self, requests: list[dict[str, str]], timeout_s: float) -> list[Grade]:
+    def _ask_all(self, requests: list[dict[str, str]], timeout_s: float, graded: Callable[[int], None]) -> list[Grade]:
         grades: list[Grade] = [None] * len(requests)  # type: ignore[list-item]
         todo = deque(range(len(requests)))
         busy: dict[_Worker, tuple[int, float]] = {}
@@ -415,6 +426,8 @@ class GraderPool:
                 if outcome == "correct" and answer and "shown" not in request and _is_a_term(answer, request["text"]):
                     outcome = "wrong"
                 answer = request.get("shown", answer)
+                if grades[index] is None:
+                    graded(index)
                 grades[index] = Grade(outcome == "correct", answer, outcome)
                 if alive:
                     self._idle.append(worker)
