@@ -18,9 +18,10 @@ SIGNAL = EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)
 
 
 def digest(tensors) -> str:
-    return hashlib.sha256(
-        b"".join(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
-    ).hexdigest()
+    found = hashlib.sha256()
+    for t in tensors:
+        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def adapter_digest(loop) -> str:
