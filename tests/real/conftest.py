@@ -57,7 +57,7 @@ def base_digest(policy: Policy) -> str:
     return digest(t for t in tensors_of(policy.model) if id(t) not in adapter)
 
 
-@pytest.fixture(scope="session", params=MODELS)
+@pytest.fixture(scope="package", params=MODELS)
 def model(request) -> Path:
     """A folder with real weights."""
     models = os.environ.get("HAPO_REAL_MODELS")
@@ -71,7 +71,7 @@ def model(request) -> Path:
     return Path(models) / request.param
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def settings(model) -> list[str]:
     """Overrides of the tiny recipe: few, short completions of real problems by a real model."""
     return [
@@ -97,7 +97,7 @@ def settings(model) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="session", params=WAYS)
+@pytest.fixture(scope="package", params=WAYS)
 def trained(request, settings, tmp_path_factory) -> Iterator[Trained]:
     """A run of two iterations of one update, from the check to the summary; the second adapts its temperature."""
     output = f"output_dir={tmp_path_factory.mktemp('real')}"
