@@ -162,7 +162,8 @@ def test_the_next_rollout_uses_the_last_signal(make_recipe, make_loop):
     loop = make_loop(make_recipe())
     _, lines = run_steps(loop, 2)
     assert lines[0]["temperature/min"] == lines[0]["temperature/max"] == 1.0
-    assert lines[1]["temperature/min"] == pytest.approx(0.95, abs=1e-6)  # the most certain token: h = -1
+    # 0.95 and 1.05 are for tokens as certain and as uncertain as any of the first iteration's.
+    assert 0.95 - 1e-6 <= lines[1]["temperature/min"] < 0.97
     assert 1.0 < lines[1]["temperature/max"] <= 1.05 + 1e-6
 
 
