@@ -15,7 +15,7 @@ test: $(VENV)/.installed-dev ## run the test suite
 smollm2 qwen: $(VENV)/.installed-dev ## real weights for tests/real: 93 MB or 1.1 GB to download
 	$(PY) ../shared/models/make_real_models.py "$(HAPO_REAL_MODELS)" $@
 
-test-qwen: qwen ## tests/real on 1.5 billion weights: 16 GB of memory, an hour on two cores
+test-qwen: qwen ## tests/real on 1.5 billion weights, by hand: once in fp32 too
 	$(PY) -m pytest tests/real -m by_hand -o timeout=3600
 
 lint: $(VENV)/.installed-dev ## check style

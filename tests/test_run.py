@@ -251,7 +251,7 @@ def test_with_the_base_split_they_learn_the_same(finished, tmp_path):
     assert_same_curve(learned, MetricsFile(tmp_path / "tiny_cpu" / "metrics.jsonl").read()[1:])
 
 
-COUNTED_BY_ROUNDED_NUMBERS = ("clip/", "credit/amplified_share", "credit/suppressed_share", "signal/above_share")
+SHARES_AT_A_BOUND = ("clip/", "credit/amplified_share", "credit/suppressed_share", "signal/above_share")
 """Shares of tokens on one side of a bound: the last bit of a product may carry a token across it."""
 
 
@@ -260,7 +260,7 @@ def assert_same_curve(one: list[dict], two: list[dict]) -> None:
     for left, right in zip(one, two, strict=True):
         assert timeless(left).keys() == timeless(right).keys()
         for key, value in timeless(left).items():
-            if key.startswith(COUNTED_BY_ROUNDED_NUMBERS):
+            if key.startswith(SHARES_AT_A_BOUND):
                 continue
             assert right[key] == pytest.approx(value, abs=1e-5, rel=1e-4), (left["iteration"], key)
 
