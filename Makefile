@@ -1,14 +1,22 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# Where real weights are kept: outside the checkout, so that a clean one need not make them again.
+export HAPO_REAL_MODELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/hapo_lite/models
 
-.PHONY: train test lint lock clean
+.PHONY: train test test-qwen smollm2 qwen lint lock clean
 
 train: $(VENV)/.installed ## train the bundled model with recipes/tiny_cpu.yaml
 	$(PY) -m hapo_lite.train recipes/tiny_cpu.yaml
 
 test: $(VENV)/.installed-dev ## run the test suite
 	$(PY) -m pytest
+
+smollm2 qwen: $(VENV)/.installed-dev ## real weights for tests/real: 93 MB or 1.1 GB to download
+	$(PY) ../shared/models/make_real_models.py "$(HAPO_REAL_MODELS)" $@
+
+test-qwen: qwen ## tests/real on 1.5 billion weights, by hand: once in fp32 too
+	$(PY) -m pytest tests/real -m by_hand -o timeout=3600
 
 lint: $(VENV)/.installed-dev ## check style
 	$(PY) -m ruff check .

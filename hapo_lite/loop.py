@@ -125,7 +125,7 @@ class Loop:
         outcomes, update, in_a_row = self.update(collected, advantage, scored, plan, state)
         watch.lap("update")
         metrics = entropy_metrics(scored.entropy, collected.scores, scored.signal, scored.uncertain)
-        metrics |= update_metrics(list(outcomes.values()))
+        metrics |= update_metrics(list(outcomes.values()), self.recipe.method)
         metrics |= gap_metrics(completions, scored.old_logp) | update
         sampled_with = state.signal if self.recipe.method.adaptive_temperature else None
         traces = [

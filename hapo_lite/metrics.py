@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hapo_lite.algo.methods import Method
 from hapo_lite.algo.signal import EntropySignal
+from hapo_lite.algo.tokens import trained_tokens
 from hapo_lite.files import replace_text
 from hapo_lite.records import Completion, TokenOutcome
 from hapo_lite.rollout.collect import Collected
@@ -87,7 +89,7 @@ def entropy_metrics(
     }
 
 
-def update_metrics(outcomes: Sequence[TokenOutcome]) -> dict[str, float]:
+def update_metrics(outcomes: Sequence[TokenOutcome], method: Method) -> dict[str, float]:
     """What clipping and credit did, over the tokens of completions with an advantage; the divergence, over all."""
     distances = [(o.kl_base, o.uncertain) for o in outcomes if o.kl_base is not None]
     out = {}
@@ -117,7 +119,8 @@ def update_metrics(outcomes: Sequence[TokenOutcome]) -> dict[str, float]:
         "clip/high_uncertain_share": float((high.bool() & uncertain).sum()) / count,
         "credit/amplified_share": float((change > moved).sum()) / count,
         "credit/suppressed_share": float((change < -moved).sum()) / count,
-        "credit/zero_share": float((credit == 0).sum()) / count,
+        # From the method: what redistribution leaves of a token may be 0 on one CPU and next to nothing on another.
+        "credit/zero_share": float((~trained_tokens(method, uncertain)).sum()) / count,
     }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hapo_lite.algo.methods import Method
 from hapo_lite.algo.signal import EntropySignal
+from hapo_lite.algo.tokens import trained_tokens
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,7 @@ class Scored:
 
     def trained(self, method: Method) -> list[Tensor]:
         """Which tokens count in the loss, bool [T]."""
-        if method.trained_tokens == "uncertain":
-            return self.uncertain
-        return [torch.ones_like(u) for u in self.uncertain]
+        return [trained_tokens(method, u) for u in self.uncertain]
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,8 @@ def test_the_merged_model_is_the_adapter_on_its_base_without_peft(finished, merg
     effect, drift = (alone - trained).abs().mean(), (written - trained).abs().mean()
     assert effect > 0.02 and drift < 2e-3
     found = json.loads((merged / "export.json").read_text())["drift"]
-    assert found["effect"] > 0.02 and 0 < found["mean"] < 2e-3 and found["same"] == 8
+    assert found["effect"] > 0.02 and 0 < found["mean"] < 2e-3
+    assert found["same"] + found["ties"] == 8 and found["other"] == 0  # a tie may go either way
     gap = json.loads((merged / "export.json").read_text())["four_bit"]
     assert gap["tokens"] == found["tokens"] and found["mean"] < gap["mean"] < 0.2
 

@@ -18,9 +18,10 @@ SIGNAL = EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)
 
 
 def digest(tensors) -> str:
-    return hashlib.sha256(
-        b"".join(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
-    ).hexdigest()
+    found = hashlib.sha256()
+    for t in tensors:
+        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def adapter_digest(loop) -> str:
@@ -161,7 +162,8 @@ def test_the_next_rollout_uses_the_last_signal(make_recipe, make_loop):
     loop = make_loop(make_recipe())
     _, lines = run_steps(loop, 2)
     assert lines[0]["temperature/min"] == lines[0]["temperature/max"] == 1.0
-    assert lines[1]["temperature/min"] == pytest.approx(0.95, abs=1e-6)  # the most certain token: h = -1
+    # 0.95 and 1.05 are for tokens as certain and as uncertain as any of the first iteration's.
+    assert 0.95 - 1e-6 <= lines[1]["temperature/min"] < 0.97
     assert 1.0 < lines[1]["temperature/max"] <= 1.05 + 1e-6
 
 

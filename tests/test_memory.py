@@ -21,8 +21,8 @@ from hapo_lite.memory.advise import usable, write_back
 from hapo_lite.memory.live import tensors_of, total_bytes
 from hapo_lite.memory.predict import Predictor, Stage, worst_case
 from hapo_lite.origins import TINY_MODEL
-from hapo_lite.policy import load_policy
-from hapo_lite.recipe import load_recipe
+from hapo_lite.policy import Policy, load_policy
+from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.records import EncodedPrompt, Prompt, Sequences
 from hapo_lite.rollout.engine import Request, make_engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
@@ -80,16 +80,26 @@ def test_prediction_is_within_a_tenth_of_what_is_allocated(make_recipe, folder, 
         "training.micro_batch_tokens=1024",
         *WAYS[way],
     )
+    sizes = worst_case(recipe, Predictor(recipe, "cpu").context)
+    assert (sizes.batch, sizes.width, sizes.rows, sizes.prompts) == (8, 128, 16, 4)
+    # The rollout is the same in all; and in bf16 a CPU's matrix library makes copies that a GPU's does not.
+    check_stages(recipe, load_policy(recipe.model, recipe.seed, "cpu"), rollout=way == "4-bit, checkpointing")
+
+
+def check_stages(recipe: Recipe, policy: Policy, rollout: bool) -> None:
+    """What is predicted of a recipe's worst case is what its policy allocates, stage by stage."""
     predictor = Predictor(recipe, "cpu")
     sizes = worst_case(recipe, predictor.context)
-    assert (sizes.batch, sizes.width, sizes.rows, sizes.prompts) == (8, 128, 16, 4)
-    rollout, scoring, update = predictor.stages()
-    policy = load_policy(recipe.model, recipe.seed, "cpu")
-    parameters = policy.trainable().values()
-    assert rollout.parts["adapter"] == total_bytes(parameters)
-    assert rollout.parts["base weights"] + rollout.parts["adapter"] == total_bytes(tensors_of(policy.model))
+    sampling, scoring, update = predictor.stages()
+    parameters = list(policy.trainable().values())
+    assert sampling.parts["adapter"] == total_bytes(parameters)
+    assert sampling.parts["base weights"] + sampling.parts["adapter"] == total_bytes(tensors_of(policy.model))
+    length = sizes.width - sizes.prompt
     batch = Sequences(
-        torch.randint(0, 8192, (8, 128)), torch.full((8,), 64), torch.full((8,), 64), torch.ones(8, 64).bool()
+        torch.randint(0, 8192, (sizes.batch, sizes.width)),
+        torch.full((sizes.batch,), sizes.prompt),
+        torch.full((sizes.batch,), length),
+        torch.ones(sizes.batch, length).bool(),
     )
 
     def logprobs():
@@ -103,16 +113,17 @@ def test_prediction_is_within_a_tenth_of_what_is_allocated(make_recipe, folder, 
         with torch.no_grad():
             logprobs()
 
-    learn()  # so that there are gradients already
+    for p in parameters:
+        p.grad = torch.zeros_like(p)  # as after the first of a step's micro-batches
     check(update, learn)
     check(scoring, score)
-    if way != "4-bit, checkpointing":
-        return  # the rollout is the same in all; and in bf16 a CPU's matrix library makes copies that a GPU's does not
+    if not rollout:
+        return
     endless = replace(policy, stop_ids=(-1,))
-    prompts = [EncodedPrompt(i, Prompt(str(i), (), ""), tuple(range(64 - i))) for i in range(4)]
-    requests = [Request(prompt, sample) for prompt in prompts for sample in range(4)]
+    prompts = [EncodedPrompt(i, Prompt(str(i), (), ""), tuple(range(sizes.prompt - i))) for i in range(sizes.prompts)]
+    requests = [Request(prompt, sample) for prompt in prompts for sample in range(sizes.rows // sizes.prompts)]
     engine = make_engine(recipe, endless)
-    check(rollout, lambda: engine.sample(requests, AdaptiveTemperature(None), 0, 0, 1))
+    check(sampling, lambda: engine.sample(requests, AdaptiveTemperature(None), 0, 0, 1))
 
 
 def check(stage: Stage, work) -> None:

@@ -14,6 +14,8 @@ from hapo_lite.algo.temperature import adaptive_temperature
 from hapo_lite.algo.tokens import TokenSignals, fit_signal, uncertain_tokens
 from hapo_lite.checkpoint import TrainState
 from hapo_lite.loop import advantages
+from hapo_lite.metrics import update_metrics
+from hapo_lite.records import TokenOutcome
 from tests.test_loop import run_steps
 
 
@@ -177,6 +179,16 @@ def test_tokens_left_out_of_the_gradient_are_counted_and_traced(make_recipe, mak
     ):
         uncertain = math.log(max(entropy, signal.floor)) > signal.pivot + 1e-6
         assert credit == (advantage if uncertain else 0.0) or abs(math.log(entropy) - signal.pivot) < 1e-5
+
+
+@pytest.mark.parametrize("left_over", [0.0, 1e-9])
+@pytest.mark.parametrize(("preset", "share"), [("hapo", 0.0), ("forking_tokens", 0.75)])
+def test_tokens_without_credit_are_those_the_method_leaves_out(preset, share, left_over):
+    """A certain token whose credit redistribution has brought to 0, or to a rounding of 0, counts the same."""
+    uncertain, ones = torch.tensor([True, False, False, False]), torch.ones(4)
+    credit = torch.where(uncertain, 1.0, left_over)
+    outcome = TokenOutcome(1.0, ones, ones, ones, uncertain, ones, ones, credit, ones, ones, ~ones.bool(), ~ones.bool())
+    assert update_metrics([outcome], PRESETS[preset])["credit/zero_share"] == share
 
 
 def test_a_step_is_divided_by_its_own_trained_tokens(make_recipe, make_loop):

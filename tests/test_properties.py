@@ -271,19 +271,21 @@ def test_advantages_of_any_groups(group, level, order):
     tau=st.floats(0.0, 0.99),
 )
 def test_the_signal_of_any_entropies(values, others, quantile, factor, base, tau):
-    def fit(numbers: list[float]) -> EntropySignal:
-        entropy = torch.tensor(numbers, dtype=torch.float64)
+    def fit(numbers: list[float], dtype: torch.dtype = torch.float64) -> EntropySignal:
+        entropy = torch.tensor(numbers, dtype=dtype)
         return EntropySignal.fit(entropy, torch.ones(len(numbers)), quantile)
 
+    for dtype in (torch.float64, torch.float32):  # a run's entropies are in fp32
+        signal = fit(values, dtype)
+        everything = torch.tensor(sorted(values + others), dtype=dtype)
+        h = signal.normalize(everything)
+        assert h.dtype == dtype and bool(((h >= -1) & (h <= 1)).all())
+        assert bool((h.diff() >= 0).all())  # more entropy is never a lower signal
+        assert torch.equal(h > 0, signal.above(everything) & (signal.high > 0))
+        ends = signal.normalize(torch.tensor([min(values), max(values)], dtype=dtype)).tolist()
+        assert ends == [-1.0 if signal.low > 0 else 0.0, 1.0 if signal.high > 0 else 0.0]
     signal = fit(values)
     everything = torch.tensor(sorted(values + others), dtype=torch.float64)
-    h = signal.normalize(everything)
-    assert bool(((h >= -1) & (h <= 1)).all())
-    assert bool((h.diff() >= 0).all())  # more entropy is never a lower signal
-    assert torch.equal(h > 0, signal.above(everything) & (signal.high > 0))
-    at = dict(zip(everything.tolist(), h.tolist(), strict=True))
-    assert at[max(values)] == (1.0 if signal.high > 0 else 0.0)
-    assert at[min(values)] == (-1.0 if signal.low > 0 else 0.0)
     assert signal == fit(list(reversed(values)))
     # A constant factor on all entropies is a shift of their logarithms, of which h knows nothing.
     large = [v + 1e-3 for v in values]

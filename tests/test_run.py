@@ -251,10 +251,17 @@ def test_with_the_base_split_they_learn_the_same(finished, tmp_path):
     assert_same_curve(learned, MetricsFile(tmp_path / "tiny_cpu" / "metrics.jsonl").read()[1:])
 
 
+SHARES_AT_A_BOUND = ("clip/", "credit/amplified_share", "credit/suppressed_share", "signal/above_share")
+"""Shares of tokens on one side of a bound: the last bit of a product may carry a token across it."""
+
+
 def assert_same_curve(one: list[dict], two: list[dict]) -> None:
+    """Two runs whose sums are made in another order sample the same tokens and learn the same from them."""
     for left, right in zip(one, two, strict=True):
         assert timeless(left).keys() == timeless(right).keys()
         for key, value in timeless(left).items():
+            if key.startswith(SHARES_AT_A_BOUND):
+                continue
             assert right[key] == pytest.approx(value, abs=1e-5, rel=1e-4), (left["iteration"], key)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from hapo_lite.algo.advantage import add_entropy_bonus, redistribute
 from hapo_lite.algo.clipping import clip_bounds, grouped_bounds
 from hapo_lite.algo.methods import Method
-from hapo_lite.algo.tokens import TokenSignals
+from hapo_lite.algo.tokens import TokenSignals, trained_tokens
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,7 @@ def assign_credit(method: Method, advantage: Tensor, tokens: TokenSignals, ratio
     if method.redistribution:
         zone = (method.eps_low, method.eps_high) if method.neutral_zone == "base" else (1.0 - lower, upper - 1.0)
         spread = redistribute(spread, h, ratio, *zone)
-    if method.trained_tokens == "uncertain":
-        spread = torch.where(tokens.uncertain, spread, 0.0)
-    return Credit(spread, lower, upper)
+    return Credit(torch.where(trained_tokens(method, tokens.uncertain), spread, 0.0), lower, upper)
 
 
 def loss_weights(

@@ -70,11 +70,12 @@ class EntropySignal:
         """h in [-1, 1], like `entropy`: positive above the pivot, 1 at the scope's largest entropy, -1 at its smallest.
 
         A token outside the fitted scope is clamped. A side on which the scope has no token gives 0. With low_side
-        "positive" it is 1 at the smallest entropy too.
+        "positive" it is 1 at the smallest entropy too. Computed in float64, as `fit` does, so that the ends are exact
+        and h > 0 says what `above` says.
         """
-        distance = entropy.clamp_min(self.floor).log() - self.pivot
+        distance = entropy.double().clamp_min(self.floor).log() - self.pivot
         above = distance / self.high if self.high > 0 else torch.zeros_like(distance)
         below = distance / self.low if self.low > 0 else torch.zeros_like(distance)
         if self.low_side == "positive":
             below = -below
-        return torch.where(distance > 0, above, below).clamp(-1.0, 1.0)
+        return torch.where(distance > 0, above, below).clamp(-1.0, 1.0).to(entropy.dtype)

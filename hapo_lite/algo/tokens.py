@@ -49,3 +49,8 @@ def uncertain_tokens(method: Method, signal: EntropySignal, entropy: Tensor) -> 
     rank and the token at it is certain, so a completion of one token has no uncertain one.
     """
     return (signal if method.uncertain_among == "iteration" else fit_signal(method, entropy)).above(entropy)
+
+
+def trained_tokens(method: Method, uncertain: Tensor) -> Tensor:
+    """Which tokens the method gives an advantage, and counts in the loss; bool, like `uncertain`."""
+    return uncertain.bool() if method.trained_tokens == "uncertain" else torch.ones_like(uncertain, dtype=torch.bool)

@@ -1,0 +1,102 @@
+"""Training on real weights: the check, the sampler, an iteration in each dtype, and a run that was killed."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hapo_lite import run
+from hapo_lite.errors import UserError
+from hapo_lite.metrics import MetricsFile
+from hapo_lite.recipe import load_recipe
+from hapo_lite.rollout.engine import make_engine
+from hapo_lite.status import read_status
+from hapo_lite.trace import read_traces
+from hapo_lite.verify_resume import Aim, Findings, compare, left_by
+from hapo_lite.verify_resume import run as run_or_kill
+from tests.conftest import ROOT, TINY
+from tests.real.conftest import GAP, WAYS, base_digest, own_precision
+from tests.test_run import ENVIRONMENT
+
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture
+def lines(trained) -> list[dict]:
+    """The metrics of both iterations."""
+    return MetricsFile(trained.folder / "metrics.jsonl").read()[1:]
+
+
+def test_the_check_passes_on_the_right_engine_and_the_run_ends(trained, lines):
+    doing = read_status(trained.folder / "status.json")
+    assert doing.stage == "finished" and doing.entered["engine check"] == 1
+    assert [line["updates"] for line in lines] == [1, 2]
+    assert all(line["update/grad_norm"] > 0 and line["entropy/all_mean"] > 0.1 for line in lines)
+
+
+def test_the_sampler_is_as_near_to_the_trainer_as_the_dtype_allows(trained, lines):
+    assert all(0 < line["sampler/gap_mean"] < GAP[trained.way] for line in lines)
+
+
+def test_every_ratio_is_one_to_the_last_bit_before_the_first_update(trained, lines):
+    """At one temperature for all tokens, and in the second iteration at one of its own for each."""
+    assert lines[0]["temperature/min"] == lines[0]["temperature/max"] == 1.0
+    assert lines[1]["temperature/min"] < 1.0 < lines[1]["temperature/max"]
+    assert all(line["ratio/min"] == line["ratio/max"] == 1.0 for line in lines)
+    for iteration in (1, 2):
+        traces = read_traces(trained.folder / "traces" / f"{iteration:06d}.jsonl")
+        assert traces and all(trace.tokens["logp_new"] == trace.tokens["logp_old"] for trace in traces)
+
+
+def test_every_adapter_parameter_moves_and_the_base_does_not(trained):
+    assert base_digest(trained.policy) == trained.base
+    after = trained.policy.trainable()
+    assert after.keys() == trained.adapter.keys() and len(after) > 300
+    assert not [name for name, before in trained.adapter.items() if torch.equal(after[name], before)]
+
+
+def test_the_adapter_that_was_saved_is_the_one_that_was_trained(trained):
+    saved = load_file(trained.folder / ADAPTER)
+    after = {name.replace(".default", ""): p for name, p in trained.policy.trainable().items()}
+    assert saved.keys() == after.keys() and all(torch.equal(saved[name], after[name]) for name in saved)
+
+
+class BaseAlone:
+    """An engine that leaves the adapter out."""
+
+    def __init__(self, recipe, policy) -> None:
+        self.engine, self.policy, self.batch_size = make_engine(recipe, policy), policy, recipe.rollout.batch_size
+
+    def sample(self, *arguments, **options):
+        with self.policy.base_alone():
+            return self.engine.sample(*arguments, **options)
+
+
+def test_an_engine_without_the_adapter_is_stopped_in_bf16(settings, tmp_path, monkeypatch):
+    """Where the rounding of the two arithmetics is largest."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(run, "make_engine", BaseAlone)
+    with own_precision(), pytest.raises(UserError, match="does not sample from the policy"):
+        run.train(load_recipe(TINY, [*settings, *WAYS["bf16"], f"output_dir={tmp_path}"]))
+
+
+@pytest.mark.parametrize("trained", ["bf16"], indirect=True)
+def test_killed_in_an_update_it_resumes_to_the_same_bytes(trained, settings, tmp_path, monkeypatch):
+    """As the run that nobody killed, which another process made."""
+    monkeypatch.chdir(ROOT)
+    for name in ("OMP_NUM_THREADS", "PYTHONPATH", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    command = [sys.executable, "-m", "hapo_lite.train", str(TINY), *settings, *WAYS["bf16"], "name=bf16"]
+    findings = Findings()
+    doing = run_or_kill(command, tmp_path, Aim("update", skip=1, after=0.0), findings)
+    assert (doing.stage, doing.iteration) == ("update", 2) and not (tmp_path / "bf16" / "adapter").exists()
+    assert run_or_kill(command, tmp_path) is None
+    compare(left_by(trained.folder.parent), left_by(tmp_path), tmp_path.name, findings)
+    assert not findings.complaints
+    assert set(findings.compared) >= {"adapters", "completions", "files", "numbers", "optimiser states", "prompts"}
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (trained.folder, tmp_path / "bf16")]
+    assert summaries[0]["adapter_sha256"] == summaries[1]["adapter_sha256"]
