@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -149,8 +150,11 @@ class Policy:
 
 @contextlib.contextmanager
 def trainers_head(model: PreTrainedModel) -> Iterator[None]:
-    """Within, the head's forward is `next_token_logits`."""
+    """Within, the head's forward is `next_token_logits`; one with an adapter keeps its own, to which that belongs."""
     head = model.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        yield
+        return
 
     def forward(hidden: Tensor) -> Tensor:
         logits = next_token_logits(hidden.reshape(-1, hidden.shape[-1]), head.weight, getattr(head, "bias", None))
@@ -230,7 +234,7 @@ def _fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) ->
     lora = settings.lora
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     try:
-        return get_peft_model(
+        model = get_peft_model(
             base,
             LoraConfig(
                 r=lora.rank,
@@ -240,6 +244,9 @@ def _fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) ->
                 task_type="CAUSAL_LM",
             ),
         )
+        if isinstance(base.get_output_embeddings(), BaseTunerLayer):
+            raise ValueError("the head is among them, and training reads its frozen weight")
+        return model
     except ValueError as error:
         raise UserError(f"model.lora.targets = {targets!r} does not fit {settings.name}: {error}") from error
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hapo_lite import head
-from hapo_lite.head import logits_statistics, token_logprobs
+from hapo_lite.head import logits_statistics, next_token_logits, token_logprobs
 
 ROOT = Path(__file__).parents[1]
 
@@ -318,3 +318,36 @@ def test_peak_memory_is_the_jacobian_and_64_mb_whatever_the_vocabulary(dtype):
         found.append(float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout) * 2**20)
     assert max(found) <= 1024 * 512 * 4 + 64e6  # the N x V logits alone would be 537e6
     assert abs(found[1] - found[0]) <= 8e6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [301, 9_001])
+def test_a_samplers_logits_are_the_exact_product(dtype, vocabulary):
+    """Also in bf16, where they are as large as a real model's: a plain product is off by 0.06 there."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(7, 64, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocabulary, 64, generator=generator, dtype=torch.float64)
+    hidden, weight = (4.0 * hidden / hidden.norm(dim=1, keepdim=True)).to(dtype), (weight * 2.0).to(dtype)
+    bias = 0.1 * torch.randn(vocabulary, generator=generator)
+    exact = hidden.double() @ weight.double().T + bias.double()
+    logits = next_token_logits(hidden, weight, bias)
+    assert logits.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    likely = exact > exact.amax(dim=1, keepdim=True) - 1.0
+    error = (logits.double() - exact).abs()
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-3}[dtype]
+    assert error[likely].max() < tolerance
+    if dtype == torch.bfloat16:
+        assert ((hidden @ weight.T).double() + bias.double() - exact).abs()[likely].max() > 2.0 * tolerance
+        assert error.max() < 0.2  # half a unit in bf16's last place at the distance from the top
+
+
+def test_a_samplers_logits_from_a_4_bit_weight_are_those_of_the_unpacked_one():
+    from bitsandbytes import functional
+    from bitsandbytes.nn import Params4bit
+
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(300, 128, generator=generator)
+    packed = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True).to("cpu")
+    unpacked = functional.dequantize_4bit(packed.data, packed.quant_state)
+    hidden = torch.randn(5, 128, generator=generator)
+    assert torch.allclose(next_token_logits(hidden, packed), hidden @ unpacked.T, atol=1e-5)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hapo_lite.errors import UserError
 from hapo_lite.interrupt import Interrupted, Interrupts
+from hapo_lite.memory.live import LiveBytes, tensors_of
 from hapo_lite.origins import TINY_MODEL
 from hapo_lite.policy import find_stop_ids, load_policy, resolve_dtype, templated
 from hapo_lite.recipe import LoraSettings, ModelSettings
@@ -241,6 +242,28 @@ def test_what_a_family_does_to_its_logits_is_scored(family, changes, tmp_path):
             expected, expected_entropy = naive_logprobs(sampled, row, 1.0)
             torch.testing.assert_close(logp[i, : row.length].double(), expected, rtol=0, atol=1e-5)
             torch.testing.assert_close(entropy[i, : row.length].double(), expected_entropy, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_sampling_never_copies_the_head(tmp_path, dtype):
+    """A linear layer that is given the last position of P prompts copies its weight P times."""
+    config = transformers.LlamaConfig(
+        vocab_size=20_000, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(TINY_MODEL).save_pretrained(tmp_path)
+    policy = load_policy(ModelSettings(name=str(tmp_path), quantization="none", dtype=dtype), 0, "cpu")
+    ids, head = torch.ones(3, 9, dtype=torch.long), policy.model.get_base_model().get_output_embeddings().weight
+    with policy.sampling() as model, LiveBytes(tensors_of(model)) as live:
+        logits = model(input_ids=ids, logits_to_keep=1).logits
+    assert logits.dtype == torch.float32 and logits.shape == (3, 1, 20_000)
+    assert live.peak - live.now < head.numel() * head.element_size() / 2
+
+
+def test_an_adapter_on_the_head_is_refused_since_training_would_leave_it_out():
+    lora = LoraSettings(rank=4, alpha=8.0, targets=("q_proj", "lm_head"))
+    with pytest.raises(UserError, match=r"model\.lora\.targets = .* does not fit tiny: the head is among them"):
+        load_policy(ModelSettings(name="tiny", quantization="none", lora=lora), 0, "cpu")
 
 
 def test_a_signal_within_a_chat_template_is_no_failure_of_the_template(monkeypatch):
