@@ -334,11 +334,11 @@ def test_a_samplers_logits_are_the_exact_product(dtype, vocabulary):
     assert logits.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     likely = exact > exact.amax(dim=1, keepdim=True) - 1.0
     error = (logits.double() - exact).abs()
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 5e-3}[dtype]
-    assert error[likely].max() < tolerance
     if dtype == torch.bfloat16:
-        assert ((hidden @ weight.T).double() + bias.double() - exact).abs()[likely].max() > 2.0 * tolerance
-        assert error.max() < 0.2  # half a unit in bf16's last place at the distance from the top
+        plain = ((hidden @ weight.T).double() + bias.double() - exact).abs()
+        assert error[likely].mean() < plain[likely].mean() / 5 and error[likely].max() < 0.02
+    else:
+        assert error.max() < {torch.float32: 5e-5, torch.float64: 1e-12}[dtype]
 
 
 def test_a_samplers_logits_from_a_4_bit_weight_are_those_of_the_unpacked_one():
