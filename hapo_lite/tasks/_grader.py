@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import resource
 import select
 import signal
@@ -25,7 +26,7 @@ from hapo_lite.tasks.answers import LONGEST_ANSWER, is_a_term
 from hapo_lite.tasks.comparison import Comparison
 from hapo_lite.tasks.notation import tidy
 from hapo_lite.tasks.shapes import parse as parse_shape
-from hapo_lite.tasks.units import words_change_value
+from hapo_lite.tasks.units import unit_of, words_change_value
 
 MEMORY_BYTES = 1 << 30
 """Address space of one process; grading takes 70 MiB of it."""
@@ -35,6 +36,7 @@ _REFUSED = (
     *("os.chmod", "os.chown", "os.putenv"),
 )
 """Audit events of Python, or how they begin."""
+_WORD_BEHIND = re.compile(r"\s*([A-Za-z]+)")
 CHARACTERS_BEHIND = 40
 """How far behind a number in running text words are taken to belong to it."""
 
@@ -95,7 +97,9 @@ def judge(request: dict) -> dict:
         return {"outcome": "wrong" if answer is not None else "unparseable"}
     part = "shown" not in request and is_a_term(found, text)
     behind = text.rpartition(found)[2][:CHARACTERS_BEHIND]
-    right = not part and not words_change_value(behind) and same(gold, tidy(found))
+    word = _WORD_BEHIND.match(behind)
+    measured = rf"{found} \text{{{word[1]}}}" if word and unit_of(word[1]) is not None else found
+    right = not part and not words_change_value(behind) and same(gold, tidy(measured))
     return {"outcome": "correct" if right else "wrong", "answer": found[:LONGEST_ANSWER]}
 
 

@@ -1,9 +1,9 @@
 """Equality of expressions, decided with sympy's exact objects; imported in a grading process only.
 
-latex2sympy reads an expression. Rational values are compared exactly, others to 200 digits. Expressions with letters are
-compared at a score of points: two different elementary expressions do not agree at all of them. Where both sides
-are real they must agree for negative letters too, so |x| is not x; sqrt(a/b) and sqrt(a)/sqrt(b) are both real only where
-they agree.
+latex2sympy reads an expression. Rational values are compared exactly, others to 200 digits. Expressions in letters
+are compared at a score of points, since different elementary expressions do not agree at all of them. Where both sides
+are real they must agree for negative letters too: |x| is not x, while sqrt(a/b) and sqrt(a)/sqrt(b) agree wherever both
+are real.
 """
 
 from __future__ import annotations
@@ -151,11 +151,20 @@ def equal(x: sympy.Expr, y: sympy.Expr) -> bool:
         return same_numbers(x, y) is True
     agreed = 0
     for point, positive in _points(letters, x.has(*_STEPS) or y.has(*_STEPS)):
+        if not positive and not (_is_real_at(x, point) and _is_real_at(y, point)):
+            continue
         verdict = same_numbers(x.xreplace(point).doit(), y.xreplace(point).doit(), real_only=not positive)
         if verdict is False:
             return False
         agreed += verdict is True
     return agreed >= 3
+
+
+def _is_real_at(x: sympy.Expr, point: dict) -> bool:
+    """Whether every root and logarithm within has a positive argument, as in real analysis."""
+    roots = [power.base for power in x.atoms(sympy.Pow) if not power.exp.is_integer and power.base != sympy.E]
+    arguments = [a.xreplace(point) for a in (*roots, *(log.args[0] for log in x.atoms(sympy.log))) if a.free_symbols]
+    return all(argument.evalf(15).is_positive for argument in arguments)
 
 
 def _points(letters: list[sympy.Symbol], steps: bool) -> Iterator[tuple[dict, bool]]:

@@ -15,6 +15,7 @@ from typing import Literal
 from hapo_lite.tasks import plain
 from hapo_lite.tasks.notation import canonical, normal_form, plain_number, tidy
 from hapo_lite.tasks.units import unit_of, words_change_value
+from hapo_lite.tasks.vocabulary import KNOWN
 
 Outcome = Literal["correct", "wrong", "unparseable", "timeout", "error"]
 
@@ -245,7 +246,7 @@ def _compared(found: Found, gold: str) -> Grade | dict[str, str]:
         return Grade(False, None, "unparseable")
     answer = tidy(found.answer)
     settled = plain.settled(answer, gold) if answer and 0 < len(gold) <= LONGEST_ANSWER else False
-    in_prose = found.line is not None and _PROSE.search(answer) is not None and not words_change_value(answer)
+    in_prose = found.line is not None and _is_prose(answer) and not words_change_value(answer)
     if settled or (settled is False and not in_prose):
         return Grade(settled, found.answer, "correct" if settled else "wrong")
     request = {"shown": found.answer, "gold": gold}
@@ -254,6 +255,11 @@ def _compared(found: Found, gold: str) -> Grade | dict[str, str]:
     if in_prose:
         request["text"] = f"The answer is {answer}"
     return request
+
+
+def _is_prose(answer: str) -> bool:
+    """Whether an answer has words that are no unit, so that its number has to be looked for."""
+    return any(word.lower() not in KNOWN and unit_of(word) is None for word in _PROSE.findall(answer))
 
 
 def is_a_term(number: str, text: str) -> bool:

@@ -90,8 +90,10 @@ class Comparison:
         """The same values, each as often; or each once on one side, where the other repeats some: 4, 4 is 4."""
         if len(gold) > MOST_PARTS or len(answer) > MOST_PARTS:
             return False
-        left = list(answer)
-        for g in gold:
+        known = {canonical(a.text): i for i, a in enumerate(answer)}
+        pairs = {i: known.pop(key) for i, g in enumerate(gold) if (key := canonical(g.text)) in known}
+        left = [a for i, a in enumerate(answer) if i not in pairs.values()]
+        for g in (g for i, g in enumerate(gold) if i not in pairs):
             match = next((i for i, a in enumerate(left) if self._same_member(g, a)), None)
             if match is None:
                 break
@@ -99,7 +101,7 @@ class Comparison:
         else:
             if not left:
                 return True
-        return (_distinct(gold) or _distinct(answer)) and self._each_found(gold, answer)
+        return len(gold) != len(answer) and (_distinct(gold) or _distinct(answer)) and self._each_found(gold, answer)
 
     def _each_found(self, gold: tuple[Shape, ...], answer: tuple[Shape, ...]) -> bool:
         return all(any(self._same_member(g, a) for a in answer) for g in gold) and all(

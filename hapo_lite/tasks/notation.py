@@ -123,7 +123,7 @@ _PLAIN = re.compile(
 _REPEATING = re.compile(r"-?(\d*)\.(\d*)\\(?:overline|bar|dot)(?:\{(\d+)\})", re.ASCII)
 _LEFT_TO_DO = re.compile(
     r"[\d)}\]]\s*(?:[-+*×÷]|\\times|\\cdot|\\div)\s*(?!10\s*\^)(?:[\d(.{]|\\(?:frac|sqrt|left|pi))"
-    r"|\\(?:sum|prod|int|lim|binom|gcd|lcm|max|min)(?![a-zA-Z])|[\d)}]\s*!|\d ?\( ?[-\d]|\) ?\("
+    r"|\\(?:sum|prod|int|lim|binom|gcd|lcm|max|min)(?![a-zA-Z])|[\d)}]\s*!|\d ?\)? ?\( ?-?\d+ ?\)"
 )
 
 

@@ -61,8 +61,8 @@ class Scorer:
         r"""One Score per completion. All four of the same length; lengths in tokens.
 
         A truncated completion is graded by its `<answer>` tag or `\boxed{...}` alone: a number that happened to stand
-        near the cut is no answer. With `reward.function` the reward is the function's, and answers are graded all the same. The
-        overlong penalty is added to either. Raises UserError for what the function raises or returns amiss.
+        near the cut is no answer. With `reward.function` the reward is the function's, and answers are graded all the
+        same. The overlong penalty is added to either. Raises UserError for what the function raises or returns amiss.
         """
         if not len(prompts) == len(completions) == len(lengths) == len(truncated):
             raise ValueError(

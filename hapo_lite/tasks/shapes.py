@@ -138,8 +138,8 @@ def _adjacent(item: str) -> list[str]:
 def _signed(item: str) -> list[str]:
     r"""One text for each choice of signs: a sign for every \pm, and the opposite one for every \mp."""
     count = len(re.findall(r"\\pm(?![a-zA-Z])", item))
-    if not 1 <= count <= 4:
-        return [item]
+    if not 1 <= count <= 4 or "\\{" in item:
+        return [item]  # the members of a set get their signs one by one
     linked = r"\mp" in item
     out = []
     for signs in ["+" * count, "-" * count] if linked else ["".join(s) for s in product("+-", repeat=count)]:
