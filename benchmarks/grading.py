@@ -4,9 +4,9 @@ r"""Grade real gold answers: every one must equal itself however it is typed, an
 
 Each gold answer stands in a \boxed{}, in a sentence, in an <answer> tag, with \dfrac for \frac, with fewer and more
 spaces, and with the rows of a matrix on lines of their own; those that do not come back correct are listed. Then wrong
-answers by kind: gold answers with one thing changed, and random pairs of different gold answers of one type; those
-that come back correct are listed. Two rates: that of wrong answers alone, with a parser that meets their forms for the first
-time; and that of right and wrong answers in turn, of at most 40 characters, with a parser that has met them.
+answers by kind: gold answers with one thing changed, and random pairs of different gold answers of one type. Those
+that come back correct are listed. Two rates: that of wrong answers alone, with a parser that meets their forms for the
+first time; and that of right and wrong answers in turn, of at most 40 characters, with a parser that has met them.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def one_more(gold: str) -> str | None:
 
 def _rows(gold: str) -> tuple[str, list[list[str]]] | None:
     matrix = re.fullmatch(r"\\begin\{(.matrix)\}(.*)\\end\{\1\}", gold, re.DOTALL)
-    return (matrix[1], [row.split("&") for row in matrix[2].split(r"\\")]) if matrix else None
+    return (matrix[1], [[e.strip() for e in row.split("&")] for row in matrix[2].split(r"\\")]) if matrix else None
 
 
 def _matrix(name: str, rows: list[list[str]]) -> str:

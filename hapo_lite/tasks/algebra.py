@@ -136,10 +136,13 @@ def _approximates(gold: str, answer: str, x: sympy.Expr, y: sympy.Expr, g: Fract
     if len(decimals) != 1 or equal(x, y):
         return None
     number, factor = decimals[0]
-    difference = sympy.Abs((x - y).evalf(40))
-    if number.digits < plain.FEWEST_DIGITS or not difference.is_comparable:
+    exact = y if numbers[0] is number else x
+    difference, size = sympy.Abs((x - y).evalf(40)), sympy.Abs(exact.evalf(40))
+    if number.digits < plain.FEWEST_DIGITS or not (difference.is_comparable and size.is_comparable):
         return False
-    return bool(difference <= sympy.Rational(str(number.last * factor)))
+    return bool(
+        difference <= sympy.Rational(str(number.last * factor)) and difference <= size / plain.CLOSE.denominator
+    )
 
 
 def equal(x: sympy.Expr, y: sympy.Expr) -> bool:

@@ -13,8 +13,10 @@ from hapo_lite.tasks.notation import TEXT, Number, canonical, left_to_do, plain_
 from hapo_lite.tasks.shapes import parse
 from hapo_lite.tasks.units import read_quantity, same_compound, scales
 
-FEWEST_DIGITS = 6
-"""Significant digits that a decimal must have to stand for a fraction or a root: 0.333333 for 1/3."""
+FEWEST_DIGITS = 5
+"""Significant digits that a decimal must have to stand for a fraction or a root."""
+CLOSE = Fraction(1, 10**6)
+"""And how far it may be off, as part of the value: 0.333333 is 1/3, 1.41421 is not the root of 2."""
 
 _WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '\-])*")
 _SHORT_WORDS = {"yes", "no", "odd", "all"}
@@ -123,7 +125,8 @@ def _same_numbers(gold: Number, answer: Number, g: Fraction, a: Fraction) -> boo
     if _terminates(x) == _terminates(y):
         return False
     decimal, factor = (gold, g) if gold.digits else (answer, a)
-    return decimal.digits >= FEWEST_DIGITS and abs(x - y) <= decimal.last * factor
+    exact = y if gold.digits else x
+    return decimal.digits >= FEWEST_DIGITS and abs(x - y) <= min(decimal.last * factor, CLOSE * abs(exact))
 
 
 def _terminates(value: Fraction) -> bool:
