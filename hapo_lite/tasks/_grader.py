@@ -36,7 +36,7 @@ _REFUSED = (
     *("os.chmod", "os.chown", "os.putenv"),
 )
 """Audit events of Python, or how they begin."""
-_WORD_BEHIND = re.compile(r"\s*([A-Za-z]+)")
+_WORD_BEHIND = re.compile(r"(\s*)([A-Za-z]+)")
 CHARACTERS_BEHIND = 40
 """How far behind a number in running text words are taken to belong to it."""
 
@@ -48,7 +48,8 @@ def main() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     logging.disable(logging.CRITICAL)
-    judge({"gold": r"\frac{1}{2}", "answer": r"\frac{x+1}{2x+2}"})
+    # Both ways once, so that no deadline pays for imports.
+    judge({"gold": r"\frac{1}{2}", "answer": r"\frac{x+1}{2x+2}", "text": "It is $x$."})
     confine()
     os.dup2(nowhere, 2)
     print("{}", file=out)
@@ -96,9 +97,13 @@ def judge(request: dict) -> dict:
     if found is None:
         return {"outcome": "wrong" if answer is not None else "unparseable"}
     part = "shown" not in request and is_a_term(found, text)
-    behind = text.rpartition(found)[2][:CHARACTERS_BEHIND]
+    _, stands_there, behind = text.rpartition(found)
+    behind = behind[:CHARACTERS_BEHIND] if stands_there else ""
     word = _WORD_BEHIND.match(behind)
-    measured = rf"{found} \text{{{word[1]}}}" if word and unit_of(word[1]) is not None else found
+    unit = unit_of(word[2]) if word else None
+    if word and not word[1] and (unit is None or len(word[2]) == 1):
+        return {"outcome": "wrong", "answer": found[:LONGEST_ANSWER]}  # 6t is not 6
+    measured = rf"{found} \text{{{word[2]}}}" if unit is not None else found
     right = not part and not words_change_value(behind) and same(gold, tidy(measured))
     return {"outcome": "correct" if right else "wrong", "answer": found[:LONGEST_ANSWER]}
 

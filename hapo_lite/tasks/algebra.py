@@ -9,9 +9,9 @@ are real.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
@@ -60,6 +60,11 @@ _PREPARED = [
 ]
 
 
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_TWO_NUMBERS = re.compile(r"(?<![\d._^])\d+(?:\.\d+)? \d")
+"""Two numbers with nothing between are no product."""
+
+
 def _primes(sign: str) -> int:
     return sign.count("'") or sign.count("prime")
 
@@ -69,14 +74,20 @@ def _mixed(match: re.Match, mixed: str) -> str:
 
 
 @lru_cache(maxsize=8192)
-def expression(text: str) -> sympy.Basic | sympy.MatrixBase | None:
-    """What an expression in tidy notation says, evaluated; None where it cannot be read."""
+def expression(text: str, cases_differ: bool = False) -> sympy.Basic | sympy.MatrixBase | None:
+    """What an expression in tidy notation says, evaluated; None where it cannot be read.
+
+    cases_differ: whether R and r are two letters.
+    """
+    if (number := plain_number(text)) is not None:
+        return sympy.Rational(number.value.numerator, number.value.denominator)
     for pattern, replacement in _PREPARED:
         text = pattern.sub(replacement, text)
-    if any(len(words.strip()) > 1 for words in TEXT.findall(text.replace(r"\operatorname", ""))):
+    if _TWO_NUMBERS.search(text) or any(
+        len(words.strip()) > 1 for words in TEXT.findall(text.replace(r"\operatorname", ""))
+    ):
         return None
-    both_cases = any(c.islower() and c.upper() in text for c in re.sub(r"\\[a-zA-Z]+", "", text))
-    config = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=not both_cases)
+    config = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=not cases_differ)
     try:
         read = latex2sympy(text, normalization_config=None, conversion_config=config)
     except MemoryError:
@@ -84,6 +95,12 @@ def expression(text: str) -> sympy.Basic | sympy.MatrixBase | None:
     except Exception:
         return None
     return _settled(read) if isinstance(read, (sympy.Basic, sympy.MatrixBase)) else None
+
+
+def _cases_differ(*answers: str) -> bool:
+    """Whether one of the answers uses a letter in both cases. Else R^2 may stand for r^2."""
+    letters = [set(_COMMAND.sub("", answer)) for answer in answers]
+    return any(c.islower() and c.upper() in found for found in letters for c in found)
 
 
 def _settled(read: sympy.Basic | sympy.MatrixBase) -> sympy.Basic | sympy.MatrixBase:
@@ -108,7 +125,8 @@ def _bound_by(expression: sympy.Basic) -> list[sympy.Symbol]:
 
 def same_expression(gold: str, answer: str, g: Fraction = Fraction(1), a: Fraction = Fraction(1)) -> bool:
     """Whether gold x g = answer x a."""
-    x, y = expression(gold), expression(answer)
+    differ = _cases_differ(gold, answer)
+    x, y = expression(gold, differ), expression(answer, differ)
     if x is None or y is None:
         return False
     if isinstance(x, sympy.MatrixBase) or isinstance(y, sympy.MatrixBase):
@@ -198,11 +216,13 @@ def _is_complex(value: sympy.Expr) -> bool:
     return all(part.is_Float or part.is_Rational for part in value.as_real_imag())
 
 
-def _difference(left: str, right: str) -> sympy.Expr | None:
-    sides = expression(left), expression(right)
+def _difference(left: str, right: str, cases_differ: bool) -> sympy.Expr | None:
+    """left - right; None where one cannot be read, or where it is 0 for all letters."""
+    sides = expression(left, cases_differ), expression(right, cases_differ)
     if not all(isinstance(side, sympy.Expr) for side in sides):
         return None
-    return sides[0] - sides[1]
+    difference = sides[0] - sides[1]
+    return difference if difference.free_symbols else None
 
 
 def _ratio(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr | None:
@@ -223,18 +243,16 @@ def _ratio(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr | None:
 
 def same_equation(gold: tuple[str, str], answer: tuple[str, str]) -> bool:
     """Whether left - right of one is a constant times that of the other."""
-    x, y = _difference(*gold), _difference(*answer)
-    if x is None or y is None:
-        return False
-    if not x.free_symbols or not y.free_symbols:
-        return same_value(gold[1], answer[1])
-    return _ratio(x, y) is not None
+    differ = _cases_differ("=".join(gold), "=".join(answer))
+    x, y = _difference(*gold, differ), _difference(*answer, differ)
+    return x is not None and y is not None and _ratio(x, y) is not None
 
 
 def same_inequality(gold: tuple[str, str, str], answer: tuple[str, str, str]) -> bool:
     """Like same_equation; the constant is positive where the signs are alike, negative where they are opposite."""
     opposite = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
-    x, y = _difference(gold[0], gold[2]), _difference(answer[0], answer[2])
+    differ = _cases_differ("".join(gold), "".join(answer))
+    x, y = _difference(gold[0], gold[2], differ), _difference(answer[0], answer[2], differ)
     if x is None or y is None or (ratio := _ratio(x, y)) is None:
         return False
     sign = gold[1] if ratio.is_negative is False else opposite.get(gold[1], gold[1])
@@ -286,4 +304,19 @@ def same_value(gold: str, answer: str) -> bool:
     return plain.same_value(gold, answer, same_expression) is True
 
 
-VALUES = Values(same_value, same_equation, same_inequality, same_set)
+def _undecided_is_false(compare: Callable[..., bool]) -> Callable[..., bool]:
+    """sympy raises many errors about expressions that make no sense; they are not equal to anything."""
+
+    @wraps(compare)
+    def compared(*sides: object) -> bool:
+        try:
+            return compare(*sides)
+        except MemoryError:
+            raise
+        except Exception:
+            return False
+
+    return compared
+
+
+VALUES = Values(*map(_undecided_is_false, (same_value, same_equation, same_inequality, same_set)))

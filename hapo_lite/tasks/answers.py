@@ -245,6 +245,8 @@ def _compared(found: Found, gold: str) -> Grade | dict[str, str]:
     if len(found.answer) > LONGEST_ANSWER:
         return Grade(False, None, "unparseable")
     answer = tidy(found.answer)
+    if len(answer) > LONGEST_ANSWER:  # some characters stand for many
+        return Grade(False, None, "unparseable")
     settled = plain.settled(answer, gold) if answer and 0 < len(gold) <= LONGEST_ANSWER else False
     in_prose = found.line is not None and _is_prose(answer) and not words_change_value(answer)
     if settled or (settled is False and not in_prose):

@@ -132,7 +132,7 @@ class Comparison:
         if answer.kind == "equation":
             if (record := _as_record(answer)) is not None and gold.kind == "record":
                 return self._same_records(gold, record)
-            return self.same(gold, answer.parts[-1])
+            return not answer.parts[0].text.startswith("-") and self.same(gold, answer.parts[-1])
         if (record := _as_record(gold)) is not None and answer.kind == "record":
             return self._same_records(record, answer)
         return assigned(gold) is not None and self.same(gold.parts[-1], answer)
@@ -146,6 +146,8 @@ class Comparison:
             return all(self.same(g, by_name[n]) for n, g in zip(gold.names, gold.parts, strict=True))
         record, other = (gold, answer) if gold.kind == "record" else (answer, gold)
         if other.kind not in ("point", "list") or (other.kind == "point" and other.brackets != "()"):
+            return False
+        if other.names or any(part.kind == "equation" for part in other.parts):
             return False
         by_name = tuple(part for _, part in sorted(zip(record.names, record.parts, strict=True), key=lambda p: p[0]))
         orders = {by_name, record.parts} if other.kind == "list" else {by_name}

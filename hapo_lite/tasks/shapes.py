@@ -128,11 +128,16 @@ def _items(text: str) -> list[str]:
 
 def _adjacent(item: str) -> list[str]:
     """(1,2)(3,4) without a comma between is two points; (a+1)(b+2) is one product."""
-    out, rest = [], item
-    while rest.startswith("(") and (end := _end_of_group(rest)) and len(_split(rest[1 : end - 1], ",")) > 1:
-        out.append(rest[:end])
-        rest = rest[end:].strip()
-    return out if out and not rest else [item]
+    out, last = [], 0
+    for token, start, depth in _tokens(item) if item.startswith("(") and ")" in item[:-1] else ():
+        if depth or token.isspace():
+            continue
+        if token == ")" and "," in item[last:start]:
+            out.append(item[last : start + 1].strip())
+            last = start + 1
+        elif token != "(":
+            return [item]
+    return out if len(out) > 1 and last == len(item) else [item]
 
 
 def _signed(item: str) -> list[str]:
