@@ -105,10 +105,10 @@ def _cases_differ(*answers: str) -> bool:
 
 def _settled(read: sympy.Basic | sympy.MatrixBase) -> sympy.Basic | sympy.MatrixBase:
     """Decimals made exact, letters without assumptions, i as the imaginary unit, opaque derivatives and functions."""
+    if isinstance(read, sympy.MatrixExpr):
+        read = read.doit().as_explicit()
     if isinstance(read, sympy.MatrixBase):
         return read.applyfunc(_settled).as_immutable()
-    if isinstance(read, sympy.MatrixExpr):
-        return read.doit()
     opaque = {d: sympy.Symbol(str(d)) for d in read.atoms(sympy.Derivative, AppliedUndef)}
     read = read.xreplace(opaque)
     bound = {v for s in read.atoms(sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit) for v in _bound_by(s)}
@@ -170,9 +170,16 @@ def equal(x: sympy.Expr, y: sympy.Expr) -> bool:
     letters = sorted(x.free_symbols | y.free_symbols, key=str)
     if not letters:
         return same_numbers(x, y) is True
+    bare = [not _roots(side) for side in (x, y)]
+    signs_matter = any(bare) or x.has(sympy.Abs) or y.has(sympy.Abs)
     agreed = 0
     for point, positive in _points(letters, x.has(*_STEPS) or y.has(*_STEPS)):
-        if not positive and not (_is_real_at(x, point) and _is_real_at(y, point)):
+        if not positive and not signs_matter:
+            continue
+        defined = [positive or _is_real_at(side, point) for side in (x, y)]
+        if not all(defined):
+            if any(defined) and x.has(sympy.Abs) != y.has(sympy.Abs):
+                return False  # ln|x| is more than ln x
             continue
         verdict = same_numbers(x.xreplace(point).doit(), y.xreplace(point).doit(), real_only=not positive)
         if verdict is False:
@@ -181,11 +188,15 @@ def equal(x: sympy.Expr, y: sympy.Expr) -> bool:
     return agreed >= 3
 
 
+def _roots(x: sympy.Expr) -> list[sympy.Expr]:
+    """The arguments of roots and logarithms that have letters."""
+    roots = [power.base for power in x.atoms(sympy.Pow) if not power.exp.is_integer and power.base.free_symbols]
+    return roots + [log.args[0] for log in x.atoms(sympy.log) if log.args[0].free_symbols]
+
+
 def _is_real_at(x: sympy.Expr, point: dict) -> bool:
     """Whether every root and logarithm within has a positive argument, as in real analysis."""
-    roots = [power.base for power in x.atoms(sympy.Pow) if not power.exp.is_integer and power.base != sympy.E]
-    arguments = [a.xreplace(point) for a in (*roots, *(log.args[0] for log in x.atoms(sympy.log))) if a.free_symbols]
-    return all(argument.evalf(15).is_positive for argument in arguments)
+    return all(argument.xreplace(point).evalf(15).is_positive for argument in _roots(x))
 
 
 def _points(letters: list[sympy.Symbol], steps: bool) -> Iterator[tuple[dict, bool]]:
@@ -261,8 +272,15 @@ def same_inequality(gold: tuple[str, str, str], answer: tuple[str, str, str]) ->
 
 def same_set(gold: Shape, answer: Shape) -> bool:
     """Whether two sets of numbers have the same members: [1,2] and [2,3] together are [1,3]."""
+    if gold.kind == "inequality" == answer.kind and _letters(gold) != _letters(answer):
+        return False
     sets = _as_set(gold), _as_set(answer)
     return None not in sets and sets[0] == sets[1]
+
+
+def _letters(shape: Shape) -> set[str]:
+    sides = [expression(part.text) for part in shape.parts]
+    return {letter.name for side in sides if side is not None for letter in side.free_symbols}
 
 
 def _as_set(shape: Shape) -> sympy.Set | None:

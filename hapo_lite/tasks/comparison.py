@@ -162,6 +162,9 @@ class Comparison:
             return self.same(ranges[0][1], ranges[1][1]) or self.values.same_set(ranges[0][1], ranges[1][1])
         if gold.kind == "inequality" and ranges[1] is not None and ranges[1][0] is None:
             return self.values.same_set(gold, answer)
+        return self._same_links(gold, answer) or (gold.kind == answer.kind and self.values.same_set(gold, answer))
+
+    def _same_links(self, gold: Shape, answer: Shape) -> bool:
         links = _links(gold), _links(answer)
         if None in links or len(links[0]) != len(links[1]):
             return False
@@ -210,7 +213,7 @@ def _range_of(shape: Shape) -> tuple[str | None, Shape] | None:
     links = _links(shape)
     if links is None:
         return None
-    bounds = [_bound(*link) for link in links]
+    bounds = _bounds_of_middle(links) or [_bound(*link) for link in links]
     if None in bounds or len({name for name, _, _ in bounds}) != 1:
         return None
     sides: dict[str, tuple[str, str]] = {}
@@ -244,6 +247,14 @@ def _links(shape: Shape) -> list[tuple[str, str, str]] | None:
         return None
     sides = [part.text for part in shape.parts]
     return list(zip(sides, shape.signs, sides[1:], strict=False))
+
+
+def _bounds_of_middle(links: list[tuple[str, str, str]]) -> list[tuple[str, str, str]] | None:
+    """The bounds of x in a < x < b, whatever a and b are."""
+    if len(links) != 2 or links[0][2] != links[1][0] or not _BOUND.fullmatch(links[0][2].strip()):
+        return None
+    (low, first, letter), (_, second, high) = links
+    return [(letter.strip(), _MIRRORED.get(first, first), low.strip()), (letter.strip(), second, high.strip())]
 
 
 def _bound(left: str, sign: str, right: str) -> tuple[str, str, str] | None:

@@ -65,6 +65,8 @@ _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", stri
 _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
 _RAISED_RUN = re.compile(f"[{''.join(_RAISED)}]+")
 _LOWERED_RUN = re.compile(f"[{''.join(_LOWERED)}]+")
+_DASH_FOR_MINUS = re.compile(r"(?<!\d)–|–(?!\d)")
+"""2–3 is a range."""
 _ROOT_SIGN = re.compile(r"(\\sqrt(?:\[\d\])?) ?(\d+|\((?:[^()]*)\))")
 
 _THOUSANDS = re.compile(r"(?<=\d)(?:(,)\s*\\!|\\[,!])\s*(?=\d{3}(?!\d))", re.ASCII)
@@ -171,6 +173,7 @@ def _braced(argument: str) -> str:
 
 
 def _folded(text: str) -> str:
+    text = _DASH_FOR_MINUS.sub("-", text)
     text = _LOWERED_RUN.sub(lambda m: f"_{{{''.join(_LOWERED[c] for c in m[0])}}}", text)
     text = _RAISED_RUN.sub(lambda m: f"^{{{''.join(_RAISED[c] for c in m[0])}}}", text)
     return _ROOT_SIGN.sub(_root_of, "".join(_folded_character(c) for c in text))

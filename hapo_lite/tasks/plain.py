@@ -21,6 +21,8 @@ CLOSE = Fraction(1, 10**6)
 _WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '\-])*")
 _SHORT_WORDS = {"yes", "no", "odd", "all"}
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?")
+_NUMBERS = {"e", "i"}
+"""Letters that may be a choice and may be a number."""
 _BASE = re.compile(r"([\dA-Fa-f]+)_\{?(\d+)\}?")
 _RATIO = re.compile(r"([\d.]+)((?: ?: ?[\d.]+)+)", re.ASCII)
 _CLOCK = re.compile(r"(?:[01]?\d|2[0-4]):[0-5]\d(?::[0-5]\d)?", re.ASCII)
@@ -40,7 +42,7 @@ def settled(answer: str, gold: str) -> bool | None:
     number = plain_number(gold)
     if number is not None and (assigned := _ASSIGNED.fullmatch(a)):
         answer = assigned.group(1)
-    if (text := _text_gold(gold, g)) is not None:
+    if (text := _text_gold(gold, g)) is not None and not (g in _NUMBERS and _CHOICE.fullmatch(a) is None):
         return _same_text(a, text, g == text and TEXT.fullmatch(gold) is None)
     if number is not None and left_to_do(answer.rsplit("=", 1)[-1]):
         # An arithmetic task copied into the box is not an answer to it.

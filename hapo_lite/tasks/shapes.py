@@ -35,6 +35,7 @@ _TOKENS = re.compile(r"\\(?:begin|end)\s*\{(\w+)\*?\}|\\text\s*\{[^{}]*\}|\\[a-z
 _ENVIRONMENT = re.compile(r"\\begin\s*\{(\w+)\*?\}(?:\s*\{[lcr| ]*\})?(.*)\\end\s*\{\1\*?\}", re.DOTALL)
 _MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array", "psmallmatrix", "bsmallmatrix"}
 _SYSTEMS = {"cases", "aligned", "align", "gathered", "dcases", "rcases"}
+_CONDITION = re.compile(r"\\text\s*\{\s*(?:if|for|when|where)\s*\}")
 _STRONG = re.compile(
     r";|\\text\s*\{[\s,]*(?:and|or)\s*\}|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])"
     r"(?!\s*(?:more|less|fewer|greater|higher|lower|above|below|over|under|better|later|earlier|so)\b)"
@@ -205,7 +206,8 @@ def _table(text: str, name: str, body: str) -> Shape:
     if name in _SYSTEMS and (name not in ("cases", "dcases", "rcases") or "&" not in body):
         return parse(", ".join(row.replace("&", "").strip(" ,") for row in rows))
     kind = "matrix" if name in _MATRICES else "set"
-    cells = [Shape("point", row, tuple(_item(cell) for cell in _split(row, "&")), "()") for row in rows]
+    rows = [_CONDITION.sub(" ", row) for row in rows] if kind == "set" else rows
+    cells = [Shape("point", row, tuple(_item(cell.rstrip(" ,")) for cell in _split(row, "&")), "()") for row in rows]
     return Shape(kind, text, tuple(cells), brackets="cases" if kind == "set" else "")
 
 
