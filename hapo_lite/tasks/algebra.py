@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import lru_cache, wraps
+from itertools import accumulate
 
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
@@ -24,6 +25,8 @@ from hapo_lite.tasks.shapes import Shape
 
 DIGITS = 200
 """Digits to which values that are not rational are computed; equal ones agree to all but ten."""
+DEEPEST = 30
+"""Brackets within brackets of an expression that is read; the parser's time grows fast with them."""
 _POSITIVE = ("3/2", "7/5", "11/9", "8/3", "13/7", "5/8", "17/6", "9/4"), ("2", "3", "5", "4", "7", "6", "9", "8")
 _SMALL = ("3/5", "2/7", "1/2", "5/9", "1/3", "4/7", "3/8", "1/5"), ("5", "2", "3", "7", "1", "4", "6", "11")
 _SIGNED = (
@@ -81,6 +84,8 @@ def expression(text: str, cases_differ: bool = False) -> sympy.Basic | sympy.Mat
     """
     if (number := plain_number(text)) is not None:
         return sympy.Rational(number.value.numerator, number.value.denominator)
+    if _depth(text) > DEEPEST:
+        return None
     for pattern, replacement in _PREPARED:
         text = pattern.sub(replacement, text)
     if _TWO_NUMBERS.search(text) or any(
@@ -95,6 +100,10 @@ def expression(text: str, cases_differ: bool = False) -> sympy.Basic | sympy.Mat
     except Exception:
         return None
     return _settled(read) if isinstance(read, (sympy.Basic, sympy.MatrixBase)) else None
+
+
+def _depth(text: str) -> int:
+    return max(accumulate((c in "{(") - (c in "})") for c in text), default=0)
 
 
 def _cases_differ(*answers: str) -> bool:
