@@ -86,6 +86,7 @@ WRONG = {
         ("7b", "7c"),
         ("x", "6x"),
         (r"7\text{ g}", r"7\text{ kg}"),
+        (r"\frac{1}{3}", r"\frac{1}{3}ml^2"),
     ],
     "units": [
         (r"5\text{ cm^2}", r"5\text{ cm^3}"),
@@ -185,6 +186,8 @@ WRONG = {
         ("x>2", "2"),
         (r"(3,-\infty)", "x>3"),
         ("[1,2)", "(1,2]"),
+        (r"x\ne 3, x\ne 5", r"x\ne 1, x\ne 2"),
+        (r"x\ne 3, x\ne 5", r"x\ne 3"),
     ],
     "Unicode": [
         ("⅓", "1/2"),

@@ -220,6 +220,8 @@ def _range_of(shape: Shape) -> tuple[str | None, Shape] | None:
     texts = []
     for _, sign, value in bounds:
         if sign == "!=":
+            if len(bounds) > 1:
+                return None
             texts += [rf"(-\infty,{value})", rf"({value},\infty)"]
             continue
         side = "left" if sign[0] == ">" else "right"

@@ -246,7 +246,7 @@ def _grouped(text: str, items: list[Shape]) -> Shape:
     ):
         return Shape("list", text, (named[0][1], *items[1:]), names=(named[0][0],))
     if all(item.kind == "inequality" for item in items):
-        return Shape("list", text, tuple(items), signs=("or",) if re.search(r"or(?![a-z])", text) else ("and",))
+        return Shape("list", text, tuple(items), signs=("or",) if re.search(r"\bor\b", text) else ("and",))
     if None in named or all(item.parts[0].kind == "point" for item in items):
         return Shape("list", text, tuple(items))
     records: list[dict[str, Shape]] = [{}]

@@ -62,6 +62,12 @@ _ANGLE_WITHIN = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _PRIMES = re.compile(r"\^\{?((?:\\prime\s*)+)\}?")
 _CURRENCY = re.compile(r"([+-]?)\s*(?:US)?(\\\$|€|£|¥|₹)\s*(?=[\d.\\])")
 _CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "pound-sterling", "¥": "yen", "₹": "rupee"}
+_TWO_MEASURES = re.compile(r"\d.*?[A-Za-z}'].*?\d.*?[A-Za-z}']")
+_CHANGING = re.compile(
+    r"\b(?:or|at) (?:more|less|fewer|most|least|higher|lower|above|below)\b|\b[ap]\.?m\b|\b(?:more|less|fewer) than\b"
+    r"|\b(?:hundred|thousand|million|billion|trillion|dozen|loss|gain|increase|decrease|pairs?|half|below zero)\b",
+    re.IGNORECASE,
+)
 _FLAT = [
     (re.compile(r"\\text\s*\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"\^\s*\{\s*([+-]?\d+)\s*\}"), r"^\1"),
@@ -104,7 +110,10 @@ def _first_word(text: str) -> int | None:
         word = match.group().strip()
         if not word.isalpha():
             return match.start()
-        spaced = match.start() and text[match.start() - 1] in " }"
+        before = text[match.start() - 1] if match.start() else ""
+        if before == "}" and len(word) == 2 and word not in ("cm", "mm", "km", "kg"):
+            continue  # \frac{1}{3}ml^2 is a product of letters
+        spaced = before == " "
         prose = spaced and (len(word) > 2 or word == "or") and word.islower() and word not in FUNCTIONS
         if word.lower() in KNOWN or prose:
             return match.start()
@@ -162,7 +171,7 @@ def _read_words(words: list[str]) -> tuple[Fraction, Unit | None, list[str]]:
         elif word in "·*" or low in SAID_WITHOUT_MEANING:
             continue
         elif word[0] == "^" or low in ("squared", "cubed"):
-            if last is None:
+            if last is None or (word[0] == "^" and len(word) > len("^-99")):
                 others.append(low)
             else:
                 extra = (int(word[1:]) if word[0] == "^" else POWERS[low]) - 1
@@ -273,16 +282,6 @@ def is_compound(text: str) -> bool:
     return all(a.factor > b.factor for a, b in pairwise(units))
 
 
-_TWO_MEASURES = re.compile(r"\d.*?[A-Za-z}'].*?\d.*?[A-Za-z}']")
-
-
 def words_change_value(text: str) -> bool:
     """Whether words in running text change the number they stand by: `or more`, `million`, `pm`."""
     return _CHANGING.search(TEXT.sub(r" \1 ", text)) is not None
-
-
-_CHANGING = re.compile(
-    r"\b(?:or|at) (?:more|less|fewer|most|least|higher|lower|above|below)\b|\b[ap]\.?m\b|\b(?:more|less|fewer) than\b"
-    r"|\b(?:hundred|thousand|million|billion|trillion|dozen|loss|gain|increase|decrease|pairs?|half|below zero)\b",
-    re.IGNORECASE,
-)
