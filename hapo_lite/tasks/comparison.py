@@ -67,21 +67,13 @@ class Comparison:
             brackets = gold.brackets == answer.brackets or len(gold.parts) > 2
             return brackets and self._in_order(gold.parts, answer.parts)
         if kinds == {"point", "list"}:
-            points = all(part.kind != "value" for part in (gold if gold.kind == "list" else answer).parts)
-            interval = "[" in gold.brackets + answer.brackets or "]" in gold.brackets + answer.brackets
-            if points or not interval:
-                return self._in_order(gold.parts, answer.parts) if not points else self._alone(gold, answer)
-            return False
-        if "point" in kinds and "set" in kinds:
-            return self._alone(gold, answer) if _holds_points(gold) or _holds_points(answer) else False
+            point, other = (gold, answer) if gold.kind == "point" else (answer, gold)
+            if all(part.kind == "value" for part in other.parts):
+                interval = point.brackets != "()" and len(point.parts) == 2
+                return not interval and self._in_order(gold.parts, answer.parts)
         if kinds != {"value", "point"} and self._without_order(_parts(gold), _parts(answer)):
             return True
         return "value" in kinds and self.values.same_set(gold, answer)
-
-    def _alone(self, gold: Shape, answer: Shape) -> bool:
-        """A point against a list or set of one point."""
-        one = [shape if shape.kind == "point" else shape.parts[0] for shape in (gold, answer)]
-        return all(len(s.parts) == 1 for s in (gold, answer) if s.kind != "point") and self.same(*one)
 
     def _in_order(self, gold: tuple[Shape, ...], answer: tuple[Shape, ...]) -> bool:
         return len(gold) == len(answer) and all(self.same(g, a) for g, a in zip(gold, answer, strict=True))
@@ -183,10 +175,6 @@ def _parts(shape: Shape) -> tuple[Shape, ...]:
 
 def _distinct(parts: tuple[Shape, ...]) -> bool:
     return len({canonical(part.text) for part in parts}) == len(parts)
-
-
-def _holds_points(shape: Shape) -> bool:
-    return shape.kind == "set" and all(part.kind == "point" for part in shape.parts)
 
 
 def _as_record(shape: Shape) -> Shape | None:

@@ -40,6 +40,7 @@ _STRONG = re.compile(
     r";|\\text\s*\{[\s,]*(?:and|or)\s*\}|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])"
     r"(?!\s*(?:more|less|fewer|greater|higher|lower|above|below|over|under|better|later|earlier|so)\b)"
 )
+_OUTWARD = re.compile(r"(?<![\d)}])([\[\]])([^\[\](),;]+[,;][^\[\](),;]+)([\[\]])")
 _COMMA_GROUPS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", re.ASCII)
 _SIGNS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\in": "in", r"\approx": "~"}
 _MODULUS = re.compile(r"^(.*?)\s*\(?\s*\\pmod\s*(\{[^{}]*\}|\S+?)\s*\)?$", re.DOTALL)
@@ -50,7 +51,7 @@ _NO_NAMES = re.compile(r"\\(?:pm|mp|cdot|times|div|sqrt|cup|cap|infty|pi|sum|int
 
 def parse(text: str) -> Shape:
     """The shape of a tidy text."""
-    text = _unwrapped(text.strip())
+    text = _OUTWARD.sub(_turned_inward, _unwrapped(text.strip()))
     if is_compound(text):
         return Shape("value", text)
     if (modulus := _MODULUS.match(text)) is not None and r"\pmod" not in modulus[1]:
@@ -60,6 +61,12 @@ def parse(text: str) -> Shape:
     if len(items) != 1:
         return _grouped(text, [_item(item) for item in items])
     return _item(items[0])
+
+
+def _turned_inward(interval: re.Match) -> str:
+    """]a,b[ as (a,b)."""
+    opening, ends, closing = interval.groups()
+    return f"{'[' if opening == '[' else '('}{ends}{']' if closing == ']' else ')'}"
 
 
 def _is_name(text: str) -> bool:
@@ -165,10 +172,7 @@ def _item(text: str) -> Shape:
         return relation
     if len(parts := _split(text, r"\cup")) > 1:
         return Shape("union", text, tuple(_item(part) for part in parts))
-    opening = next((b for b in ("\\{", "{", "(", "[", "]") if text.startswith(b)), None)
-    if opening == "]" or (opening == "(" and text.endswith("[")) or (opening == "[" and text.endswith("[")):
-        mirrored = {"]": "(", "[": "["}.get(text[0], "(") + text[1:-1] + {"[": ")", "]": "]"}.get(text[-1], ")")
-        return _item(mirrored) if len(_split(text[1:-1], ",")) == 2 else Shape("value", text)
+    opening = next((b for b in ("\\{", "{", "(", "[") if text.startswith(b)), None)
     if opening and _end_of_group(text) == len(text):
         return _bracketed(text, opening)
     return Shape("value", text)
