@@ -97,6 +97,8 @@ def test_boxes_at_the_end_are_one_answer(pool, completion, gold, outcome):
         ("The answer is 3 hours and 20 minutes.", r"3\text{ hours }25\text{ minutes}", "wrong"),
         ("The total is $8 cents$", r"\$8", "wrong"),
         ("The total is 8 cents", r"\$8", "wrong"),
+        ("It comes to 8 million", "8", "wrong"),
+        ("It comes to 6t", "6", "wrong"),
         ("We have $12$ of them, and hence 15.", "15", "correct"),
         ("So there are 28 percent", "28%", "correct"),
     ],

@@ -165,11 +165,10 @@ def _approximates(gold: str, answer: str, x: sympy.Expr, y: sympy.Expr, g: Fract
     number, factor = decimals[0]
     exact = y if numbers[0] is number else x
     difference, size = sympy.Abs((x - y).evalf(40)), sympy.Abs(exact.evalf(40))
-    if number.digits < plain.FEWEST_DIGITS or not (difference.is_comparable and size.is_comparable):
+    if not (difference.is_comparable and size.is_comparable):
         return False
-    return bool(
-        difference <= sympy.Rational(str(number.last * factor)) and difference <= size / plain.CLOSE.denominator
-    )
+    allowed = plain.allowed_error(number, factor, Fraction(str(size)))
+    return bool(difference <= sympy.Rational(allowed.numerator, allowed.denominator))
 
 
 def equal(x: sympy.Expr, y: sympy.Expr) -> bool:

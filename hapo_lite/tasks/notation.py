@@ -100,6 +100,7 @@ _SYNONYMS = [
 ]
 _GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
 _ARGUMENT = rf"(?:{_GROUP}|\\[a-zA-Z]+|[^\s{{}}\\])"
+_NESTED_FRACTIONS = 3
 _FRACTION = re.compile(rf"\\frac\s*({_ARGUMENT})\s*({_ARGUMENT})")
 _ROOT = re.compile(r"\\sqrt\s*(\[[^\[\]]*\])?\s*(\\[a-zA-Z]+|[^\s{}\\\[])")
 _ONE_CHARACTER = re.compile(r"([_^])\s*\{\s*(\w)\s*\}", re.ASCII)
@@ -164,7 +165,10 @@ def _with_one_name_each(text: str) -> str:
     for pattern, name in _SYNONYMS:
         text = pattern.sub(name, text)
     text = _ROOT.sub(r"\\sqrt\1{\2}", text)
-    text = _FRACTION.sub(lambda m: rf"\frac{_braced(m[1])}{_braced(m[2])}", text)
+    # A match takes what is nested in it along, so each round finds the fractions one level further in.
+    for _ in range(_NESTED_FRACTIONS):
+        text = _FRACTION.sub(lambda m: rf"\FRAC{_braced(m[1])}{_braced(m[2])}", text)
+    text = text.replace(r"\FRAC", r"\frac")
     return _DEGREES.sub(r"^{\\circ}", text).replace(r"\%", "%")
 
 

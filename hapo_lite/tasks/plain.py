@@ -13,10 +13,10 @@ from hapo_lite.tasks.notation import TEXT, Number, canonical, left_to_do, plain_
 from hapo_lite.tasks.shapes import parse
 from hapo_lite.tasks.units import read_quantity, same_compound, scales
 
-FEWEST_DIGITS = 5
-"""Significant digits that a decimal must have to stand for a fraction or a root."""
 CLOSE = Fraction(1, 10**6)
-"""And how far it may be off, as part of the value: 0.333333 is 1/3, 1.41421 is not the root of 2."""
+"""How far a decimal may be off, in all and as part of the value: 0.333333 is 1/3, 3.14159 is not pi."""
+FEWEST_DIGITS, MANY_DIGITS = 5, 8
+"""Significant digits that a decimal must have to stand for a fraction or a root, and those that make it precise."""
 
 _WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '\-])*")
 _SHORT_WORDS = {"yes", "no", "odd", "all"}
@@ -126,9 +126,16 @@ def _same_numbers(gold: Number, answer: Number, g: Fraction, a: Fraction) -> boo
         return True
     if _terminates(x) == _terminates(y):
         return False
-    decimal, factor = (gold, g) if gold.digits else (answer, a)
-    exact = y if gold.digits else x
-    return decimal.digits >= FEWEST_DIGITS and abs(x - y) <= min(decimal.last * factor, CLOSE * abs(exact))
+    decimal, factor, exact = (gold, g, y) if gold.digits else (answer, a, x)
+    return abs(x - y) <= allowed_error(decimal, factor, abs(exact))
+
+
+def allowed_error(decimal: Number, factor: Fraction, size: Fraction) -> Fraction:
+    """How far decimal x factor may be from an exact value of a size: one in its last place, and no more than CLOSE."""
+    if decimal.digits < FEWEST_DIGITS:
+        return Fraction(0)
+    absolute = CLOSE if decimal.digits < MANY_DIGITS else size
+    return min(decimal.last * factor, CLOSE * size, absolute)
 
 
 def _terminates(value: Fraction) -> bool:

@@ -231,7 +231,7 @@ def _relation(text: str) -> Shape | None:
         cut = signs.index("~", 1)
         sides, signs = sides[: cut + 1], signs[:cut]
     elif signs[0] == "~" and len(signs) == 1 and not _is_name(sides[0]):
-        return _item(sides[0])
+        return _item(sides[0].strip() or sides[1])
     if signs[0] == "in" and len(signs) == 1 and _is_name(sides[0]):
         inner = parse(sides[1])
         return Shape(inner.kind, text, inner.parts, inner.brackets, inner.signs, inner.names)
