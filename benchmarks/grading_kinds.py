@@ -153,7 +153,14 @@ WRONG = {
         (r"45^\circ", r"54^\circ"),
         (r"20^\circ\text{C}", r"20^\circ\text{F}"),
     ],
-    "the imaginary unit": [("(1+i)^2", "-2i"), ("1/i", "i"), ("i^3", "i"), ("3+4i", "3-4i"), ("2i", "2")],
+    "the imaginary unit": [
+        ("(1+i)^2", "-2i"),
+        ("1/i", "i"),
+        ("-R", "I^2R"),
+        ("i^3", "i"),
+        ("3+4i", "3-4i"),
+        ("2i", "2"),
+    ],
     "plus-minus": [
         ("4", r"\pm4"),
         (r"\pm4", "4"),

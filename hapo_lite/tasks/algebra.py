@@ -1,9 +1,8 @@
 """Equality of expressions, decided with sympy's exact objects; imported in a grading process only.
 
 latex2sympy reads an expression. Rational values are compared exactly, others to 200 digits. Expressions in letters
-are compared at a score of points, since different elementary expressions do not agree at all of them. Where both sides
-are real they must agree for negative letters too: |x| is not x, while sqrt(a/b) and sqrt(a)/sqrt(b) agree wherever both
-are real.
+are compared at a score of points, since different elementary expressions do not agree at all of them. Letters under
+roots and in logarithms are positive and others have any sign: sqrt(a/b) is sqrt(a)/sqrt(b), but sqrt(x^2) is not x.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ _STEPS = (sympy.floor, sympy.ceiling, sympy.Abs, sympy.Mod, sympy.sign, sympy.Ma
 _PREPARED = [
     (re.compile(re.escape(ROW_END)), r"\\\\ "),
     (re.compile(r"\\text\s*\{\s*(\w)\s*\}"), r" \1 "),
-    (re.compile(r"\\operatorname\s*\{"), r"\\operatorname{"),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"\*"), r"\\cdot "),
     (
@@ -107,9 +105,9 @@ def _depth(text: str) -> int:
 
 
 def _cases_differ(*answers: str) -> bool:
-    """Whether one of the answers uses a letter in both cases. Else R^2 may stand for r^2."""
+    """Whether one of the answers uses a letter in both cases, or a current I or field E. Else R^2 may be r^2."""
     letters = [set(_COMMAND.sub("", answer)) for answer in answers]
-    return any(c.islower() and c.upper() in found for found in letters for c in found)
+    return any(c in "IE" or (c.islower() and c.upper() in found) for found in letters for c in found)
 
 
 def _settled(read: sympy.Basic | sympy.MatrixBase) -> sympy.Basic | sympy.MatrixBase:

@@ -60,9 +60,13 @@ class _Mark:
 _BOX_TOKENS = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _THINK = re.compile(r"<(/?)think>")
 _CONNECTING = re.compile(
-    r"[\s,;.:&/$*]|\\[()\[\],;!:\\]|\\q?quad(?![a-zA-Z])|\\text\s*\{|\}|[A-Za-z](?:_\{?\w{1,4}\}?)?\s*=(?!=)"
-    r"|\b(?:and|or|also|maybe|perhaps|possibly|either|both|alternatively|else)\b"
+    r"[\s,;.:&/$*()]|\\[()\[\],;!:\\]|\\q?quad(?![a-zA-Z])|\\text\s*\{|\}|[A-Za-z](?:_\{?\w{1,4}\}?)?\s*=(?!=)"
+    r"|\b(?:and|or|also|maybe|perhaps|possibly|either|both|alternatively|else)\b",
+    re.IGNORECASE,
 )
+_JOINS = re.compile(r"\b(?:and|or)\b", re.IGNORECASE)
+_HEDGE = re.compile(r"\b(?:or|also|maybe|perhaps|possibly|alternatively)\b", re.IGNORECASE)
+_HEDGED = re.compile(r"\b(?:the|final|answer|is|it|could|might|may|be|as|well|value)\b", re.IGNORECASE)
 _STATEMENT = re.compile(r"\banswer\b[*_\s]{0,8}(?:is\b|[:=])[*_:\s]{0,8}|####", re.IGNORECASE)
 _FORMULA = r"\$(?:\\.|[^$\\])+\$"
 _FORMULAS = re.compile(rf"{_FORMULA}(?:\s*(?:,?\s*and\b|,?\s*or\b|,|;)\s*{_FORMULA})*", re.DOTALL)
@@ -169,9 +173,11 @@ def _run_at_the_end(text: str, boxes: list[_Mark]) -> list[_Mark]:
 
 
 def _connects(gap: str) -> bool:
-    """Whether a text only joins values, such as " and " or " apples, "."""
-    left = _CONNECTING.sub(" ", gap).split() if len(gap) <= _LONGEST_GAP else [gap]
-    return all(unit_of(word) is not None for word in left)
+    """Whether a text only joins values, such as " and ", " apples, " or " or it could be "."""
+    if len(gap) > _LONGEST_GAP:
+        return False
+    left = _CONNECTING.sub(" ", _HEDGED.sub(" ", gap) if _HEDGE.search(gap) else gap).split()
+    return not left or (_JOINS.search(gap) is not None and all(unit_of(word) is not None for word in left))
 
 
 def _joined(contents: list[str]) -> str:
