@@ -112,10 +112,12 @@ class Comparison:
     def _same_equations(self, gold: Shape, answer: Shape) -> bool:
         """Two equations hold for the same points; or one side only names what it states."""
         if gold.kind == answer.kind:
+            if len(gold.parts) == len(answer.parts) > 2:
+                return self._in_order(gold.parts, answer.parts)
             g, a = assigned(gold), assigned(answer)
             if g and a and g[0] == a[0]:
                 return self.same(g[1], a[1])
-            if any(part.kind not in ("value",) for shape in (gold, answer) for part in shape.parts):
+            if any(part.kind != "value" for shape in (gold, answer) for part in shape.parts):
                 return self._in_order(gold.parts, answer.parts)
             if len(gold.parts) > 2 or len(answer.parts) > 2:
                 return self.same(gold.parts[0], answer.parts[0]) and self.same(gold.parts[-1], answer.parts[-1])
