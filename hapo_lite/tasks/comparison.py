@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hapo_lite.tasks.notation import canonical
-from hapo_lite.tasks.shapes import MOST_PARTS, Shape, assigned, parse, record
+from hapo_lite.tasks.shapes import MOST_PARTS, Shape, assigned, is_name, parse, record
 
 
 @dataclass
@@ -112,8 +112,6 @@ class Comparison:
     def _same_equations(self, gold: Shape, answer: Shape) -> bool:
         """Two equations hold for the same points; or one side only names what it states."""
         if gold.kind == answer.kind:
-            if len(gold.parts) == len(answer.parts) > 2:
-                return self._in_order(gold.parts, answer.parts)
             g, a = assigned(gold), assigned(answer)
             if g and a and g[0] == a[0]:
                 return self.same(g[1], a[1])
@@ -129,7 +127,7 @@ class Comparison:
             return not answer.parts[0].text.startswith("-") and self.same(gold, answer.parts[-1])
         if (record := _as_record(gold)) is not None and answer.kind == "record":
             return self._same_records(record, answer)
-        return assigned(gold) is not None and self.same(gold.parts[-1], answer)
+        return any(is_name(part.text) for part in gold.parts[:-1]) and self.same(gold.parts[-1], answer)
 
     def _same_records(self, gold: Shape, answer: Shape) -> bool:
         """Records agree name by name; with a point or list, in the order of the names."""

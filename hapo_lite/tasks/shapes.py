@@ -69,7 +69,7 @@ def _turned_inward(interval: re.Match) -> str:
     return f"{'[' if opening == '[' else '('}{ends}{']' if closing == ']' else ')'}"
 
 
-def _is_name(text: str) -> bool:
+def is_name(text: str) -> bool:
     """Whether a text only names something: x, x_{12}, f(x), (m,n), AB, |AB|, A:B, \\frac{NO}{BO}; not x+y or 2x."""
     text = text.strip()
     return bool(text) and not _NO_NAMES.search(text) and _NAME_LEFT.fullmatch(_SUBSCRIPTS.sub("", text)) is not None
@@ -230,9 +230,9 @@ def _relation(text: str) -> Shape | None:
         # "1/3 = 0.33..." to so many digits: the exact value counts.
         cut = signs.index("~", 1)
         sides, signs = sides[: cut + 1], signs[:cut]
-    elif signs[0] == "~" and len(signs) == 1 and not _is_name(sides[0]):
+    elif signs[0] == "~" and len(signs) == 1 and not is_name(sides[0]):
         return _item(sides[0].strip() or sides[1])
-    if signs[0] == "in" and len(signs) == 1 and _is_name(sides[0]):
+    if signs[0] == "in" and len(signs) == 1 and is_name(sides[0]):
         inner = parse(sides[1])
         return Shape(inner.kind, text, inner.parts, inner.brackets, inner.signs, inner.names)
     equal = all(sign in "=~" for sign in signs)
@@ -271,6 +271,6 @@ def record(names: tuple[str, ...], values: tuple[Shape, ...]) -> Shape:
 
 def assigned(item: Shape) -> tuple[str, Shape] | None:
     """(name, value) of x=3; None for what gives no name a value."""
-    if item.kind != "equation" or not _is_name(item.parts[0].text):
+    if item.kind != "equation" or not is_name(item.parts[0].text):
         return None
     return canonical(item.parts[0].text.strip()).replace(" ", ""), item.parts[-1]

@@ -113,7 +113,8 @@ COUNTED = _words(
 NO_COUNT = _words(
     "times dozens pairs couples scores losses gains wins less minus plus halves thirds quarters fourths fifths sixths "
     "sevenths eighths ninths tenths hundredths thousandths debts deficits is was has as this us its thus pass across "
-    "downwards upwards forwards backwards afterwards bits tens ones others increases decreases remainders loses falls rises drops doubles triples"
+    "downwards upwards forwards backwards afterwards bits tens ones others increases decreases remainders "
+    "loses falls rises drops doubles triples"
 )
 """Words that end like a plural and may change the value."""
 FUNCTIONS = _words("sin cos tan cot sec csc log ln exp sqrt lim max min gcd lcm mod det arcsin arccos arctan")
