@@ -76,7 +76,9 @@ _SPACES = re.compile(r"(?:\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace)(?![a-zA-Z
 _SIZES = re.compile(
     r"\\(?:left|right)(?:(?![a-zA-Z])\.?)|\\(?:[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])"
 )
-_TEXT_NAME = re.compile(r"\\(?:textbf|textit|textrm|textnormal|text|mbox|mathrm|mathbf|mathit|hbox)\s*\{")
+_TEXT_NAME = re.compile(
+    r"\\(?:textbf|textit|textrm|textnormal|text|mbox|mathrm|mathbf|mathit|hbox|underline|boldsymbol)\s*\{"
+)
 _DOLLAR = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])")
 _CURRENCY = re.compile(r"\s*-?\$\s*(?=[\d.])")
 _SYNONYMS = [
