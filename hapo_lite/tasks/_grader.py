@@ -5,9 +5,9 @@ It imports math-verify and nothing heavier. It may be killed at any moment, and 
 input closes, when its parent is gone, and at the latest `seconds` into a request, by an alarm without a handler, which
 ends even a process deep in sympy.
 
-What a model wrote is computed with here and nowhere else, and math-verify has Python compute arithmetic that it finds in
-running text. So the process is confined: memory has a limit, and it can start no program, open no connection and write
-no file.
+What a model wrote is computed with here and nowhere else, and math-verify has Python compute arithmetic that it finds
+in running text. So the process is confined: memory has a limit, and it can start no program, open no connection and
+write no file.
 """
 
 from __future__ import annotations
