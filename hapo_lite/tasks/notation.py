@@ -79,6 +79,9 @@ _SIZES = re.compile(
 _TEXT_NAME = re.compile(
     r"\\(?:textbf|textit|textrm|textnormal|text|mbox|mathrm|mathbf|mathit|hbox|underline|boldsymbol)\s*\{"
 )
+_POWERS_IN_TEXT = 3
+_POWER_IN_TEXT = re.compile(r"\\text\{([^{}]*)\^\s*\{\s*([+-]?\d+)\s*\}")
+r"""\mathrm{m s^{-1}}: braces within text, which hold the power of a unit."""
 _DOLLAR = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])")
 _CURRENCY = re.compile(r"\s*-?\$\s*(?=[\d.])")
 _SYNONYMS = [
@@ -164,6 +167,8 @@ def tidy(text: str) -> str:
 
 def _with_one_name_each(text: str) -> str:
     text = _TEXT_NAME.sub(r"\\text{", _SIZES.sub("", text))
+    for _ in range(_POWERS_IN_TEXT):
+        text = _POWER_IN_TEXT.sub(r"\\text{\1^\2", text)
     for pattern, name in _SYNONYMS:
         text = pattern.sub(name, text)
     text = _ROOT.sub(r"\\sqrt\1{\2}", text)
