@@ -45,6 +45,11 @@ def test_a_truncated_completion_is_graded_by_its_box_alone():
     assert [s.outcome for s in score(RewardSettings(), *texts)] == ["correct", "correct"]
 
 
+def test_a_truncated_completion_may_have_said_it_in_a_tag_but_not_in_thought():
+    texts = ("<answer>2</answer> and then", r"<think>\boxed{2} and then")
+    assert [s.outcome for s in score(RewardSettings(), *texts, truncated=True)] == ["correct", "unparseable"]
+
+
 @pytest.mark.parametrize(
     ("length", "expected"), [(0, 0.0), (80, 0.0), (81, -0.025), (90, -0.25), (100, -0.5), (120, -0.5)]
 )

@@ -18,7 +18,7 @@ from hapo_lite.recipe import DataSettings
 from hapo_lite.records import Prompt
 from hapo_lite.tasks.sources import Table, open_table
 from hapo_lite.tasks.store import PromptStore, Selection
-from hapo_lite.tasks.verify import LONGEST_ANSWER, boxed_answer
+from hapo_lite.tasks.verify import LONGEST_ANSWER, marked_answer
 
 CHARACTERS_PER_TOKEN = 32
 """A problem with more for each token of data.max_prompt_tokens is too long without being tokenised."""
@@ -185,7 +185,7 @@ def _answer(value: Any) -> str:
         value = finals[-1].strip()
         if _GROUPED.fullmatch(value):
             value = value.replace(",", "")
-    value = (boxed_answer(value) or value).strip()
+    value = (marked_answer(value) or value).strip()
     if not value:
         raise _Unusable("no answer")
     if len(value) > LONGEST_ANSWER:

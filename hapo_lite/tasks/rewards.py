@@ -18,7 +18,7 @@ from hapo_lite.errors import UserError
 from hapo_lite.progress import Progress
 from hapo_lite.recipe import RewardSettings
 from hapo_lite.records import Prompt
-from hapo_lite.tasks.verify import Grade, GraderPool, Outcome, boxed_answer
+from hapo_lite.tasks.verify import Grade, GraderPool, Outcome, marked_answer
 
 RewardFunction = Callable[[list[str], list[str], list[str]], Sequence[float]]
 
@@ -63,9 +63,9 @@ class Scorer:
     ) -> list[Score]:
         r"""One Score per completion. All four of the same length; lengths in tokens.
 
-        A truncated completion is graded by its `\boxed{...}` alone: a number that happened to stand near the cut is
-        no answer. With `reward.function` the reward is the function's, and answers are graded all the same. The
-        overlong penalty is added to either. Raises UserError for what the function raises or returns amiss.
+        A truncated completion is graded by its `<answer>` tag or `\boxed{...}` alone: a number that happened to stand
+        near the cut is no answer. With `reward.function` the reward is the function's, and answers are graded all the
+        same. The overlong penalty is added to either. Raises UserError for what the function raises or returns amiss.
         """
         if not len(prompts) == len(completions) == len(lengths) == len(truncated):
             raise ValueError(
@@ -98,7 +98,7 @@ class Scorer:
 
     def _grade(self, prompts: Sequence[Prompt], completions: Sequence[str], truncated: Sequence[bool]) -> list[Grade]:
         grades = [Grade(False, None, "unparseable")] * len(completions)
-        complete = [i for i, cut in enumerate(truncated) if not cut or boxed_answer(completions[i]) is not None]
+        complete = [i for i, cut in enumerate(truncated) if not cut or marked_answer(completions[i]) is not None]
         pairs = [(completions[i], prompts[i].answer) for i in complete]
         self.progress.advance(len(completions) - len(complete))
         for i, grade in zip(complete, self._pool.grade_many(pairs, graded=self.progress.advance), strict=True):

@@ -1,0 +1,284 @@
+r"""The answer that counts in a completion, and the grade where it is plain to see.
+
+`find` looks outside `<think>`: an `<answer>` tag, else the boxes at the end, else what follows the last "answer is",
+"Answer:" or `####`, else the last formula. `read` grades a plain case or makes the request for a grading process.
+docs/rewards.md has the rules as a table, with their reasons.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+from hapo_lite.tasks import plain
+from hapo_lite.tasks.notation import canonical, normal_form, plain_number, tidy
+from hapo_lite.tasks.units import unit_of, words_change_value
+from hapo_lite.tasks.vocabulary import KNOWN
+
+Outcome = Literal["correct", "wrong", "unparseable", "timeout", "error"]
+
+LONGEST_ANSWER = 2_000
+"""Characters of an answer, and of the end of a text without one, that are read at all."""
+_SEARCHED = 100_000
+_LONGEST_GAP = 60
+
+
+@dataclass(frozen=True)
+class Grade:
+    """One verdict. answer: the text that was graded, None where none was found.
+
+    outcome: "correct"; "wrong"; "unparseable": the completion states no answer; "timeout": comparing took longer than
+    the deadline; "error": the grading process died, for instance out of memory.
+    """
+
+    correct: bool
+    answer: str | None
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Found:
+    """answer: the text that counts. line: for a statement in running text, all of its sentence. open: a tag or box was
+    begun and not ended, so the completion has no answer."""
+
+    answer: str | None = None
+    line: str | None = None
+    open: bool = False
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """The content of a box or tag, and where box or tag begin and end."""
+
+    content: str
+    start: int
+    end: int
+
+
+_BOX_TOKENS = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_THINK = re.compile(r"<(/?)think>")
+_CONNECTING = re.compile(
+    r"[\s,;.:&/$*()]|\\[()\[\],;!:\\]|\\q?quad(?![a-zA-Z])|\\text\s*\{|\}|[A-Za-z](?:_\{?\w{1,4}\}?)?\s*=(?!=)"
+    r"|\b(?:and|or|also|maybe|perhaps|possibly|either|both|alternatively|else)\b",
+    re.IGNORECASE,
+)
+_JOINS = re.compile(r"\b(?:and|or)\b", re.IGNORECASE)
+_HEDGE = re.compile(r"\b(?:or|also|maybe|perhaps|possibly|alternatively)\b", re.IGNORECASE)
+_HEDGED = re.compile(r"\b(?:the|final|answer|is|it|could|might|may|be|as|well|value)\b", re.IGNORECASE)
+_STATEMENT = re.compile(r"\banswer\b[*_\s]{0,8}(?:is\b|[:=])[*_:\s]{0,8}|####", re.IGNORECASE)
+_FORMULA = r"\$(?:\\.|[^$\\])+\$"
+_FORMULAS = re.compile(rf"{_FORMULA}(?:\s*(?:,?\s*and\b|,?\s*or\b|,|;)\s*{_FORMULA})*", re.DOTALL)
+_DISPLAYED = (("\\[", "\\]"), ("\\(", "\\)"), ("$$", "$$"))
+_SENTENCE_END = re.compile(r"\.(?=\s|$)")
+_DIGIT = re.compile(r"\d")
+_PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
+
+
+# ------------------------------------------------------------------------------------------------ finding the answer
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""Content of the last complete, non-empty `\boxed{...}` or `\fbox{...}`; None where there is none."""
+    boxes, _ = _boxes(text)
+    return boxes[-1].content if boxes else None
+
+
+def marked_answer(text: str) -> str | None:
+    """What the `<answer>` tag or the boxes at the end of a text say, outside `<think>`; None where there are none."""
+    return _marked(_outside_think(text)).answer
+
+
+def find(text: str) -> Found:
+    """The answer that counts in a completion."""
+    text = _outside_think(text)
+    marked = _marked(text)
+    if marked.answer is not None or marked.open:
+        return marked
+    stated = _stated(text)
+    return stated if stated.answer is not None else _last_formula(text)
+
+
+def _outside_think(text: str) -> str:
+    """The text without what stands in `<think>`. An end without a beginning ends a block that the prompt began."""
+    if "think>" not in text:
+        return text
+    start = max(0, len(text) - _SEARCHED)
+    within = text.rfind("<think>", 0, start) > text.rfind("</think>", 0, start)
+    kept, last = [], start
+    for tag in _THINK.finditer(text, start):
+        if tag[1] and not within:
+            kept.clear()
+        elif not tag[1] and not within:
+            kept.append(text[last : tag.start()])
+        within, last = not tag[1], tag.end()
+    return "".join(kept) + ("" if within else text[last:])
+
+
+def _marked(text: str) -> Found:
+    text = text[-_SEARCHED:]
+    tags = _tags(text)
+    if tags:
+        inner = [_marked(tag.content).answer or _stated(tag.content).answer or tag.content for tag in tags]
+        return Found(_joined(inner))
+    boxes, open_box = _boxes(text)
+    if boxes:
+        return Found(_joined([box.content for box in _run_at_the_end(text, boxes)]))
+    return Found(open=open_box or "<answer>" in text[text.rfind("</answer>") + 1 :])
+
+
+def _tags(text: str) -> list[_Mark]:
+    """The last complete `<answer>` tags that are not empty, and not parted by anything but commas and the like."""
+    tags: list[_Mark] = []
+    end = text.rfind("</answer>")
+    while end >= 0 and len(tags) < 10:
+        start = text.rfind("<answer>", 0, end)
+        if start < 0 or (tags and not _connects(text[end + len("</answer>") : tags[0].start])):
+            break
+        if content := text[start + len("<answer>") : end].strip():
+            tags.insert(0, _Mark(content, start, end + len("</answer>")))
+        end = text.rfind("</answer>", 0, start)
+    return tags
+
+
+def _boxes(text: str) -> tuple[list[_Mark], bool]:
+    """(the innermost complete boxes that are not empty, whether one is left open at the end), in one pass."""
+    text = text[-_SEARCHED:]
+    open_braces: list[tuple[int, int] | None] = []
+    boxes: list[_Mark] = []
+    for token in _BOX_TOKENS.finditer(text):
+        piece = token.group()
+        if piece == "{":
+            open_braces.append(None)
+        elif piece == "}":
+            box = open_braces.pop() if open_braces else None
+            content = text[box[1] : token.start()].strip() if box is not None else ""
+            if content and not (boxes and boxes[-1].start > box[0]):
+                boxes.append(_Mark(content, box[0], token.end()))
+        elif piece[-1] == "{" and len(piece) > 2:
+            open_braces.append((token.start(), token.end()))
+    return boxes, any(start is not None for start in open_braces)
+
+
+def _run_at_the_end(text: str, boxes: list[_Mark]) -> list[_Mark]:
+    r"""The last box, and those before it with nothing between but commas, "and", "or", `x =`: one answer."""
+    text = text[-_SEARCHED:]
+    run = [boxes[-1]]
+    for box in reversed(boxes[-20:-1]):
+        if not _connects(text[box.end : run[0].start]):
+            break
+        run.insert(0, box)
+    return run
+
+
+def _connects(gap: str) -> bool:
+    """Whether a text only joins values, such as " and ", " apples, " or " or it could be "."""
+    if len(gap) > _LONGEST_GAP:
+        return False
+    left = _CONNECTING.sub(" ", _HEDGED.sub(" ", gap) if _HEDGE.search(gap) else gap).split()
+    return not left or (_JOINS.search(gap) is not None and all(unit_of(word) is not None for word in left))
+
+
+def _joined(contents: list[str]) -> str:
+    """Several values as one answer; the same value twice counts once."""
+    kept: dict[object, str] = {}
+    for content in contents:
+        number = plain_number(tidy(content)) if len(content) < LONGEST_ANSWER else None
+        kept.setdefault(number.value if number else normal_form(content[:LONGEST_ANSWER]), content)
+    return "; ".join(kept.values())
+
+
+def _stated(text: str) -> Found:
+    """What follows the last "answer is", "Answer:" or `####`: its formula if it begins with one, else the sentence."""
+    statements = deque(_STATEMENT.finditer(text, max(0, len(text) - _SEARCHED)), maxlen=1)
+    return _formula_or_line(text, statements.pop().end()) if statements else Found()
+
+
+def _last_formula(text: str) -> Found:
+    r"""The last $...$, \(...\) or \[...\] near the end of a text, if no number follows it."""
+    tail = text[-LONGEST_ANSWER:]
+    last = deque(_FORMULAS.finditer(tail), maxlen=1)
+    places = [(last[0].start(), last[0].end())] if last else []
+    for opening, closing in _DISPLAYED[:2]:
+        start = tail.rfind(opening)
+        if start >= 0 and (end := tail.find(closing, start)) >= 0:
+            places.append((start, end + len(closing)))
+    if not places or _DIGIT.search(tail, max(places)[1]):
+        return Found()
+    return _formula_or_line(tail, max(places)[0], formula_only=True)
+
+
+def _formula_or_line(text: str, start: int, formula_only: bool = False) -> Found:
+    rest = text[start : start + LONGEST_ANSWER].strip().lstrip("*_ ")
+    line = rest.split("\n", 1)[0]
+    if end := _SENTENCE_END.search(line):
+        line = line[: end.start()]
+    line = line.strip().rstrip("*_ ") or None
+    formula = None
+    for opening, closing in _DISPLAYED:
+        if rest.startswith(opening) and (end := rest.find(closing, 2)) > 0:
+            formula = rest[2:end].strip() or None
+            return Found(formula, line)
+    if match := _FORMULAS.match(rest):
+        formula = match.group()
+        # "$2$ or more": the words belong to the number.
+        if line and words_change_value(line[len(formula) : len(formula) + _LONGEST_GAP]):
+            formula = line
+    return Found(formula, line) if formula or formula_only else Found(line, line)
+
+
+# ------------------------------------------------------------------------------------------------- the plain cases
+
+
+def read(text: str, gold: str) -> Grade | dict[str, str]:
+    """A grade where it is plain, else the request for a grading process: see `_grader.judge`."""
+    found = find(text)
+    gold = tidy(marked_answer(gold) or gold)
+    if found.open:
+        return Grade(False, None, "unparseable")
+    # A gold answer may be a formula with words after it: "$f(x)=ax$, where $a$ is an integer".
+    if found.line and gold and canonical(tidy(found.line)) == canonical(gold):
+        return Grade(True, found.line, "correct")
+    if found.answer is None:
+        if not gold or len(gold) > LONGEST_ANSWER:
+            return Grade(False, None, "unparseable")
+        return {"text": _outside_think(text)[-LONGEST_ANSWER:], "gold": gold}
+    return _compared(found, gold)
+
+
+def _compared(found: Found, gold: str) -> Grade | dict[str, str]:
+    if len(found.answer) > LONGEST_ANSWER:
+        return Grade(False, None, "unparseable")
+    answer = tidy(found.answer)
+    if len(answer) > LONGEST_ANSWER:  # some characters stand for many
+        return Grade(False, None, "unparseable")
+    settled = plain.settled(answer, gold) if answer and 0 < len(gold) <= LONGEST_ANSWER else False
+    in_prose = found.line is not None and _is_prose(answer) and not words_change_value(answer)
+    if settled or (settled is False and not in_prose):
+        return Grade(settled, found.answer, "correct" if settled else "wrong")
+    request = {"shown": found.answer, "gold": gold}
+    if settled is None:
+        request["answer"] = answer
+    if in_prose:
+        request["text"] = f"The answer is {answer}"
+    return request
+
+
+def _is_prose(answer: str) -> bool:
+    """Whether an answer has words that are no unit, so that its number has to be looked for."""
+    return any(word.lower() not in KNOWN and unit_of(word) is None for word in _PROSE.findall(answer))
+
+
+def is_a_term(number: str, text: str) -> bool:
+    """Whether the last `number` in a text is but a term of something longer, such as 2 in "Take 2*14"."""
+    if plain_number(number) is None:
+        return False
+    last = deque(re.finditer(rf"(?<![\d.]){re.escape(number)}(?![\d.]*\d)", text), maxlen=1)
+    if not last:
+        return False
+    operator = r"\s*(?:[-+*/^×÷]|\\times|\\cdot|\\div)\s*"
+    return bool(
+        re.match(rf"{operator}[\d({{\\]", text[last[0].end() :])
+        or re.search(rf"[\d)}}]{operator}$", text[: last[0].start()])
+    )

@@ -1,0 +1,230 @@
+"""The grading processes: sympy can think for minutes about a short expression, and only a process can be stopped for
+certain. Plain cases are graded here, without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from hapo_lite.errors import UserError
+from hapo_lite.tasks.answers import Grade, Outcome, read
+
+_STARTING_S = 120.0
+_BACKSTOP_S = 5.0
+
+
+class GraderPool:
+    """Grading processes, started when first needed. Close it, or use it as a context manager.
+
+    workers: most processes at once. timeout_s: deadline of one comparison, seconds; a process past it is killed and
+    replaced. Usable from any thread; calls take turns.
+    """
+
+    def __init__(self, workers: int = 2, timeout_s: float = 5.0) -> None:
+        if workers < 1 or not timeout_s > 0:
+            raise ValueError(f"workers and timeout_s must be positive, not {workers} and {timeout_s}")
+        self._size, self._timeout_s = workers, timeout_s
+        self._idle: list[_Worker] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def grade_many(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        timeout_s: float | None = None,
+        graded: Callable[[int], None] = lambda count: None,
+    ) -> list[Grade]:
+        """Grades of (completion text, gold answer) pairs, in their order. Never raises because of what a text says.
+
+        graded: told how many more of them have their grade. Raises UserError where the grading processes cannot be
+        started, RuntimeError after `close`.
+        """
+        found = [read(text, gold) for text, gold in pairs]
+        # Completions of one prompt often give the same answer: each distinct comparison is made once.
+        open_requests = {json.dumps(r): r for r in found if isinstance(r, dict)}
+        pairs_of = Counter(json.dumps(r) for r in found if isinstance(r, dict))
+        graded(len(found) - pairs_of.total())
+        if open_requests:
+            with self._lock:
+                if self._closed:
+                    raise RuntimeError("this GraderPool is closed")
+                requests = list(open_requests.values())
+                counts = [pairs_of[key] for key in open_requests]
+                answered = _Round(
+                    requests, timeout_s or self._timeout_s, self._size, self._idle, lambda i: graded(counts[i])
+                ).run()
+            verdicts = dict(zip(open_requests, answered, strict=True))
+        return [r if isinstance(r, Grade) else verdicts[json.dumps(r)] for r in found]
+
+    def close(self) -> None:
+        """End the processes."""
+        with self._lock:
+            self._closed = True
+            while self._idle:
+                self._idle.pop().close()
+
+    def __enter__(self) -> GraderPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Worker:
+    """One grading process. It writes a line when it is ready, then answers each line with a line."""
+
+    def __init__(self) -> None:
+        package_root = str(Path(__file__).resolve().parents[2])
+        paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        # A fixed hash seed, since sympy's order of terms, and with it now and then its verdict, depends on it.
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "hapo_lite.tasks._grader"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            env=environment,
+        )
+        self.ready = False
+        self._received = b""
+
+    def send(self, request: dict[str, str], timeout_s: float) -> None:
+        """Raises OSError where the process is gone."""
+        if self.process.poll() is not None:
+            raise BrokenPipeError
+        self.process.stdin.write(json.dumps(request | {"seconds": timeout_s + _BACKSTOP_S}).encode() + b"\n")
+
+    def receive(self) -> list[dict]:
+        """The complete messages, since a quick answer can come with the first line. Raises EOFError at the end."""
+        chunk = os.read(self.process.stdout.fileno(), 65536)
+        if not chunk:
+            raise EOFError
+        *lines, self._received = (self._received + chunk).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def complaint(self) -> str:
+        """The last line that the process wrote to its standard error, after killing it."""
+        self.process.kill()
+        lines = self.process.stderr.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"it ended with code {self.process.wait()}"
+
+    def close(self) -> None:
+        """Kill the process."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            with suppress(OSError):
+                pipe.close()
+
+
+class _Round:
+    """One call of grade_many: requests that wait, requests at work, and grades.
+
+    idle: the pool's list of workers. graded: told which request has its first grade.
+    """
+
+    def __init__(
+        self,
+        requests: list[dict[str, str]],
+        timeout_s: float,
+        size: int,
+        idle: list[_Worker],
+        graded: Callable[[int], None],
+    ) -> None:
+        self._requests, self._timeout_s, self._size, self._idle = requests, timeout_s, size, idle
+        self._graded = graded
+        self._grades: list[Grade | None] = [None] * len(requests)
+        self._waiting = deque(range(len(requests)))
+        self._busy: dict[_Worker, tuple[int, float]] = {}
+        self._retried: set[int] = set()
+
+    def run(self) -> list[Grade]:
+        """The grade of each request."""
+        with selectors.DefaultSelector() as self._selector:
+            try:
+                while self._waiting or self._busy:
+                    while self._waiting and len(self._busy) < self._size:
+                        self._start(self._waiting.popleft())
+                    next_deadline = min(deadline for _, deadline in self._busy.values())
+                    for key, _ in self._selector.select(max(0.0, next_deadline - time.monotonic())):
+                        self._hear(key.data)
+                    self._stop_the_late()
+            finally:
+                for worker in self._busy:
+                    worker.close()
+        return self._grades
+
+    def _start(self, index: int) -> None:
+        request = self._requests[index]
+        worker = self._send_to_idle(request)
+        if worker is None:
+            worker = _Worker()
+            with suppress(OSError):
+                worker.send(request, self._timeout_s)
+        wait_s = self._timeout_s if worker.ready else _STARTING_S
+        self._busy[worker] = index, time.monotonic() + wait_s
+        self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+
+    def _send_to_idle(self, request: dict[str, str]) -> _Worker | None:
+        while self._idle:
+            worker = self._idle.pop()
+            try:
+                worker.send(request, self._timeout_s)
+                return worker
+            except OSError:
+                worker.close()
+        return None
+
+    def _hear(self, worker: _Worker) -> None:
+        index, _ = self._busy[worker]
+        try:
+            messages = worker.receive()
+        except (EOFError, OSError, ValueError):
+            if not worker.ready:
+                raise UserError(_not_started(worker.complaint())) from None
+            self._finish(worker, "error")
+            # It may have been dead before it was asked: once more before the request is blamed.
+            if index not in self._retried:
+                self._retried.add(index)
+                self._waiting.append(index)
+            return
+        for message in messages:
+            if worker.ready:
+                self._finish(worker, message["outcome"], message.get("answer"), alive=True)
+            else:
+                # The deadline is for comparing: it starts when the process has done its imports.
+                worker.ready = True
+                self._busy[worker] = index, time.monotonic() + self._timeout_s
+
+    def _stop_the_late(self) -> None:
+        now = time.monotonic()
+        for worker in [w for w, (_, deadline) in self._busy.items() if deadline <= now]:
+            if not worker.ready:
+                raise UserError(_not_started(f"it was not ready after {_STARTING_S:.0f} seconds"))
+            self._finish(worker, "timeout")
+
+    def _finish(self, worker: _Worker, outcome: Outcome, answer: str | None = None, alive: bool = False) -> None:
+        index, _ = self._busy.pop(worker)
+        self._selector.unregister(worker.process.stdout)
+        answer = self._requests[index].get("shown", answer)
+        if self._grades[index] is None:
+            self._graded(index)
+        self._grades[index] = Grade(outcome == "correct", answer, outcome)
+        if alive:
+            self._idle.append(worker)
+        else:
+            worker.close()
+
+
+def _not_started(reason: str) -> str:
+    return f"a grading process did not start ({reason}): check that math-verify is installed beside {sys.executable}"

@@ -1,0 +1,287 @@
+r"""A number and its words, read together: `3\text{ hours }20\text{ minutes}`, `8\text{ million}`, `2:30\text{ pm}`.
+
+`read_quantity` parts an answer into values, the unit of each, and the words that are neither. `scales` says how the
+values of two quantities compare: a unit may stand on one side only, other words may not. Powers are read, and units of
+one dimension convert exactly (100 cm is 1 m).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+
+from hapo_lite.tasks.notation import TEXT, plain_number
+from hapo_lite.tasks.vocabulary import (
+    ALIASES,
+    COUNTED,
+    FUNCTIONS,
+    KNOWN,
+    MAGNITUDES,
+    NO_COUNT,
+    PEOPLE,
+    PHRASES,
+    POWERS,
+    SAID_WITHOUT_MEANING,
+    SPEEDS,
+    UNITS,
+    VOLUMES,
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """dimensions: (base quantity, power) pairs, sorted; factor: how many base units it is."""
+
+    dimensions: tuple[tuple[str, int], ...]
+    factor: Fraction
+
+
+@dataclass(frozen=True)
+class Quantity:
+    r"""parts: (value in LaTeX, power of ten or dozen it is multiplied by, unit), several in a compound measure.
+
+    others: the words, in lower case, that are neither unit nor magnitude, such as `or more`.
+    """
+
+    parts: tuple[tuple[str, Fraction, Unit | None], ...]
+    others: tuple[str, ...] = ()
+
+
+_WORD = r"[A-Za-z¢µμ][A-Za-zμ]*(?:[.'-][A-Za-z]+)*\.?"
+_TOKEN = re.compile(
+    rf"\s*(?:(?P<number>-?\d[\d,]*(?:\.\d+)?(?:/\d+)?)|(?P<power>\^-?\d+)|(?P<word>{_WORD}|'+)|(?P<sign>[/·*]))"
+)
+_TAIL = re.compile(
+    r"\\text\{|%|\^\{\\circ\}|\^\{?(?:\\prime\s*)+\}?|(?<=\d)'+|(?<=\d)\s*[ap]\.\s?m\b"
+    r"|(?<![\\A-Za-z])[A-Za-z]{2,}|(?<=[\d\s}])[gmNJ]\s*/\s*(?:s|h|hr|sec|min|cm|ml|mL|kg|mol)(?![A-Za-z])"
+)
+_ORDINAL = re.compile(r"(?<=\d)(?:\^?\{?\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\}?|(?:st|nd|rd|th)\b)")
+_ANGLE_WITHIN = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
+_PRIMES = re.compile(r"\^\{?((?:\\prime\s*)+)\}?")
+_CURRENCY = re.compile(r"([+-]?)\s*(?:US)?(\\\$|€|£|¥|₹)\s*(?=[\d.\\])")
+_CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "pound-sterling", "¥": "yen", "₹": "rupee"}
+_TWO_MEASURES = re.compile(r"\d.*?[A-Za-z}'].*?\d.*?[A-Za-z}']")
+_CHANGING = re.compile(
+    r"\b(?:or|at) (?:more|less|fewer|most|least|higher|lower|above|below)\b|\b[ap]\.?m\b|\b(?:more|less|fewer) than\b"
+    r"|\b(?:hundred|thousand|million|billion|trillion|dozen|loss|gain|increase|decrease|pairs?|half|below zero)\b",
+    re.IGNORECASE,
+)
+_FLAT = [
+    (re.compile(r"\\text\s*\{([^{}]*)\}"), r" \1 "),
+    (re.compile(r"\^\s*\{\s*([+-]?\d+)\s*\}"), r"^\1"),
+    (re.compile(r"\^\s*\+?"), "^"),
+    (re.compile(r"%"), " percent "),
+    (re.compile(r"\\(?:cdot|times)(?![a-zA-Z])"), "·"),
+    (re.compile(r"\\\$"), " dollar "),
+    (re.compile(r"[()]"), " "),
+]
+
+
+def read_quantity(text: str) -> Quantity:
+    """The values, units and other words of an answer in tidy notation; one value where there are no words."""
+    whole = Quantity(((text, Fraction(1), None),))
+    currency = _CURRENCY.match(text)
+    prefix = _CURRENCIES[currency[2]] if currency else None
+    bare = currency[1] + text[currency.end() :] if currency else text
+    bare = _ORDINAL.sub("", bare)
+    start = None if _ANGLE_WITHIN.search(bare) else _first_word(bare)
+    if start is None:
+        return Quantity(((bare, Fraction(1), Unit(((prefix, 1),), Fraction(1)) if prefix else None),))
+    head, tail = bare[:start].strip(), _flat(bare[start:])
+    if not head or head[-1] in "+-*/=({[,<>^_\\|" or _is_words(head) or not _balanced(head):
+        return whole
+    groups = _groups(head, tail)
+    return _assembled(groups, prefix) if groups else whole
+
+
+def _is_words(text: str) -> bool:
+    return len(text) > 1 and text.replace(" ", "").isalpha()
+
+
+def _balanced(text: str) -> bool:
+    return all(text.count(opening) == text.count(closing) for opening, closing in ("()", "[]", "{}"))
+
+
+def _first_word(text: str) -> int | None:
+    """Where the words behind a value begin: text in braces, a unit's sign, or a word that is no product of letters."""
+    for match in _TAIL.finditer(text):
+        word = match.group().strip()
+        if not word.isalpha():
+            return match.start()
+        before = text[match.start() - 1] if match.start() else ""
+        if before == "}" and len(word) == 2 and word not in ("cm", "mm", "km", "kg"):
+            continue  # \frac{1}{3}ml^2 is a product of letters
+        spaced = before == " "
+        prose = spaced and (len(word) > 2 or word == "or") and word.islower() and word not in FUNCTIONS
+        if word.lower() in KNOWN or prose:
+            return match.start()
+    return None
+
+
+def _flat(tail: str) -> str:
+    text = _PRIMES.sub(lambda m: "'" * m[1].count("prime"), tail).replace(r"^{\circ}", " degree ")
+    for pattern, plain in _FLAT:
+        text = pattern.sub(plain, text)
+    text = " ".join(text.split())
+    for pattern, plain in PHRASES:
+        text = pattern.sub(plain, text)
+    return text
+
+
+def _groups(head: str, tail: str) -> list[tuple[str, list[str]]]:
+    """[(value, its words, signs and powers), ...]; [] where something else stands among them."""
+    groups: list[tuple[str, list[str]]] = [(head, [])]
+    position = 0
+    while position < len(tail) and tail[position:].strip(" .,"):
+        token = _TOKEN.match(tail, position)
+        if token is None:
+            if tail[position] not in " .,":  # "3 hours, 20 minutes"
+                return []
+            position += 1
+            continue
+        if token["number"]:
+            groups.append((token["number"], []))
+        else:
+            groups[-1][1].append((token["power"] or token["word"] or token["sign"]).rstrip("."))
+        position = token.end()
+    return groups
+
+
+def _assembled(groups: list[tuple[str, list[str]]], prefix: str | None) -> Quantity:
+    parts, others = [], []
+    for value, words in groups:
+        magnitude, unit, left = _read_words(words)
+        if prefix and (unit is None or unit.dimensions != ((prefix, 1),)):
+            unit = _times(Unit(((prefix, 1),), Fraction(1)), unit)
+        parts.append((value, magnitude, unit))
+        others += left
+    return Quantity(tuple(parts), tuple(others))
+
+
+def _read_words(words: list[str]) -> tuple[Fraction, Unit | None, list[str]]:
+    """(magnitude, unit or None, other words) of what stands behind one number."""
+    magnitude, unit, others = Fraction(1), None, []
+    sign, power, last = 1, 1, None
+    for word in words:
+        low = ALIASES.get(word.lower(), word.lower())
+        if word in ("/", "per") or low == "per":
+            sign, last = -1, None
+        elif word in "·*" or low in SAID_WITHOUT_MEANING:
+            continue
+        elif word[0] == "^" or low in ("squared", "cubed"):
+            if last is None or (word[0] == "^" and len(word) > len("^-99")):
+                others.append(low)
+            else:
+                extra = (int(word[1:]) if word[0] == "^" else POWERS[low]) - 1
+                unit = _times(unit, last, extra)
+        elif low in ("square", "sq", "cubic", "cu"):
+            power = POWERS[low]
+        elif low in MAGNITUDES:
+            magnitude *= MAGNITUDES[low]
+        elif (found := unit_of(word)) is not None:
+            last = _raised(found, sign)
+            unit, power = _times(unit, last, power), 1
+        else:
+            others.append(low)
+    return magnitude, unit, others
+
+
+def unit_of(word: str) -> Unit | None:
+    """The unit, or the counted thing, that one word names; None for words that are neither."""
+    low = ALIASES.get(word.lower(), word.lower())
+    if low in SPEEDS:
+        above, below = (UNITS[name] for name in SPEEDS[low])
+        return Unit(((above[0], 1), (below[0], -1)), above[1] / below[1])
+    if low in UNITS:
+        dimension, factor = UNITS[low]
+        return Unit(((dimension, 1),), factor)
+    if word in VOLUMES or low in VOLUMES:
+        return Unit((("length", 3),), VOLUMES[low][1])
+    if low == "fluidounce":
+        return Unit((("fluid ounce", 1),), Fraction(1))
+    thing = PEOPLE.get(low, low.removesuffix("s") if not low.endswith("ss") else low)
+    plural = low in PEOPLE or (low.endswith("s") and len(low) > 3 and low not in NO_COUNT and not low.endswith("ss"))
+    if low.isalpha() and low not in NO_COUNT and (plural or thing in COUNTED):
+        return Unit(((f"one {thing}", 1),), Fraction(1))
+    return None
+
+
+def _times(a: Unit | None, b: Unit | None, power: int = 1) -> Unit | None:
+    """a x b^power."""
+    if b is None:
+        return a
+    dimensions = dict(a.dimensions) if a else {}
+    for dimension, exponent in b.dimensions:
+        dimensions[dimension] = dimensions.get(dimension, 0) + exponent * power
+    kept = tuple(sorted((d, p) for d, p in dimensions.items() if p))
+    return Unit(kept, (a.factor if a else 1) * b.factor**power)
+
+
+def _raised(unit: Unit, sign: int) -> Unit:
+    return unit if sign == 1 else Unit(tuple((d, -p) for d, p in unit.dimensions), 1 / unit.factor)
+
+
+def scales(gold: Quantity, answer: Quantity) -> list[tuple[Fraction, Fraction]]:
+    """The ways in which the values compare, for quantities of one part: factors of the gold and of the answer.
+
+    []: they do not, since words or units differ. Two ways where one side alone has a percent sign: 10% is 10 or 0.1.
+    """
+    if sorted(gold.others) != sorted(answer.others) or len(gold.parts) != 1 or len(answer.parts) != 1:
+        return []
+    (_, gold_magnitude, gold_unit), (_, answer_magnitude, answer_unit) = gold.parts[0], answer.parts[0]
+    scaled = [(gold_magnitude, answer_magnitude)]
+    if gold_unit is not None and answer_unit is not None:
+        if gold_unit.dimensions != answer_unit.dimensions:
+            return []
+        return [(gold_magnitude * gold_unit.factor, answer_magnitude * answer_unit.factor)]
+    percent = (("percent", 1),)
+    if gold_unit is not None and gold_unit.dimensions == percent:
+        scaled.append((gold_magnitude / 100, answer_magnitude))
+    if answer_unit is not None and answer_unit.dimensions == percent:
+        scaled.append((gold_magnitude, answer_magnitude / 100))
+    return scaled
+
+
+def same_compound(gold: Quantity, answer: Quantity) -> bool:
+    """Whether two quantities, one of them of several parts, are as much: 1 hour 20 minutes and 80 minutes."""
+    if sorted(gold.others) != sorted(answer.others):
+        return False
+    totals = _total(gold), _total(answer)
+    if None not in totals:
+        return totals[0] == totals[1]
+    if len(gold.parts) != len(answer.parts):
+        return False
+    for part, other in zip(gold.parts, answer.parts, strict=True):
+        values = plain_number(part[0]), plain_number(other[0])
+        ways = scales(Quantity((part,)), Quantity((other,)))
+        if None in values or not any(values[0].value * g == values[1].value * a for g, a in ways):
+            return False
+    return True
+
+
+def _total(quantity: Quantity) -> tuple[Fraction, tuple] | None:
+    """(sum in base units, dimension) of parts that have one dimension in common."""
+    dimensions = {unit.dimensions if unit else None for _, _, unit in quantity.parts}
+    values = [plain_number(value) for value, _, _ in quantity.parts]
+    if len(dimensions) != 1 or None in dimensions or None in values:
+        return None
+    total = sum(n.value * m * u.factor for n, (_, m, u) in zip(values, quantity.parts, strict=True))
+    return total, next(iter(dimensions))
+
+
+def is_compound(text: str) -> bool:
+    """Whether a tidy text is one measure in several units, each smaller than the one before: 3 hours and 20 minutes."""
+    if not _TWO_MEASURES.search(text):
+        return False
+    quantity = read_quantity(text)
+    units = [unit for _, _, unit in quantity.parts]
+    if len(units) < 2 or quantity.others or _total(quantity) is None or None in units:
+        return False
+    return all(a.factor > b.factor for a, b in pairwise(units))
+
+
+def words_change_value(text: str) -> bool:
+    """Whether words in running text change the number they stand by: `or more`, `million`, `pm`."""
+    return _CHANGING.search(TEXT.sub(r" \1 ", text)) is not None

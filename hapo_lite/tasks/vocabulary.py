@@ -1,0 +1,125 @@
+"""The words that stand by numbers in school and contest mathematics: units, magnitudes, things that are counted."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+
+def _table(dimension: str, units: dict[str, str | int]) -> dict[str, tuple[str, Fraction]]:
+    return {name: (dimension, Fraction(factor)) for names, factor in units.items() for name in names.split()}
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+UNITS = (
+    _table(
+        "length",
+        {
+            "m meter meters metre metres": 1,
+            "km kilometer kilometers kilometre kilometres": 1000,
+            "dm decimeter decimeters decimetre decimetres": "1/10",
+            "cm centimeter centimeters centimetre centimetres": "1/100",
+            "mm millimeter millimeters millimetre millimetres": "1/1000",
+            "μm um micrometer micrometers micron microns": "1/1000000",
+            "nm nanometer nanometers nanometre nanometres": "1/1000000000",
+            "in inch inches": "0.0254",
+            "ft foot feet": "0.3048",
+            "yd yds yard yards": "0.9144",
+            "mi mile miles": "1609.344",
+        },
+    )
+    | _table(
+        "time",
+        {
+            "s sec secs second seconds": 1,
+            "ms millisecond milliseconds": "1/1000",
+            "min mins minute minutes": 60,
+            "h hr hrs hour hours": 3600,
+            "day days": 86400,
+            "wk wks week weeks": 604800,
+        },
+    )
+    | _table("month", {"month months mo": 1, "yr yrs year years": 12, "decade decades": 120, "century centuries": 1200})
+    | _table(
+        "mass",
+        {
+            "g gm gram grams": 1,
+            "kg kgs kilogram kilograms": 1000,
+            "mg milligram milligrams": "1/1000",
+            "tonne tonnes": 1000000,
+            "oz ounce ounces": "28.349523125",
+            "lb lbs pound pounds": "453.59237",
+        },
+    )
+    | _table("dollar", {"dollar dollars usd bucks": 1, "cent cents ¢ penny pennies": "1/100"})
+    | _table("angle", {"degree degrees deg": 1, "arcminute arcminutes": "1/60", "arcsecond arcseconds": "1/3600"})
+    | _table("temperature", {"celsius": 1})
+    | _table("energy", {"j joule joules": 1, "kj kilojoule kilojoules": 1000, "cal calorie calories": "4.184"})
+    | _table("energy", {"kcal kilocalorie kilocalories": 4184, "kwh": 3600000})
+    | _table("power", {"w watt watts": 1, "kw kilowatt kilowatts": 1000})
+    | _table("frequency", {"hz hertz": 1, "khz": 1000, "mhz": 1000000, "ghz": 1000000000})
+    | _table("pressure", {"pa pascal pascals": 1, "kpa": 1000, "atm": 101325, "bar": 100000})
+    | _table("charge", {"c coulomb coulombs": 1})
+    | _table("force", {"n newton newtons": 1, "kn": 1000})
+    | _table("byte", {"byte bytes": 1, "kb kilobyte kilobytes": 1000, "mb megabyte megabytes": 1000000})
+    | {
+        name: (aliases.split()[0], Fraction(1))
+        for aliases in (
+            *("percent pct percents", "radian radians rad", "fahrenheit", "kelvin kelvins k", "mole moles mol mols"),
+            *("volt volts v", "ampere amperes amp amps", "ohm ohms", "unit units", "acre acres", "ton tons"),
+            *("euro euros", "yuan rmb", "rupee rupees rs", "yen", "peso pesos", "pence", "ev", "hectare hectares"),
+            *("gallon gallons gal", "quart quarts qt", "pint pints pt", "cup cups", "knot knots", "bit bits"),
+            *("tablespoon tablespoons tbsp", "teaspoon teaspoons tsp", "light-year light-years"),
+        )
+        for name in aliases.split()
+    }
+)
+"""Name -> (base quantity, factor). Names are in lower case: no two units here differ in case alone."""
+VOLUMES = _table("length", {"l L liter liters litre litres": "1/1000", "ml mL milliliter milliliters cc": "1/1000000"})
+SPEEDS = {"mph": ("mi", "h"), "kph": ("km", "h"), "kmph": ("km", "h"), "kmh": ("km", "h"), "fps": ("ft", "s")}
+
+MAGNITUDES = {
+    **{"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12},
+    **{"hundreds": 100, "thousands": 1000, "millions": 10**6, "billions": 10**9, "trillions": 10**12, "dozens": 12},
+}
+ALIASES = {"a.m": "am", "p.m": "pm", "fewer": "less", "greater": "more", "'": "arcminute", "''": "arcsecond"}
+SAID_WITHOUT_MEANING = _words(
+    "old long tall high wide deep exactly of total possible different distinct red blue green white black yellow"
+)
+PHRASES = [
+    (
+        re.compile(
+            r"\b(?:in|a) (?:total|all|length|height|width|area|volume|order)\b( of\b)?|\bof age\b|\baltogether\b"
+        ),
+        " ",
+    ),
+    (re.compile(r"\bfl\.? ?oz\b|\bfluid ounces?\b"), " fluidounce "),
+    (re.compile(r"\b(?:degrees? )(?:celsius|c)\b", re.IGNORECASE), " celsius "),
+    (re.compile(r"\b(?:degrees? )(?:fahrenheit|f)\b", re.IGNORECASE), " fahrenheit "),
+    (re.compile(r"\bper ?cent\b|\bpercentage\b"), " percent "),
+    (re.compile(r"\b([ap])\. ?m\b\.?", re.IGNORECASE), r"\1m"),
+    (re.compile(r"\band\b(?= ?\d)"), " "),
+]
+POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
+PEOPLE = {"people": "person", "men": "man", "women": "woman", "children": "child", "mice": "mouse", "geese": "goose"}
+COUNTED = _words(
+    "person man woman child mouse goose fish sheep deer apple egg student way integer solution cat dog point digit "
+    "side edge vertex vertices triangle marble coin book page ticket player team game car"
+)
+"""Things that are counted; any other regular plural is one too."""
+NO_COUNT = _words(
+    "times dozens pairs couples scores losses gains wins less minus plus halves thirds quarters fourths fifths sixths "
+    "sevenths eighths ninths tenths hundredths thousandths debts deficits is was has as this us its thus pass across "
+    "downwards upwards forwards backwards afterwards bits tens ones others increases decreases remainders "
+    "loses falls rises drops doubles triples"
+)
+"""Words that end like a plural and may change the value."""
+FUNCTIONS = _words("sin cos tan cot sec csc log ln exp sqrt lim max min gcd lcm mod det arcsin arccos arctan")
+KNOWN = frozenset(
+    {*(name for name in UNITS if len(name) > 1), *(name for name in VOLUMES if len(name) > 1), *SPEEDS, *MAGNITUDES}
+    | {*PEOPLE, *COUNTED, *(f"{name}s" for name in COUNTED), "am", "pm", "per", "square", "cubic", "sq", "cu", "and"}
+) - {"ms", "mo", "pt", "ev", "kn", "pa", "mb", "kb", "kw", "rs", "um", "bar", "and"}
+"""Words known as such without `\\text` and without a space before them; the rest could be a product of letters."""
