@@ -149,7 +149,7 @@ def compare(engine: Engine, policy: Policy, prompts: Sequence[EncodedPrompt | No
         moved_from = trainer_logp(policy, after, settings.temperature)
     change = (moved_to - moved_from).double()
     followed = ((engine_logp(after) - moved_from).double() * change).sum() / change.square().sum()
-    return Canary(at_rest, perturbed, float(change.abs().mean()), float(followed), engine.steps_alike)
+    return Canary(at_rest, perturbed, float(change.abs().mean()), float(followed), steps_alike(engine))
 
 
 def _advice(engine: str) -> str:
@@ -162,8 +162,13 @@ def measure(policy: Policy, completions: Sequence[Completion], temperature: floa
     """Engine, trainer and the trainer's own steps on the same tokens, with the adapter as it is now."""
     trainer, own = trainer_logp(policy, completions, temperature), engine_logp(completions)
     # An engine with a head of its own may make its logits in the compute dtype: so much rounding is no fault.
-    steps = stepwise_logp(policy, completions, temperature, rounded=not engine.steps_alike)
+    steps = stepwise_logp(policy, completions, temperature, rounded=not steps_alike(engine))
     return Distance(distance(own, trainer), distance(own, steps), distance(steps, trainer))
+
+
+def steps_alike(engine: Engine) -> bool:
+    """As the engine says; one from outside the kit need not say it."""
+    return getattr(engine, "steps_alike", False)
 
 
 @torch.no_grad()

@@ -9,12 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.engine_check import faulty_engines
 from hapo_lite import run
 from hapo_lite.errors import UserError
 from hapo_lite.metrics import MetricsFile
 from hapo_lite.recipe import load_recipe
+from hapo_lite.records import EncodedPrompt
+from hapo_lite.rollout.canary import compare as compare_engine
 from hapo_lite.rollout.engine import make_engine
 from hapo_lite.status import read_status
+from hapo_lite.tasks.data import load_prompts
 from hapo_lite.trace import read_traces
 from hapo_lite.verify_resume import Aim, Findings, compare, left_by
 from hapo_lite.verify_resume import run as run_or_kill
@@ -40,6 +44,20 @@ def test_the_check_passes_on_the_right_engine_and_the_run_ends(trained, lines):
 
 def test_the_sampler_is_as_near_to_the_trainer_as_the_dtype_allows(trained, lines):
     assert all(0 < line["sampler/gap_mean"] < GAP[trained.way] for line in lines)
+
+
+@pytest.mark.parametrize("trained", ["bf16"], indirect=True)
+def test_the_check_tells_right_from_wrong_and_the_sampler_is_at_the_floor_of_rounding(trained):
+    """With the adapter that was trained: a block that is missing is a thirtieth of it."""
+    recipe, policy = trained.recipe, trained.policy
+    chosen = load_prompts(recipe.data.model_copy(update={"limit": 16})).prompts
+    prompts = [EncodedPrompt(i, p, tuple(policy.encode(p.chat()))) for i, p in enumerate(chosen)]
+    found = compare_engine(make_engine(recipe, policy), policy, prompts, recipe)
+    assert found.right and found.followed == pytest.approx(1.0, abs=0.02)
+    assert found.at_rest.engine < 1.1 * found.at_rest.floor and found.perturbed.engine < 1.1 * found.perturbed.floor
+    for name in ("one block's adapter missing", "adapter one step old"):
+        engine = faulty_engines(recipe, policy, None, seed=7)[name]
+        assert not compare_engine(engine, policy, prompts, recipe).right, name
 
 
 def test_every_ratio_is_one_to_the_last_bit_before_the_first_update(trained, lines):
