@@ -12,6 +12,7 @@ import torch
 from hapo_lite import unpacked
 from hapo_lite.checkpoint import TrainState
 from hapo_lite.errors import UserError
+from hapo_lite.inspect.generate import GenerationSettings, generate
 from hapo_lite.memory.advise import unpacks
 from hapo_lite.memory.predict import Predictor
 from hapo_lite.policy import load_policy
@@ -71,6 +72,19 @@ def test_it_is_used_while_it_is_held_and_gone_afterwards(monkeypatch):
     gc.collect()
     assert all(weight() is None for weight in made)
     assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_a_generation_of_the_inspector_unpacks_once_and_gives_the_memory_back(monkeypatch):
+    made = []
+    unpack = unpacked.unpack
+    monkeypatch.setattr(unpacked, "unpack", lambda layer, dtype: made.append(layer) or unpack(layer, dtype))
+    policy = load(wanted=True)
+    steps = generate(policy, GenerationSettings("1 + 2 = ?", max_new_tokens=6))
+    assert sum(1 for _ in steps) > 3 and len(made) == len(policy.dense._layers)
+    cancelled = generate(policy, GenerationSettings("1 + 2 = ?", max_new_tokens=6))
+    next(cancelled)
+    cancelled.close()
+    assert not any("forward" in vars(layer) for layer in policy.dense._layers)
 
 
 def test_gradients_afterwards_are_those_of_a_model_that_never_sampled():

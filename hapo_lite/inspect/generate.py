@@ -85,6 +85,13 @@ def generate(policy: Policy, settings: GenerationSettings) -> Iterator[Progress]
     limit = min(settings.max_new_tokens, room)
     draws = uniforms(settings.seed, 0, 0, 0, 0, limit)
     deadline = time.monotonic() + settings.seconds
+    with policy.unpacked():
+        yield from _passes(policy, settings, prompt, draws, deadline)
+
+
+def _passes(
+    policy: Policy, settings: GenerationSettings, prompt: list[int], draws: Tensor, deadline: float
+) -> Iterator[Progress]:
     signal = settings.signal
     if settings.method.adaptive_temperature and signal is None:
         last = None

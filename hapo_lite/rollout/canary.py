@@ -199,7 +199,8 @@ def _row_states(policy: Policy, completions: Sequence[Completion]) -> list[Tenso
     ids, mask = pad_left([c.prompt for c in completions], policy.tokenizer.pad_token_id, policy.device)
     tokens, found = pad([c.ids for c in completions], policy.device), []
     cache = DynamicCache(config=config.get_text_config())
-    with policy.sampling():
+    # The precision is the trainer's, whatever the sampler's may be.
+    with policy.sampling(), policy.autocast():
         for step in range(tokens.shape[1]):
             out = decoder(
                 input_ids=ids,
