@@ -18,6 +18,7 @@ from hapo_lite.origins import TINY_MODEL
 from hapo_lite.policy import find_stop_ids, load_policy, resolve_dtype, templated
 from hapo_lite.recipe import LoraSettings, ModelSettings
 from hapo_lite.records import Completion, EncodedPrompt, Prompt, Sequences
+from tests.conftest import noisy_adapter
 
 
 def settings(**changes):
@@ -258,6 +259,20 @@ def test_sampling_never_copies_the_head(tmp_path, dtype):
         logits = model(input_ids=ids, logits_to_keep=1).logits
     assert logits.dtype == torch.float32 and logits.shape == (3, 1, 20_000)
     assert live.peak - live.now < head.numel() * head.element_size() / 2
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_sampling_model_computes_what_the_trainer_computes_to_the_last_bit(quantization):
+    """On the same shapes; the adapter is where a 16-bit model without autocast would differ."""
+    settings = ModelSettings(name="tiny", dtype="bf16", quantization=quantization, lora=LoraSettings(rank=4, alpha=8.0))
+    policy = load_policy(settings, 0, "cpu")
+    ids = torch.tensor([ROWS[0].prompt.ids + tuple(ROWS[0].ids.tolist())])
+    with noisy_adapter(policy, 0.2, 1):
+        with policy.autocast(), torch.no_grad():
+            expected = policy.hidden_states(ids)
+        with policy.sampling() as model:
+            found = model.get_base_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    assert torch.equal(found, expected)
 
 
 def test_an_adapter_on_the_head_is_refused_since_training_would_leave_it_out():
