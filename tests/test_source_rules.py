@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,3 +146,27 @@ def test_a_notebook_is_read_cell_by_cell(tmp_path):
     ]
     (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
     assert list(broken_rules(source_of(tmp_path / "n.ipynb"))) == ["line 5: imports a module that unpickles"]
+
+
+def test_every_package_that_is_imported_is_declared():
+    """So that `pip install .` brings all that a command needs; extras are named in pyproject.toml too."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    declared = {re.match(r"[\w-]+", line).group().lower().replace("-", "_") for line in wanted}
+    by_module = {"yaml": "pyyaml", "transfer_queue": "verl"}
+    hosts = {"verl", "triton"}  # what the kit is a plug-in of, and what a CUDA build of torch brings
+    imported = {
+        module.split(".")[0]
+        for path in [ROOT / "app.py", *(ROOT / "hapo_lite").rglob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for module in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom) and node.level == 0
+            else []
+        )
+    }
+    others = imported - sys.stdlib_module_names - {"hapo_lite", "__future__"}
+    assert len(others) > 15
+    assert {by_module.get(module, module).lower() for module in others} - declared - hosts == set()
