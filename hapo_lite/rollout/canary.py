@@ -34,6 +34,8 @@ PROMPTS, TOKENS, OFFERED = 4, 16, 32
 MOVE = 1.0
 """How far the perturbation moves the trainer's log-probabilities, nats a token: far above any rounding, and far from
 where the model's own answers break down."""
+LEAST = 0.02
+"""A model that cannot be moved as far as that, nats a token, has nothing to train."""
 SMALLEST, LARGEST, ATTEMPTS = 1e-3, 1e3, 12
 """Norms of the perturbation that are tried, and how many of them."""
 ALIKE, FOREIGN = 0.5, 1.6
@@ -256,45 +258,44 @@ def blockwise_directions(
         if 0.0 < square < math.inf:
             found += [(p, gradient * (sign / square)) for p, gradient in matrices]
     norm = math.sqrt(sum(float(added.double().square().sum()) for _, added in found))
-    if not found:
-        raise UserError(_UNMOVED)
     return [(p, added / norm) for p, added in found]
-
-
-_UNMOVED = (
-    "no change of the adapter moves the policy's log-probabilities, so there is nothing to train: check "
-    "model.lora.targets and model.lora.alpha"
-)
 
 
 def strength_for(
     policy: Policy, completions: Sequence[Completion], temperature: float, directions: Sequence[Direction]
 ) -> float:
-    """The norm of the perturbation that moves the trainer's log-probabilities by about MOVE, at most by twice that.
+    """The norm of the perturbation that moves the trainer's log-probabilities by about MOVE.
 
-    Raises UserError where none does.
+    A model whose logits are all small cannot be moved so far: then the norm that moves it farthest. Raises UserError
+    where that is less than LEAST, and where the smallest norm moves it too far.
     """
     before = trainer_logp(policy, completions, temperature)
     strength, low, high = 0.1, 0.0, math.inf
+    farthest = 0.0
     for _ in range(ATTEMPTS):
         with perturbed_adapter(directions, strength):
             moved = distance(trainer_logp(policy, completions, temperature), before)
         if MOVE / 1.5 <= moved <= 1.5 * MOVE:
             return strength
         if moved < MOVE:
-            low = strength
+            if LEAST < moved < 1.1 * farthest:
+                break  # it has come to its bound
+            low, farthest = (strength, moved) if moved > farthest else (low, farthest)
         else:
             high = strength
         aimed = strength * min(max(MOVE / max(moved, 1e-9), 0.1), 10.0)
         strength = aimed if low < aimed < high else math.sqrt(max(low, SMALLEST) * min(high, LARGEST))
-    if low == 0.0:
-        raise UserError(
-            "even a tiny change of the adapter moves the policy's log-probabilities by more than a few nats, or to "
-            "something that is no number: lower model.lora.alpha, or choose another model.dtype"
-        )
+    if farthest > LEAST:
+        return low
     if math.isinf(high):
-        raise UserError(_UNMOVED)
-    return low
+        raise UserError(
+            "no change of the adapter moves the policy's log-probabilities, so there is nothing to train: check "
+            "model.lora.targets and model.lora.alpha"
+        )
+    raise UserError(
+        "even a tiny change of the adapter moves the policy's log-probabilities by more than a few nats, or to "
+        "something that is no number: lower model.lora.alpha, or choose another model.dtype"
+    )
 
 
 @contextlib.contextmanager
