@@ -42,7 +42,7 @@ class FaultyEngine:
 
     def __init__(self, engine: Engine, fault: Callable[[], contextlib.AbstractContextManager]) -> None:
         self.engine, self.fault = engine, fault
-        self.batch_size, self.steps_alike = engine.batch_size, engine.steps_alike
+        self.batch_size = engine.batch_size
 
     def sample(self, *arguments, **options) -> list[Completion]:
         with self.fault():
@@ -109,7 +109,7 @@ class OtherBase:
     def __init__(self, recipe: Recipe, policy: Policy, other: Policy) -> None:
         self.policy, self.other = policy, other
         self.engine = make_engine(recipe, other)
-        self.batch_size, self.steps_alike = self.engine.batch_size, self.engine.steps_alike
+        self.batch_size = self.engine.batch_size
 
     def sample(self, *arguments, **options) -> list[Completion]:
         with torch.no_grad():

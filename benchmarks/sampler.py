@@ -94,7 +94,7 @@ def main() -> None:
     for name, sampler in (("this sampler", policy), ("a plain sampler", PlainPolicy(**vars(policy)))):
         found = sample(sampler, arguments.tokens)
         trainer = trainer_logp(policy, found, 1.0)
-        own, steps = (abs(x - trainer) for x in (engine_logp(found), stepwise_logp(policy, found, 1.0)))
+        own, steps = (abs(x - trainer) for x in (engine_logp(found), stepwise_logp(policy, found, 1.0)[0]))
         print(
             f"{name:<20}{own.mean():.2e} ({own.max():.2e} at most) from the trainer; rounding alone "
             f"{steps.mean():.2e} ({steps.max():.2e} at most)"

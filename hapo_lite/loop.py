@@ -7,7 +7,6 @@ signal, the groups and the denominator are global by construction.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -216,9 +215,7 @@ class Loop:
         batches = [b for part in plan.parts for b in (*self.processes.mine(part), *self.processes.idle(part))]
         lengths = sequence_lengths(completions)
         self.progress.count(len(batches), "micro-batches", padded_tokens(batches, lengths))
-        # On a GPU the packed layers have kernels of their own, and ratio = 1 asks for those of the update.
-        unpacked = self.policy.unpacked() if self.policy.device.type == "cpu" else contextlib.nullcontext()
-        with unpacked, self.shortage.together(lockstep=self.processes.sharded):
+        with self.policy.unpacked(exact=True), self.shortage.together(lockstep=self.processes.sharded):
             for batch in batches:
                 logp, entropy = (t.cpu() for t in self._logprobs([completions[i] for i in batch]))
                 self.progress.advance(1, padded_tokens([batch], lengths))

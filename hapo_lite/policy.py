@@ -127,9 +127,15 @@ class Policy:
         with self.model.disable_adapter():
             yield
 
-    def unpacked(self) -> contextlib.AbstractContextManager:
-        """Within, a 4-bit base is unpacked once, if memory allows, instead of in every forward."""
-        return contextlib.nullcontext() if self.dense is None else self.dense.held()
+    def unpacked(self, exact: bool = False) -> contextlib.AbstractContextManager:
+        """Within, a 4-bit base is unpacked once, if memory allows, instead of in every forward.
+
+        exact: only where that gives the packed layers' numbers to the last bit, as scoring needs it: on a CPU. A GPU
+        has kernels of its own for packed layers.
+        """
+        if self.dense is None or (exact and self.device.type != "cpu"):
+            return contextlib.nullcontext()
+        return self.dense.held()
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[PreTrainedModel]:

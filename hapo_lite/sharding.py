@@ -84,7 +84,7 @@ class WholeBaseEngine:
     """An engine that samples with the policy's own model, while every process has all of it."""
 
     def __init__(self, engine: Engine, policy: Policy) -> None:
-        self.engine, self.policy, self.steps_alike = engine, policy, engine.steps_alike
+        self.engine, self.policy = engine, policy
 
     @property
     def batch_size(self) -> int:

@@ -88,15 +88,11 @@ class PlainPolicy(Policy):
             self.model.train()
 
 
-class PlainEngine(GenerateEngine):
-    steps_alike = False
-
-
 def test_an_engine_that_rounds_otherwise_is_not_accused(loop):
     loop = computing(loop, "bf16")
     plain = PlainPolicy(**vars(loop.policy))
     for seed in range(4):
-        found = check(loop, PlainEngine(plain, 64, 32), seed)
+        found = check(loop, GenerateEngine(plain, 64, 32), seed)
         assert found.at_rest.engine > 0 and found.followed == pytest.approx(1.0, abs=0.05)
 
 
@@ -142,9 +138,9 @@ def test_an_adapter_that_destroys_the_policy_at_once_is_named(make_loop):
 
 def test_numbers_that_are_none_are_no_agreement():
     nothing = float("nan")
-    distance = canary.Distance(nothing, nothing, nothing)
-    fine = canary.Distance(0.0, 0.0, 0.0)
-    found = canary.Canary(fine, fine, 1.0, 1.0, alike=True)
+    distance = canary.Distance(nothing, nothing, nothing, nothing)
+    fine = canary.Distance(0.0, 0.0, 0.0, 0.0)
+    found = canary.Canary(fine, fine, 1.0, 1.0)
     assert found.right and not replace(found, perturbed=distance).right and not replace(found, moved=nothing).right
 
 

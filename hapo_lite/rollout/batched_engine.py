@@ -22,8 +22,6 @@ WAVE = 8
 class BatchedEngine:
     """An `Engine` but for how it writes one part. While it does, it tells `self.writing` what it knows at no cost."""
 
-    steps_alike = False
-
     def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int) -> None:
         self.policy, self.batch_size, self.max_new_tokens = policy, batch_size, max_new_tokens
         self.progress = Progress()

@@ -38,9 +38,9 @@ LEAST = 0.02
 """A model that cannot be moved as far as that, nats a token, has nothing to train."""
 SMALLEST, LARGEST, ATTEMPTS = 1e-3, 1e3, 12
 """Norms of the perturbation that are tried, and how many of them."""
-ALIKE, FOREIGN = 0.5, 1.6
-"""Largest distance of a right engine, in parts of the floor: from the trainer's own steps for an engine that steps
-alike, and from the trainer for any other. docs/measurements.md has what was measured."""
+SAME, ALIKE, FOREIGN = 0.25, 1.0, 1.6
+"""In parts of the floor. An engine that at rest is as near as SAME to the trainer's own steps computes as they do, and
+is then held to ALIKE from them. Any other is held to FOREIGN from the trainer."""
 SLACK, SHARE = 1e-3, 0.005
 """What is allowed beside it, for dtypes that hardly round: nats at rest, and the part of a perturbation's move."""
 
@@ -50,16 +50,19 @@ class Distance:
     """Mean distances of log-probabilities over the sampled tokens, nats.
 
     engine: to the trainer. steps: to the trainer's own token-by-token pass. floor: of that pass to the trainer.
+    rounded: the same with logits that are rounded to the compute dtype, as a head without fp32 sums makes them.
     """
 
     engine: float
     steps: float
     floor: float
+    rounded: float
 
     def share(self, alike: bool, slack: float) -> float:
         """The distance in parts of what is allowed. alike: as in `Canary`; slack: nats allowed in any dtype."""
-        allowed = (ALIKE if alike else FOREIGN) * self.floor + slack
-        return (self.steps if alike else self.engine) / allowed
+        if alike:
+            return self.steps / (ALIKE * self.floor + slack)
+        return self.engine / (FOREIGN * max(self.floor, self.rounded) + slack)
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,18 @@ class Canary:
     """at_rest, perturbed: with the adapter as it is, and perturbed.
 
     moved: by how much the perturbation changed the trainer's log-probabilities of the tokens that were sampled under
-    it, nats a token. followed: the part of that change that the engine made too; 1 for a right one. alike: whether
-    the engine steps as the trainer's own pass does.
+    it, nats a token. followed: the part of that change that the engine made too; 1 for a right one.
     """
 
     at_rest: Distance
     perturbed: Distance
     moved: float
     followed: float
-    alike: bool
+
+    @property
+    def alike(self) -> bool:
+        """Whether the engine rounds as the trainer's own steps do, told by how near to them it is at rest."""
+        return self.at_rest.steps <= SAME * self.at_rest.floor
 
     @property
     def shares(self) -> tuple[float, float]:
@@ -139,19 +145,19 @@ def compare(engine: Engine, policy: Policy, prompts: Sequence[EncodedPrompt | No
         processor = AdaptiveTemperature(None, settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
         return engine.sample(requests, processor, recipe.seed, CANARY, 0, limit=TOKENS)
 
-    with policy.unpacked():
+    with policy.unpacked(exact=True):
         before = sampled()
-        at_rest = measure(policy, before, settings.temperature, engine)
+        at_rest = measure(policy, before, settings.temperature)
         directions = blockwise_directions(policy, before, settings.temperature, recipe.seed)
         strength = strength_for(policy, before, settings.temperature, directions)
         with perturbed_adapter(directions, strength):
             after = sampled()
-            perturbed = measure(policy, after, settings.temperature, engine)
+            perturbed = measure(policy, after, settings.temperature)
             moved_to = trainer_logp(policy, after, settings.temperature)
         moved_from = trainer_logp(policy, after, settings.temperature)
     change = (moved_to - moved_from).double()
     followed = ((engine_logp(after) - moved_from).double() * change).sum() / change.square().sum()
-    return Canary(at_rest, perturbed, float(change.abs().mean()), float(followed), steps_alike(engine))
+    return Canary(at_rest, perturbed, float(change.abs().mean()), float(followed))
 
 
 def _advice(engine: str) -> str:
@@ -160,17 +166,11 @@ def _advice(engine: str) -> str:
     return "use rollout.engine=transformers, or other versions of the engine's packages"
 
 
-def measure(policy: Policy, completions: Sequence[Completion], temperature: float, engine: Engine) -> Distance:
+def measure(policy: Policy, completions: Sequence[Completion], temperature: float) -> Distance:
     """Engine, trainer and the trainer's own steps on the same tokens, with the adapter as it is now."""
     trainer, own = trainer_logp(policy, completions, temperature), engine_logp(completions)
-    # An engine with a head of its own may make its logits in the compute dtype: so much rounding is no fault.
-    steps = stepwise_logp(policy, completions, temperature, rounded=not steps_alike(engine))
-    return Distance(distance(own, trainer), distance(own, steps), distance(steps, trainer))
-
-
-def steps_alike(engine: Engine) -> bool:
-    """As the engine says; one from outside the kit need not say it."""
-    return getattr(engine, "steps_alike", False)
+    steps, rounded = stepwise_logp(policy, completions, temperature)
+    return Distance(distance(own, trainer), distance(own, steps), distance(steps, trainer), distance(rounded, trainer))
 
 
 @torch.no_grad()
@@ -181,18 +181,14 @@ def trainer_logp(policy: Policy, completions: Sequence[Completion], temperature:
 
 
 @torch.no_grad()
-def stepwise_logp(
-    policy: Policy, completions: Sequence[Completion], temperature: float, rounded: bool = False
-) -> Tensor:
-    """The same, but each token through a cache after those before it, as a sampler computes it.
-
-    rounded: the logits are rounded to the policy's dtype, as a head without fp32 sums makes them.
+def stepwise_logp(policy: Policy, completions: Sequence[Completion], temperature: float) -> tuple[Tensor, Tensor]:
+    """The same, but each token through a cache after those before it, as a sampler computes it; and again with logits
+    that are rounded to the policy's dtype.
     """
     states = torch.cat(_row_states(policy, completions) if policy.steps else _lone_states(policy, completions))
     targets = torch.cat([c.ids for c in completions]).to(policy.device)
-    if rounded:
-        return policy.rounded_logprobs(states, targets, temperature).cpu()
-    return policy.token_logprobs(states, targets, temperature)[0].cpu()
+    exact, _ = policy.token_logprobs(states, targets, temperature)
+    return exact.cpu(), policy.rounded_logprobs(states, targets, temperature).cpu()
 
 
 def _row_states(policy: Policy, completions: Sequence[Completion]) -> list[Tensor]:

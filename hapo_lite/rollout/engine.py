@@ -38,14 +38,11 @@ class Engine(Protocol):
     """Samples from the policy as it is now, adapter included.
 
     batch_size: completions written at once; it may be lowered between calls, and changes none of them. progress: told
-    how far the sampling is; whoever uses the engine may put another one in its place. steps_alike: it computes a token
-    as the trainer does that scores one by one, with the policy's own model, cache and head, so that the check before
-    training may expect the same rounding.
+    how far the sampling is; whoever uses the engine may put another one in its place.
     """
 
     batch_size: int
     progress: Progress
-    steps_alike: bool
 
     def sample(
         self,

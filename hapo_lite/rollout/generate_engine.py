@@ -22,8 +22,6 @@ from hapo_lite.rollout.transcript import Scribe, pad_left
 class GenerateEngine(BatchedEngine):
     """Samples with the policy's own model. A logits processor draws each token, and `generate` takes its choice."""
 
-    steps_alike = True
-
     def generator(self, model: PreTrainedModel) -> Callable[..., Tensor]:
         """What is called to generate."""
         return model.generate

@@ -25,8 +25,6 @@ COMPACT_SHARE = 8
 class TransformersEngine(BatchedEngine):
     """Samples with the policy's own model, so there is no second copy and never a stale adapter."""
 
-    steps_alike = True
-
     def _sample_part(
         self, requests: Sequence[Request], processor: AdaptiveTemperature, draws: Tensor
     ) -> list[Completion]:

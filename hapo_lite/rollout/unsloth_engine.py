@@ -32,8 +32,6 @@ HIDDEN_STATES = "UNSLOTH_RETURN_HIDDEN_STATES"
 class UnslothEngine(GenerateEngine):
     """Samples with Unsloth's `fast_generate`; the rest is plain `generate`'s engine."""
 
-    steps_alike = False
-
     def generator(self, model: PreTrainedModel) -> Callable[..., Tensor]:
         return getattr(model, "fast_generate", model.generate)  # which is its own too, where there is no other
 
