@@ -220,6 +220,9 @@ def test_what_counts_as_drift(numbers, problem):
     given = {"largest": 0.1, "tolerance": 0.02, "same": 5, "ties": 0, "other": 0, "tokens": 100} | numbers
     found = Drift(dtype="bfloat16", **given).problem()
     assert (found is None) if problem is None else (problem in found)
+    if problem == "it is not the model":
+        assert "or --dtype fp32 if rounding to bfloat16 made it so" in found
+        assert "--dtype" not in Drift(dtype="float32", **given).problem()
 
 
 def test_gguf_ready_is_read_by_both_generations_of_transformers(finished):

@@ -70,7 +70,8 @@ class Drift:
                 f"{numbers}: either the adapter changes less than rounding to {self.dtype} does, or the merge is "
                 "wrong; --dtype fp32 tells, and --to adapter needs no merge"
             )
-        return f"{numbers}: it is not the model that was trained; use --to adapter"
+        rounding = "" if self.dtype == "float32" else f", or --dtype fp32 if rounding to {self.dtype} made it so"
+        return f"{numbers}: it is not the model that was trained; use --to adapter{rounding}"
 
     def sentence(self) -> str:
         return (
