@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from dataclasses import replace
 
@@ -10,10 +9,11 @@ import pytest
 import torch
 
 from benchmarks.engine_check import faulty_engines
+from benchmarks.sampler import PlainPolicy
 from hapo_lite import run
 from hapo_lite.checkpoint import TrainState
 from hapo_lite.errors import UserError
-from hapo_lite.policy import Policy, load_policy
+from hapo_lite.policy import load_policy
 from hapo_lite.recipe import load_recipe
 from hapo_lite.rollout import canary
 from hapo_lite.rollout.canary import check_engine
@@ -73,19 +73,6 @@ def test_a_right_engine_is_never_accused_and_each_fault_is_always_caught(loop, d
                 UserError, match="even before the adapter is perturbed" if base else "is not the current"
             ):
                 print(f"seed {seed}, {name}: {check(loop, engine, seed)}")
-
-
-class PlainPolicy(Policy):
-    """Samples outside autocast, with logits that the head's own layer makes: how an engine of its own would."""
-
-    @contextlib.contextmanager
-    def sampling(self):
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield self.model
-        finally:
-            self.model.train()
 
 
 def test_an_engine_that_rounds_otherwise_is_not_accused(loop):

@@ -139,8 +139,13 @@ class Predictor:
         settings = recipe.rollout
         cache = DynamicCache(config=self.config.get_text_config())
         self.model.eval()
-        computing = computing_in(self.dtype, self.device), trainers_head(self.model.get_base_model())
-        with self.mode, torch.no_grad(), computing[0], computing[1], LiveBytes(tensors_of(self.model)) as live:
+        with (
+            self.mode,
+            torch.no_grad(),
+            computing_in(self.dtype, self.device),
+            trainers_head(self.model.get_base_model()),
+            LiveBytes(tensors_of(self.model)) as live,
+        ):
             transcript = Transcript(sizes.completion, sizes.rows, torch.device("cpu"))
             self._decode(torch.empty(sizes.prompts, sizes.prompt, dtype=torch.long), sizes.prompt, cache)
             cache.batch_select_indices(torch.zeros(sizes.rows, dtype=torch.long))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.engine_check import faulty_engines
+from benchmarks.engine_check import FaultyEngine, faulty_engines
 from hapo_lite import run
 from hapo_lite.errors import UserError
 from hapo_lite.metrics import MetricsFile
@@ -83,21 +83,12 @@ def test_the_adapter_that_was_saved_is_the_one_that_was_trained(trained):
     assert saved.keys() == after.keys() and all(torch.equal(saved[name], after[name]) for name in saved)
 
 
-class BaseAlone:
-    """An engine that leaves the adapter out."""
-
-    def __init__(self, recipe, policy) -> None:
-        self.engine, self.policy, self.batch_size = make_engine(recipe, policy), policy, recipe.rollout.batch_size
-
-    def sample(self, *arguments, **options):
-        with self.policy.base_alone():
-            return self.engine.sample(*arguments, **options)
-
-
 def test_an_engine_without_the_adapter_is_stopped_in_bf16(settings, tmp_path, monkeypatch):
     """Where the rounding of the two arithmetics is largest."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(run, "make_engine", BaseAlone)
+    monkeypatch.setattr(
+        run, "make_engine", lambda recipe, policy: FaultyEngine(make_engine(recipe, policy), policy.base_alone)
+    )
     with own_precision(), pytest.raises(UserError, match="does not sample from the policy"):
         run.train(load_recipe(TINY, [*settings, *WAYS["bf16"], f"output_dir={tmp_path}"]))
 
