@@ -147,13 +147,14 @@ def compare(engine: Engine, policy: Policy, prompts: Sequence[EncodedPrompt | No
 
     with policy.unpacked(exact=True):
         before = sampled()
-        at_rest = measure(policy, before, settings.temperature)
+        resting = trainer_logp(policy, before, settings.temperature)
+        at_rest = measure(policy, before, resting, settings.temperature)
         directions = blockwise_directions(policy, before, settings.temperature, recipe.seed)
-        strength = strength_for(policy, before, settings.temperature, directions)
+        strength = strength_for(policy, before, resting, settings.temperature, directions)
         with perturbed_adapter(directions, strength):
             after = sampled()
-            perturbed = measure(policy, after, settings.temperature)
             moved_to = trainer_logp(policy, after, settings.temperature)
+            perturbed = measure(policy, after, moved_to, settings.temperature)
         moved_from = trainer_logp(policy, after, settings.temperature)
     change = (moved_to - moved_from).double()
     followed = ((engine_logp(after) - moved_from).double() * change).sum() / change.square().sum()
@@ -166,9 +167,9 @@ def _advice(engine: str) -> str:
     return "use rollout.engine=transformers, or other versions of the engine's packages"
 
 
-def measure(policy: Policy, completions: Sequence[Completion], temperature: float) -> Distance:
-    """Engine, trainer and the trainer's own steps on the same tokens, with the adapter as it is now."""
-    trainer, own = trainer_logp(policy, completions, temperature), engine_logp(completions)
+def measure(policy: Policy, completions: Sequence[Completion], trainer: Tensor, temperature: float) -> Distance:
+    """Engine, trainer [N] and the trainer's own steps on the same tokens, with the adapter as it is now."""
+    own = engine_logp(completions)
     steps, rounded = stepwise_logp(policy, completions, temperature)
     return Distance(distance(own, trainer), distance(own, steps), distance(steps, trainer), distance(rounded, trainer))
 
@@ -258,14 +259,17 @@ def blockwise_directions(
 
 
 def strength_for(
-    policy: Policy, completions: Sequence[Completion], temperature: float, directions: Sequence[Direction]
+    policy: Policy,
+    completions: Sequence[Completion],
+    before: Tensor,
+    temperature: float,
+    directions: Sequence[Direction],
 ) -> float:
-    """The norm of the perturbation that moves the trainer's log-probabilities by about MOVE.
+    """The norm of the perturbation that moves the trainer's log-probabilities, `before` [N], by about MOVE.
 
     A model whose logits are all small cannot be moved so far: then the norm that moves it farthest. Raises UserError
     where that is less than LEAST, and where the smallest norm moves it too far.
     """
-    before = trainer_logp(policy, completions, temperature)
     strength, low, high = 0.1, 0.0, math.inf
     farthest = 0.0
     for _ in range(ATTEMPTS):
