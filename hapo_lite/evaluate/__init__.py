@@ -1,0 +1,1 @@
+"""`python -m hapo_lite.evaluate`: suites, samples that resume, and the verdict on base against adapter."""

@@ -1,0 +1,1 @@
+"""`python -m hapo_lite.train`: the loop, from sampled completions to a trained adapter."""
