@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import ModelSettings
 
-TINY_MODEL = Path(__file__).parent / "tiny" / "model"
+TINY_MODEL = Path(__file__).parents[1] / "tiny" / "model"
 """The bundled model's folder, which `model.name: tiny` stands for."""
 HASHED_WHOLE = 64 << 20
 """Bytes of a file up to which all of it is hashed; of a larger one its size and `SAMPLES` pieces."""
