@@ -32,7 +32,7 @@ from hapo_lite.records import Completion, EncodedPrompt  # noqa: E402
 from hapo_lite.rollout import canary  # noqa: E402
 from hapo_lite.rollout.engine import Engine, make_engine  # noqa: E402
 from hapo_lite.tasks.data import load_prompts  # noqa: E402
-from hapo_lite.train import run  # noqa: E402
+from hapo_lite.train.accelerator import make_accelerator  # noqa: E402
 
 PROMPTS = 16
 """Prompts that each seed offers to the check."""
@@ -156,7 +156,7 @@ def main() -> None:
     settings += ["model.gradient_checkpointing=false", *arguments.overrides]
     recipe = load_recipe(ROOT / "recipes" / "qwen1_5b_lora.yaml", settings)
     model = recipe.model.model_copy(update={"quantization": arguments.quantization})
-    accelerator = run.make_accelerator(recipe)
+    accelerator = make_accelerator(recipe)
     policy = load_policy(model, 0, accelerator.device)
     prompts = load_prompts(recipe.data).prompts
     print(f"{arguments.model}, {arguments.quantization}, {arguments.dtype}, torch {torch.__version__}", flush=True)

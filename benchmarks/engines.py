@@ -27,7 +27,7 @@ from hapo_lite.recipe import Recipe, load_recipe  # noqa: E402
 from hapo_lite.rollout.engine import TRAINING, Engine, Request, make_engine  # noqa: E402
 from hapo_lite.rollout.generate_engine import GenerateEngine  # noqa: E402
 from hapo_lite.rollout.sampling import AdaptiveTemperature  # noqa: E402
-from hapo_lite.train import run  # noqa: E402
+from hapo_lite.train.prompts import encode_prompts, load_data  # noqa: E402
 
 
 def engine(name: str, recipe: Recipe, policy: Policy) -> Engine:
@@ -49,8 +49,8 @@ def main() -> None:
     settings = recipe.rollout
     unsloth = "unsloth" if "unsloth" in args.engines else "transformers"
     policy = load_policy(recipe.model, recipe.seed, "cuda" if torch.cuda.is_available() else "cpu", engine=unsloth)
-    prompts, _ = run.load_data(recipe, say=lambda text: None)
-    encoded = run.encode_prompts(
+    prompts, _ = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None)
+    encoded = encode_prompts(
         prompts[: settings.prompts_per_iteration], policy, recipe.data, settings.max_new_tokens, say=lambda text: None
     )
     requests = [Request(p, sample) for p in encoded for sample in range(settings.completions_per_prompt)]

@@ -30,9 +30,10 @@ from hapo_lite.rollout.engine import make_engine  # noqa: E402
 from hapo_lite.runs.checkpoint import TrainState  # noqa: E402
 from hapo_lite.tasks.rewards import Scorer  # noqa: E402
 from hapo_lite.tasks.stream import PromptStream  # noqa: E402
-from hapo_lite.train import run  # noqa: E402
+from hapo_lite.train.accelerator import make_accelerator  # noqa: E402
 from hapo_lite.train.collect import Collector  # noqa: E402
 from hapo_lite.train.loop import Loop  # noqa: E402
+from hapo_lite.train.prompts import encode_prompts, load_data  # noqa: E402
 
 STAGES = ("rollout", "grade", "score", "update", "iteration")
 RATE = 1e-12
@@ -46,17 +47,15 @@ def recipe_for(method: str, overrides: list[str]) -> Recipe:
 def build_loop(recipe: Recipe, scorer: Scorer, accelerator: Accelerator) -> Loop:
     limit = recipe.rollout.max_new_tokens
     policy = load_policy(recipe.model, recipe.seed, accelerator.device)
-    prompts, _ = run.load_data(recipe, say=lambda text: None)
-    encoded = run.encode_prompts(prompts[:1024], policy, recipe.data, limit, say=lambda text: None)
+    prompts, _ = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None)
+    encoded = encode_prompts(prompts[:1024], policy, recipe.data, limit, say=lambda text: None)
     engine = make_engine(recipe, policy)
-    return Loop(
-        recipe, policy, Collector(engine, scorer, accelerator), PromptStream(encoded, recipe.seed), [], accelerator
-    )
+    return Loop(recipe, policy, Collector(engine, scorer, accelerator), PromptStream(encoded, recipe.seed))
 
 
 def measure_ours(iterations: int, overrides: list[str]) -> None:
     recipes = {method: recipe_for(method, overrides) for method in ("hapo", "dapo")}
-    accelerator = run.make_accelerator(recipes["hapo"])
+    accelerator = make_accelerator(recipes["hapo"])
     with Scorer(recipes["hapo"].reward, recipes["hapo"].rollout.max_new_tokens) as scorer:
         loop = build_loop(recipes["hapo"], scorer, accelerator)
         states = dict.fromkeys(recipes, TrainState())

@@ -48,9 +48,9 @@ def run_command(command: Callable[[list[str] | None], object], argv: list[str] |
         print("stopped before anything was done", file=sys.stderr)
         return 130
     except (RuntimeError, MemoryError) as error:
-        from hapo_lite.model.oom import is_shortage
+        from hapo_lite.model.oom import is_out_of_memory
 
-        if not is_shortage(error):
+        if not is_out_of_memory(error):
             raise
         first = str(error).strip().partition("\n")[0]
         print(

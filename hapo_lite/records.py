@@ -6,14 +6,15 @@ Axes: B completions, T completion tokens (padded on the right), L prompt and com
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hapo_lite.algo.methods import Method
+from hapo_lite.algo.objective import LossInputs, loss_weights
 from hapo_lite.algo.signal import EntropySignal
-from hapo_lite.algo.tokens import trained_tokens
+from hapo_lite.algo.tokens import TokenSignals, trained_tokens
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,50 @@ def pad(rows: Sequence[Tensor], device: torch.device | str = "cpu") -> Tensor:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """The old policy on every completion, in order: [T] log-probabilities and entropies, and what follows from them.
+class Score:
+    """What one completion earned. reward: what is learned from; correct, outcome, answer: as in tasks.verify.Grade."""
 
-    signal, h, uncertain (bool): by token, [T]. scale: [B], EDGE-GRPO's factor on the advantage. base_logp: of the base
-    model, [T]; None unless the method asks for it.
+    reward: float
+    correct: bool
+    outcome: str
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class Graded:
+    """Completions and what each of them earned: B of both, the completions of a prompt beside one another."""
+
+    completions: list[Completion]
+    scores: list[Score]
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    @property
+    def rewards(self) -> Tensor:
+        """[B], fp64."""
+        return torch.tensor([score.reward for score in self.scores], dtype=torch.float64)
+
+    @property
+    def sequence_lengths(self) -> list[int]:
+        """Tokens of each sequence, prompt included."""
+        return [len(c.prompt.ids) + c.length for c in self.completions]
+
+    def select(self, rows: Sequence[int]) -> Graded:
+        """The completions at these places, in this order."""
+        return Graded([self.completions[i] for i in rows], [self.scores[i] for i in rows])
+
+
+@dataclass(frozen=True)
+class Experience(Graded):
+    """One iteration, as its updates see it: what was sampled, what it earned, and the old policy on every token.
+
+    advantage: [B], fp32. old_logp, entropy (nats), h, uncertain (bool): [T] of each completion, by the policy before
+    the first update, at the base temperature. signal: fitted on all entropies. scale: [B], EDGE-GRPO's factor on the
+    advantage. base_logp: [T], by the base model; None unless the method asks for it.
     """
 
+    advantage: Tensor
     old_logp: list[Tensor]
     entropy: list[Tensor]
     signal: EntropySignal
@@ -106,6 +144,35 @@ class Scored:
     def trained(self, method: Method) -> list[Tensor]:
         """Which tokens count in the loss, bool [T]."""
         return [trained_tokens(method, u) for u in self.uncertain]
+
+    def select(self, rows: Sequence[int]) -> Experience:
+        graded = super().select(rows)
+        return replace(
+            self,
+            completions=graded.completions,
+            scores=graded.scores,
+            advantage=self.advantage[list(rows)],
+            old_logp=[self.old_logp[i] for i in rows],
+            entropy=[self.entropy[i] for i in rows],
+            h=[self.h[i] for i in rows],
+            uncertain=[self.uncertain[i] for i in rows],
+            scale=self.scale[list(rows)],
+            base_logp=None if self.base_logp is None else [self.base_logp[i] for i in rows],
+        )
+
+    def padded(self, method: Method, device: torch.device | str = "cpu") -> LossInputs:
+        """All completions as one micro-batch, right-padded."""
+        mask = pad([torch.ones(c.length, dtype=torch.bool) for c in self.completions], device)
+        return LossInputs(
+            pad(self.old_logp, device),
+            self.advantage.to(device),
+            TokenSignals(
+                pad(self.h, device), pad(self.entropy, device), pad(self.uncertain, device), self.scale.to(device)
+            ),
+            loss_weights(mask, method.loss_average, pad(self.trained(method), device)),
+            pad([c.sampling_logp for c in self.completions], device),
+            None if self.base_logp is None else pad(self.base_logp, device),
+        )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,9 +24,11 @@ from hapo_lite.rollout.canary import perturbed_adapter
 from hapo_lite.rollout.engine import make_engine
 from hapo_lite.tasks.rewards import Scorer
 from hapo_lite.tasks.stream import PromptStream
-from hapo_lite.train import run
-from hapo_lite.train.collect import Collector
+from hapo_lite.train.accelerator import make_accelerator
+from hapo_lite.train.collect import Collected, Collector
 from hapo_lite.train.loop import Loop
+from hapo_lite.train.prompts import encode_prompts, load_data
+from hapo_lite.train.scoring import Scored, advantages
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny_cpu.yaml"
@@ -64,22 +66,28 @@ def make_loop():
     with contextlib.ExitStack() as stack:
 
         def make(recipe: Recipe) -> Loop:
-            accelerator = run.make_accelerator(recipe)
-            train, held_out = run.load_data(recipe, say=lambda text: None)
+            accelerator = make_accelerator(recipe)
+            data = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None)
             policy = load_policy(recipe.model, recipe.seed, accelerator.device)
             limit = recipe.rollout.max_new_tokens
-            encoded = run.encode_prompts(train[:256], policy, recipe.data, limit, say=lambda text: None)
+            encoded = encode_prompts(data.training[:256], policy, recipe.data, limit, say=lambda text: None)
             scorer = stack.enter_context(Scorer(recipe.reward, limit))
             return Loop(
                 recipe,
                 policy,
                 Collector(make_engine(recipe, policy), scorer, accelerator),
                 PromptStream(encoded, recipe.seed),
-                run.encode_prompts(held_out, policy, recipe.data, limit, say=lambda text: None),
-                accelerator,
+                encode_prompts(data.held_out, policy, recipe.data, limit, say=lambda text: None),
             )
 
         yield make
+
+
+def score(loop: Loop, collected: Collected, iteration: int, traced: Sequence[int] = ()) -> Scored:
+    """The plan and the experience of an iteration, as `Loop.learn` makes them."""
+    advantage = advantages(collected.graded, loop.recipe.method)
+    plan = loop.plan(collected.graded, loop.active(advantage.tolist(), traced), iteration)
+    return loop.scoring.score(collected.graded, advantage, plan)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from hapo_lite.errors import UserError
 from hapo_lite.recipe import load_recipe
 from hapo_lite.runs.checkpoint import newest_good, read_record
 from hapo_lite.train.__main__ import main
-from hapo_lite.verify_resume.__main__ import left_by
+from hapo_lite.verify_resume.verify import left_by
 from tests.conftest import TINY
 
 SHORT = [

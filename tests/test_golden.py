@@ -9,7 +9,7 @@ import torch
 from hapo_lite.algo.advantage import group_advantage, redistribute
 from hapo_lite.algo.clipping import clip_bounds
 from hapo_lite.algo.methods import PRESETS
-from hapo_lite.algo.objective import method_loss, policy_loss
+from hapo_lite.algo.objective import LossInputs, method_loss, policy_loss
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.temperature import adaptive_temperature
 from hapo_lite.algo.tokens import TokenSignals
@@ -69,6 +69,6 @@ def test_the_preset_is_the_sum_of_its_pieces(case):
     tokens = TokenSignals(signal.normalize(entropy), entropy, signal.above(entropy), torch.ones(len(entropy)))
     advantage = group_advantage(given["rewards"], given["lengths"], given["group_ids"], "token")
     logp = given["logp"].requires_grad_()
-    out, _ = method_loss(PRESETS["hapo"], logp, given["old_logp"], advantage, tokens, mask, mask.sum())
+    out, _ = method_loss(PRESETS["hapo"], logp, LossInputs(given["old_logp"], advantage, tokens, mask), mask.sum())
     out.loss.backward()
     assert_close(logp.grad, expected["grad_logp"], tolerance=1e-5)

@@ -277,14 +277,14 @@ def test_an_iteration_passes_over_what_is_too_long_and_the_next_goes_on_behind_i
     loop = make_loop(make_recipe())
     loop.stream = PromptStream([p if i % 3 else None for i, p in enumerate(loop.stream.prompts)], seed=0)
     positions, state = [], TrainState()
-    collect = loop.rollout
+    collect = loop.sample
 
-    def watched(state, iteration):
-        collected = collect(state, iteration)
+    def watched(state):
+        collected = collect(state)
         positions.extend(dict.fromkeys(c.prompt.index for c in collected.completions))
         return collected
 
-    loop.rollout = watched
+    loop.sample = watched
     passed_over = 0
     for _ in range(3):
         state, metrics, _ = loop.step(state)

@@ -12,7 +12,8 @@ from hapo_lite.algo.methods import PRESETS
 from hapo_lite.algo.objective import loss_denominator
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.runs.checkpoint import TrainState
-from hapo_lite.train.loop import advantages
+from hapo_lite.train.scoring import advantages
+from tests.conftest import score
 
 SIGNAL = EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)
 
@@ -41,26 +42,23 @@ def gradient_of_first_update(loop, collected, budget):
     loop.recipe = loop.recipe.model_copy(
         update={"training": loop.recipe.training.model_copy(update={"micro_batch_tokens": budget})}
     )
-    advantage = advantages(collected, loop.recipe.method)
-    plan = loop.plan(collected.completions, advantage, [], iteration=1)
-    scored = loop.score(collected.completions, plan)
+    plan, experience = score(loop, collected, iteration=1)
     members, batches = plan.members[0], plan.updates[0]
     method = loop.recipe.method
-    trained = torch.stack([t.sum() for t in scored.trained(method)])
+    trained = torch.stack([t.sum() for t in experience.trained(method)])
     denominator = loss_denominator(trained[members], method.loss_average)
-    for p in loop.parameters:
+    for p in loop.learner.parameters:
         p.grad = None
     for batch in batches:
-        loss, _ = loop._micro_batch(batch, collected.completions, advantage, scored, denominator)
-        loss.backward()
-    return torch.cat([p.grad.flatten() for p in loop.parameters]), len(batches)
+        loop.update.micro_batch(experience.select(batch), denominator).loss.backward()
+    return torch.cat([p.grad.flatten() for p in loop.learner.parameters]), len(batches)
 
 
 @pytest.mark.parametrize("method", PRESETS)
 def test_gradient_does_not_depend_on_micro_batches(make_recipe, make_loop, method):
     loop = make_loop(make_recipe(f"method={method}", "rollout.prompts_per_iteration=8"))
     run_steps(loop, 1)  # so that LoRA's B is not zero and every factor has a gradient
-    collected = loop.rollout(TrainState(signal=SIGNAL), iteration=2)
+    collected = loop.sample(TrainState(signal=SIGNAL, iteration=2))
     whole, count = gradient_of_first_update(loop, collected, budget=100_000)
     assert count == 1
     for budget in (1, 150):
@@ -90,11 +88,9 @@ def test_ratio_is_one_to_the_last_bit_before_the_first_update(make_recipe, make_
         make_recipe(f"method={method}", "training.micro_batch_tokens=150", "logging.traces_per_iteration=0")
     )
     run_steps(loop, 1)
-    collected = loop.rollout(TrainState(signal=signal), iteration=2)
-    advantage = advantages(collected, loop.recipe.method)
-    plan = loop.plan(collected.completions, advantage, [], iteration=2)
-    scored = loop.score(collected.completions, plan)
-    outcomes, _, _ = loop.update(collected, advantage, scored, plan, TrainState(iteration=2))
+    collected = loop.sample(TrainState(signal=signal, iteration=2))
+    plan, experience = score(loop, collected, iteration=2)
+    outcomes = loop.update.run(experience, plan, TrainState(iteration=2), loop.observer).outcomes
     first = [outcomes[i] for i in plan.members[0] if i in outcomes]
     later = [outcomes[i] for part in plan.members[1:] for i in part if i in outcomes]
     assert first and later
@@ -106,19 +102,18 @@ def test_completions_without_advantage_may_rest(make_recipe, make_loop):
     """Leaving them out of the backward changes no gradient, and their tokens still count in the denominator."""
     loop = make_loop(make_recipe("rollout.completions_per_prompt=2", "rollout.prompts_per_iteration=8"))
     run_steps(loop, 1)
-    collected = loop.rollout(TrainState(), iteration=2)
-    advantage = advantages(collected, loop.recipe.method)
+    collected = loop.sample(TrainState(iteration=2))
+    advantage = advantages(collected.graded, loop.recipe.method)
     resting = (advantage == 0).nonzero().squeeze(1).tolist()
     assert 0 < len(resting) < len(advantage)
     gradients = []
     for traced in ([], resting):  # traced completions always take part
-        plan = loop.plan(collected.completions, advantage, traced, iteration=2)
-        scored = loop.score(collected.completions, plan)
-        for p in loop.parameters:
+        plan, experience = score(loop, collected, iteration=2, traced=traced)
+        for p in loop.learner.parameters:
             p.grad = None
         for batch in plan.updates[0]:
-            loop._micro_batch(batch, collected.completions, advantage, scored, 100.0)[0].backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in loop.parameters]))
+            loop.update.micro_batch(experience.select(batch), 100.0).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in loop.learner.parameters]))
     assert float((gradients[0] - gradients[1]).norm() / gradients[0].norm()) < 2e-5
 
 
@@ -190,14 +185,14 @@ class _EqualScorer:
     """A task on which every completion is worth the same."""
 
     def score(self, prompts, completions, lengths, truncated):
-        from hapo_lite.tasks.rewards import Score
+        from hapo_lite.records import Score
 
         return [Score(reward=0.5, correct=False, outcome="wrong", answer=None) for _ in prompts]
 
 
 def test_dynamic_sampling_fills_the_iteration_and_counts_what_it_dropped(make_recipe, make_loop):
     loop = make_loop(make_recipe("rollout.dynamic_sampling=true", "rollout.completions_per_prompt=2"))
-    collected = loop.rollout(TrainState(), iteration=1)
+    collected = loop.sample(TrainState(iteration=1))
     groups = [collected.scores[i : i + 2] for i in range(0, len(collected.scores), 2)]
     assert len(groups) == 4
     assert all(len({s.reward for s in group}) > 1 for group in groups)
@@ -207,7 +202,7 @@ def test_dynamic_sampling_fills_the_iteration_and_counts_what_it_dropped(make_re
 
 def test_dynamic_sampling_stops_at_its_budget(make_recipe, make_loop):
     recipe = make_recipe("rollout.dynamic_sampling=true", "rollout.token_budget=1", "rollout.completions_per_prompt=2")
-    collected = make_loop(recipe).rollout(TrainState(), iteration=1)
+    collected = make_loop(recipe).sample(TrainState(iteration=1))
     assert collected.groups_sampled == 4
 
 

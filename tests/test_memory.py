@@ -254,7 +254,7 @@ def test_nothing_of_the_cache_is_alive_when_scoring_begins(make_recipe, make_loo
             caches.extend(weakref.ref(layer.keys) for layer in cache.layers if layer.keys is not None)
 
     loop.policy.model.get_base_model().get_decoder().register_forward_pre_hook(note, with_kwargs=True)
-    loop.progress.entered = lambda stage: alive.setdefault(stage, sum(ref() is not None for ref in caches))
+    loop.resources.progress.entered = lambda stage: alive.setdefault(stage, sum(ref() is not None for ref in caches))
     gc.disable()
     try:
         loop.step(TrainState())

@@ -8,14 +8,14 @@ import torch
 
 from hapo_lite.algo.advantage import add_entropy_bonus, entropy_scale
 from hapo_lite.algo.methods import PRESETS
-from hapo_lite.algo.objective import assign_credit, loss_denominator, method_loss, policy_loss
+from hapo_lite.algo.objective import LossInputs, assign_credit, loss_denominator, method_loss, policy_loss
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.temperature import adaptive_temperature
 from hapo_lite.algo.tokens import TokenSignals, fit_signal, uncertain_tokens
 from hapo_lite.records import TokenOutcome
 from hapo_lite.runs.checkpoint import TrainState
-from hapo_lite.train.loop import advantages
 from hapo_lite.train.metrics import update_metrics
+from tests.conftest import score
 from tests.test_loop import run_steps
 
 
@@ -61,7 +61,9 @@ def test_forking_tokens_train_the_top_fifth_alone_and_average_over_it():
     logp = torch.zeros(2, 5, dtype=torch.float64, requires_grad=True)
     mask = torch.ones(2, 5)
     denominator = loss_denominator(uncertain.sum(dim=1), method.loss_average)
-    out, credit = method_loss(method, logp, 0 * logp.detach(), torch.tensor([1.0, -2.0]), tokens, mask, denominator)
+    out, credit = method_loss(
+        method, logp, LossInputs(0 * logp.detach(), torch.tensor([1.0, -2.0]), tokens, mask), denominator
+    )
     out.loss.backward()
     # Ratio 1: gradient -A / (trained tokens) = -1/2 and 2/2 on the two, 0 elsewhere.
     assert logp.grad.tolist() == [[0.0, -0.5, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0]]
@@ -111,7 +113,7 @@ def test_archer_holds_certain_tokens_to_the_base_and_no_others():
     logp = torch.zeros(1, 5, dtype=torch.float64, requires_grad=True)
     base = torch.full((1, 5), math.log(2.0), dtype=torch.float64)
     ones = torch.ones(1, 5)
-    out, _ = method_loss(method, logp, 0 * base, torch.zeros(1), tokens, ones, 5.0, base_logp=base)
+    out, _ = method_loss(method, logp, LossInputs(0 * base, torch.zeros(1), tokens, ones, base_logp=base), 5.0)
     out.loss.backward()
     # Slope of the divergence -1, weight 0.001 on the four certain tokens, mean over five.
     assert logp.grad[0].tolist() == pytest.approx([-0.0002] * 4 + [0.0])
@@ -148,21 +150,20 @@ def test_the_base_is_the_same_model_without_its_adapter(make_recipe, make_loop):
     assert first["kl_base/certain_mean"] == first["kl_base/uncertain_mean"] == 0.0 < second["kl_base/certain_mean"]
     assert len(traces[0].tokens["kl_base"]) == len(traces[0].tokens["id"])
     assert max(traces[0].tokens["kl_base"]) > 0.0
-    collected = loop.rollout(state, iteration=3)
-    plan = loop.plan(collected.completions, advantages(collected, loop.recipe.method), [], iteration=3)
-    scored = loop.score(collected.completions, plan)
+    collected = loop.sample(replace(state, iteration=3))
+    plan, scored = score(loop, collected, iteration=3)
     with torch.no_grad():
-        for p in loop.parameters:
+        for p in loop.learner.parameters:
             p.zero_()
-    zeroed = loop.score(collected.completions, plan)
+    zeroed = loop.scoring.score(collected.graded, scored.advantage, plan).experience
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(scored.base_logp, zeroed.old_logp, strict=True))
     assert not all(torch.allclose(a, b, atol=1e-3) for a, b in zip(scored.base_logp, scored.old_logp, strict=True))
 
 
 def test_with_a_divergence_completions_without_advantage_take_part(make_recipe, make_loop):
     loop = make_loop(make_recipe("method=archer"))
-    collected = loop.rollout(TrainState(), iteration=1)
-    plan = loop.plan(collected.completions, torch.zeros(len(collected.completions)), [], iteration=1)
+    collected = loop.sample(TrainState(iteration=1))
+    plan = loop.plan(collected.graded, loop.active([0.0] * len(collected.completions), []), iteration=1)
     assert not plan.resting
     assert sorted(i for part in plan.updates for b in part for i in b) == list(range(len(collected.completions)))
 
@@ -194,15 +195,13 @@ def test_tokens_without_credit_are_those_the_method_leaves_out(preset, share, le
 def test_a_step_is_divided_by_its_own_trained_tokens(make_recipe, make_loop):
     """Those of resting completions included. The warm-up starts from a rate of 0, so every ratio is still 1."""
     loop = make_loop(make_recipe("method=forking_tokens", "rollout.old_logprobs=sampled"))
-    collected = loop.rollout(TrainState(), iteration=1)
-    advantage = advantages(collected, loop.recipe.method)
-    plan = loop.plan(collected.completions, advantage, [], iteration=1)
-    scored = loop.score(collected.completions, plan)
-    _, metrics, _ = loop.update(collected, advantage, scored, plan, TrainState(iteration=1))
+    collected = loop.sample(TrainState(iteration=1))
+    plan, scored = score(loop, collected, iteration=1)
+    metrics = loop.update.run(scored, plan, TrainState(iteration=1), loop.observer).metrics
     by_hand = []
     for members in plan.members:
         counts = [int(scored.uncertain[i].sum()) for i in members]
-        gain = sum(float(advantage[i]) * n for i, n in zip(members, counts, strict=True))
+        gain = sum(float(scored.advantage[i]) * n for i, n in zip(members, counts, strict=True))
         by_hand.append(-gain / sum(counts))
     assert metrics["update/loss"] == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-4)
     assert abs(metrics["update/loss"]) > 1e-3
@@ -220,15 +219,13 @@ def test_the_wrong_sign_reaches_the_sampler_and_survives_a_checkpoint(make_recip
 @pytest.mark.parametrize("preset", ["edge_grpo", "entropy_adv"])
 def test_what_a_token_is_given_is_the_equation_on_the_iterations_entropies(make_recipe, make_loop, preset):
     loop = make_loop(make_recipe(f"method={preset}", "rollout.old_logprobs=sampled"))
-    collected = loop.rollout(TrainState(), iteration=1)
-    advantage = advantages(collected, loop.recipe.method)
-    plan = loop.plan(collected.completions, advantage, [], iteration=1)
-    scored = loop.score(collected.completions, plan)
-    outcomes, _, _ = loop.update(collected, advantage, scored, plan, TrainState(iteration=1))
+    collected = loop.sample(TrainState(iteration=1))
+    plan, scored = score(loop, collected, iteration=1)
+    outcomes = loop.update.run(scored, plan, TrainState(iteration=1), loop.observer).outcomes
     means = [float(c.entropy.mean()) for c in collected.completions]
     assert len(outcomes) > 4
     for i, outcome in outcomes.items():
-        a, entropy = float(advantage[i]), collected.completions[i].entropy
+        a, entropy = float(scored.advantage[i]), collected.completions[i].entropy
         by_hand = {
             "edge_grpo": [a * sum(means) / len(means) / means[i]] * len(entropy),
             "entropy_adv": [a + min(0.4 * h, abs(a) / 2.0) for h in entropy.tolist()],

@@ -12,15 +12,28 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
-from hapo_lite.replay.__main__ import HERE, replay
+from hapo_lite.replay.replay import HERE, replay
 from hapo_lite.runs.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from hapo_lite.runs.skipped import KEPT, load_step, save_step
 from hapo_lite.train import run
 from hapo_lite.train.__main__ import main
 from hapo_lite.train.collapse import CollapseWatch
 from hapo_lite.train.loop import Loop
+from hapo_lite.train.observer import Observer
 from hapo_lite.train.optimizer import loss_scale, take_step
 from tests.conftest import TINY
+
+
+class Keeping(Observer):
+    """Saves the steps that are skipped."""
+
+    def __init__(self, loop: Loop, folder, files: list) -> None:
+        self.loop = loop
+        self.folder = folder
+        self.files = files
+
+    def on_skip(self, step):
+        self.files.append(save_step(self.folder, step, self.loop.policy.trainable(), self.loop.recipe))
 
 
 @pytest.fixture
@@ -30,16 +43,14 @@ def prepared(make_recipe, make_loop, tmp_path):
     def make(*overrides: str) -> tuple[Loop, TrainState, list]:
         loop, files = make_loop(make_recipe("logging.traces_per_iteration=2", *overrides)), []
         state, _, _ = loop.step(TrainState())
-        loop.keep = lambda step: files.append(
-            save_step(tmp_path / "replay", step, loop.policy.trainable(), loop.recipe)
-        )
+        loop.watch(Keeping(loop, tmp_path / "replay", files))
         return loop, state, files
 
     return make
 
 
 def weights(loop: Loop) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in loop.parameters]
+    return [p.detach().clone() for p in loop.learner.parameters]
 
 
 def same(left, right) -> bool:
@@ -71,16 +82,17 @@ class Poison:
 @pytest.mark.parametrize("backward", [True, False], ids=["gradient", "loss"])
 def test_one_bad_step_is_skipped_and_the_others_are_taken(prepared, backward):
     loop, state, files = prepared("training.micro_batch_tokens=100000")
-    before, rate = weights(loop), loop.scheduler.get_last_lr()[0]
+    before, rate = weights(loop), loop.learner.scheduler.get_last_lr()[0]
     poison = Poison(loop, {1}, backward)
     after, metrics, _ = loop.step(state)
     assert metrics["update/skipped"] == 1 and after.updates == state.updates + 1 == metrics["updates"]
     assert after.skipped_in_a_row == 0  # the second was taken
     assert all(math.isfinite(v) for v in metrics.values())
     assert not same(weights(loop), before) and all(bool(w.isfinite().all()) for w in weights(loop))
-    assert loop.scheduler.get_last_lr()[0] > rate
+    assert loop.learner.scheduler.get_last_lr()[0] > rate
     [file] = files
-    step, adapter, recipe = load_step(file)
+    saved = load_step(file)
+    step, adapter, recipe = saved.step, saved.adapter, saved.recipe
     assert file.name == "000002-1.safetensors" and recipe == loop.recipe
     assert ("gradient's norm" if backward else "loss") in step.reason
     assert same((adapter[name] for name in loop.policy.trainable()), before)  # as they were when it happened
@@ -100,7 +112,7 @@ def test_replay_names_the_layer(prepared, monkeypatch, backward):
         sick.poison = Poison(type("L", (), {"policy": policy}), {1}, backward)
         return policy
 
-    monkeypatch.setattr("hapo_lite.replay.load_policy", sick)
+    monkeypatch.setattr("hapo_lite.replay.replay.load_policy", sick)
     begins = replay(files[0])
     assert begins.startswith("backward, in the gradient of" if backward else "forward, in the output of")
     assert "layers.1.mlp.down_proj" in begins
@@ -113,7 +125,7 @@ def test_replay_finds_a_weight_that_is_not_finite(prepared):
     before = weights(loop)
     after, metrics, _ = loop.step(state)
     assert metrics["update/skipped"] == 2 and after.skipped_in_a_row == 1
-    assert "is nan" in load_step(files[0])[0].reason
+    assert "is nan" in load_step(files[0]).step.reason
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, weights(loop), strict=True))
     assert replay(files[0]) == f"1 of {before[0].numel()} numbers of the adapter's {name}"
 
@@ -186,7 +198,8 @@ def test_the_newest_files_are_those_of_the_highest_numbers(prepared, tmp_path):
     loop, state, files = prepared()
     Poison(loop, {1}, backward=True)
     loop.step(state)
-    step, adapter, recipe = load_step(files[0])
+    saved = load_step(files[0])
+    step, adapter, recipe = saved.step, saved.adapter, saved.recipe
     for number in range(1, 13):
         save_step(tmp_path / "many", replace(step, step=number), adapter, recipe)
     left = {path.stem for path in (tmp_path / "many").iterdir()}
@@ -196,9 +209,9 @@ def test_the_newest_files_are_those_of_the_highest_numbers(prepared, tmp_path):
 def test_a_run_that_had_no_loss_scaling_goes_on_with_it(prepared, tmp_path):
     """As from a card with bf16 to one without."""
     loop, state, _ = prepared()
-    path = save_checkpoint(tmp_path, loop.policy, loop.optimizer, loop.scheduler, state, loop.recipe, loop.stream)
-    loop.optimizer = AcceleratedOptimizer(loop.optimizer.optimizer, scaler=torch.amp.GradScaler("cpu"))
-    assert load_checkpoint(path, loop.policy, loop.optimizer, loop.scheduler, loop.stream) == state
+    path = save_checkpoint(tmp_path, loop.parts, state, loop.recipe)
+    loop.learner.optimizer = AcceleratedOptimizer(loop.learner.optimizer.optimizer, scaler=torch.amp.GradScaler("cpu"))
+    assert load_checkpoint(path, loop.parts) == state
 
 
 def test_replay_refuses_what_is_no_step(tmp_path):
@@ -213,16 +226,16 @@ def test_under_loss_scaling_it_is_the_scaler_that_skips_and_lowers_its_scale(pre
     """fp16's scaler, on a CPU: accelerate gives it to its optimiser wrapper in just this way on a GPU."""
     loop, _, _ = prepared()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    optimizer = AcceleratedOptimizer(loop.optimizer.optimizer, scaler=scaler)
+    optimizer = AcceleratedOptimizer(loop.learner.optimizer.optimizer, scaler=scaler)
     before = weights(loop)
 
     def attempt(loss: float, gradient: float) -> tuple[float, str | None]:
         optimizer.zero_grad()
         scaler.scale(torch.zeros(()))  # what accelerator.backward begins with
-        for p in loop.parameters:
+        for p in loop.learner.parameters:
             p.grad = torch.full_like(p, gradient * loss_scale(optimizer))
         loop.accelerator.clip_grad_norm_ = unscaling(optimizer, scaler)
-        return take_step(loop.accelerator, optimizer, loop.parameters, loss, 1.0)
+        return take_step(loop.accelerator, optimizer, loop.learner.parameters, loss, 1.0)
 
     assert loss_scale(optimizer) == 1024.0
     norm, problem = attempt(0.5, math.inf)
@@ -232,7 +245,7 @@ def test_under_loss_scaling_it_is_the_scaler_that_skips_and_lowers_its_scale(pre
     norm, problem = attempt(math.nan, 1.0)
     assert problem == "its loss is nan" and loss_scale(optimizer) == 256.0 and same(weights(loop), before)
     norm, problem = attempt(0.5, 0.01)
-    count = sum(p.numel() for p in loop.parameters)
+    count = sum(p.numel() for p in loop.learner.parameters)
     assert problem is None and norm == pytest.approx(0.01 * math.sqrt(count), rel=1e-5)
     assert loss_scale(optimizer) == 256.0 and not same(weights(loop), before)
 
@@ -242,16 +255,16 @@ def test_loss_scaling_changes_no_update_and_a_bad_step_is_kept_with_its_scale(pr
     plain, state, _ = prepared()
     loop, _, files = prepared()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    loop.optimizer = AcceleratedOptimizer(loop.optimizer.optimizer, scaler=scaler)
+    loop.learner.optimizer = AcceleratedOptimizer(loop.learner.optimizer.optimizer, scaler=scaler)
     loop.accelerator.scaler = scaler
-    loop.accelerator.clip_grad_norm_ = unscaling(loop.optimizer, scaler)
+    loop.accelerator.clip_grad_norm_ = unscaling(loop.learner.optimizer, scaler)
     plain.step(state)
     state, metrics, _ = loop.step(state)
     assert metrics["update/skipped"] == 0 and same(weights(loop), weights(plain))
     Poison(loop, {1}, backward=True)
     _, metrics, _ = loop.step(state)
-    assert metrics["update/skipped"] == 1 and loss_scale(loop.optimizer) == 512.0
-    assert load_step(files[0])[0].loss_scale == 1024.0
+    assert metrics["update/skipped"] == 1 and loss_scale(loop.learner.optimizer) == 512.0
+    assert load_step(files[0]).step.loss_scale == 1024.0
 
 
 def unscaling(optimizer, scaler):

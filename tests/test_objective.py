@@ -8,7 +8,7 @@ import torch
 
 from hapo_lite.algo.clipping import clip_bounds
 from hapo_lite.algo.methods import PRESETS, Method
-from hapo_lite.algo.objective import loss_denominator, loss_weights, method_loss, policy_loss
+from hapo_lite.algo.objective import LossInputs, loss_denominator, loss_weights, method_loss, policy_loss
 from hapo_lite.algo.tokens import TokenSignals
 
 
@@ -95,13 +95,15 @@ def gradient(method, data, rows, denominator, width=None):
     out, _ = method_loss(
         method,
         logp,
-        data["old_logp"][rows, :width],
-        data["advantage"][rows],
-        own,
-        loss_weights(mask, method.loss_average, trained),
+        LossInputs(
+            data["old_logp"][rows, :width],
+            data["advantage"][rows],
+            own,
+            loss_weights(mask, method.loss_average, trained),
+            sampling_logp=data["old_logp"][rows, :width] - 0.01,
+            base_logp=data["base_logp"][rows, :width],
+        ),
         denominator,
-        sampling_logp=data["old_logp"][rows, :width] - 0.01,
-        base_logp=data["base_logp"][rows, :width],
     )
     out.loss.backward()
     return logp.grad
@@ -198,12 +200,13 @@ def test_importance_weights_are_truncated():
     method = Method(importance="truncated", importance_cap=2.0, redistribution=False)
     ones = torch.ones(1, 2)
     tokens = TokenSignals(full, full, full > 0, torch.ones(1))
-    out, _ = method_loss(method, full, full, torch.ones(1), tokens, ones, 2.0, sampling_logp=full - 1.0)
+    inputs = LossInputs(full, torch.ones(1), tokens, ones)
+    out, _ = method_loss(method, full, replace(inputs, sampling_logp=full - 1.0), 2.0)
     assert float(out.loss) == -2.0
     with pytest.raises(ValueError, match="sampling"):
-        method_loss(method, full, full, torch.ones(1), tokens, ones, 2.0)
+        method_loss(method, full, inputs, 2.0)
     with pytest.raises(ValueError, match="base model"):
-        method_loss(PRESETS["archer"], full, full, torch.ones(1), tokens, ones, 2.0)
+        method_loss(PRESETS["archer"], full, inputs, 2.0)
 
 
 @pytest.mark.parametrize(

@@ -190,9 +190,9 @@ def test_every_stage_counts_all_of_its_work(make_recipe, make_loop):
     ended = {}
 
     def entered(stage):
-        ended[loop.progress.stage] = loop.progress.numbers()
+        ended[loop.resources.progress.stage] = loop.resources.progress.numbers()
 
-    loop.progress.entered = entered
+    loop.resources.progress.entered = entered
     loop.step(TrainState())
     entered("")
     assert ended["rollout"].done == ended["rollout"].total == 16 == ended["grading"].total
@@ -200,7 +200,7 @@ def test_every_stage_counts_all_of_its_work(make_recipe, make_loop):
     for stage in ("scoring", "update"):
         found = ended[stage]
         assert found.done == found.total > 1 and found.unit == "micro-batches"
-        assert found.tokens == loop.progress.work.size if stage == "update" else found.tokens > 0
+        assert found.tokens == loop.resources.progress.work.size if stage == "update" else found.tokens > 0
         assert found.seconds_left == 0.0
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hapo_lite.algo.advantage import FALLBACK_LIMIT, STD_FLOOR, group_advantage, redistribute
 from hapo_lite.algo.methods import PRESETS, Method
-from hapo_lite.algo.objective import assign_credit, loss_denominator, loss_weights, method_loss
+from hapo_lite.algo.objective import LossInputs, assign_credit, loss_denominator, loss_weights, method_loss
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.temperature import adaptive_temperature
 from hapo_lite.algo.tokens import TokenSignals, fit_signal, uncertain_tokens
@@ -124,13 +124,15 @@ def in_micro_batches(
         loss, _ = method_loss(
             method,
             logp,
-            padded(completions, "old_logp"),
-            advantage[batch],
-            tokens,
-            loss_weights(mask, method.loss_average, trained),
+            LossInputs(
+                padded(completions, "old_logp"),
+                advantage[batch],
+                tokens,
+                loss_weights(mask, method.loss_average, trained),
+                padded(completions, "sampling_logp"),
+                padded(completions, "base_logp"),
+            ),
             denominator,
-            padded(completions, "sampling_logp"),
-            padded(completions, "base_logp"),
         )
         loss.loss.backward()
         total += float(loss.loss.detach())

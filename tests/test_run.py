@@ -26,7 +26,7 @@ from hapo_lite.runs.lines import MetricsFile, timeless
 from hapo_lite.runs.status import read_status
 from hapo_lite.runs.trace import read_traces
 from hapo_lite.train.__main__ import main
-from hapo_lite.verify_resume.__main__ import left_by
+from hapo_lite.verify_resume.verify import left_by
 from tests.conftest import ROOT, TINY
 
 SMALL = [

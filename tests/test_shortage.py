@@ -13,11 +13,11 @@ from accelerate import Accelerator
 
 from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
-from hapo_lite.model.oom import is_shortage
+from hapo_lite.model.oom import is_out_of_memory
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.train import run
 from hapo_lite.train.__main__ import main
-from hapo_lite.train.shortage import Shortage
+from hapo_lite.train.oom_retry import OomRetry
 from tests.conftest import ROOT, TINY
 from tests.test_loop import adapter_digest
 
@@ -41,24 +41,28 @@ class SmallMemory:
 
 
 def flat(loop) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in loop.parameters]).double()
+    return torch.cat([p.detach().flatten() for p in loop.learner.parameters]).double()
 
 
 def test_what_counts_as_a_shortage():
     with pytest.raises(RuntimeError) as failed:
         torch.empty(TOO_MUCH, dtype=torch.uint8)
-    assert is_shortage(failed.value)
-    assert is_shortage(MemoryError()) and is_shortage(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
-    assert is_shortage(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
-    assert not is_shortage(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not is_shortage(ValueError())
+    assert is_out_of_memory(failed.value)
+    assert is_out_of_memory(MemoryError()) and is_out_of_memory(
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    )
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not is_out_of_memory(
+        ValueError()
+    )
 
 
 def test_short_in_scoring_is_a_run_that_had_the_smaller_budget(make_recipe, make_loop):
     """To the last bit: scoring and update use the same micro-batches, so ratio = 1 holds too."""
     loop = make_loop(make_recipe("training.micro_batch_tokens=100000"))
     told = []
-    loop.shortage.tell = lambda sentence, whole: told.append((sentence, whole))
-    rollout = loop.rollout
+    loop.resources.oom.tell = lambda sentence, whole: told.append((sentence, whole))
+    rollout = loop.sample
 
     def until_scoring(*arguments):
         memory.fits = lambda tokens, learning: True
@@ -66,13 +70,13 @@ def test_short_in_scoring_is_a_run_that_had_the_smaller_budget(make_recipe, make
         memory.fits = lambda tokens, learning: tokens <= 300
         return collected
 
-    loop.rollout = until_scoring
+    loop.sample = until_scoring
     memory = SmallMemory(loop.policy, lambda tokens, learning: True)
     state, metrics, _ = loop.step(TrainState())
     assert metrics["memory/shortages"] == len(told) == len(memory.refused) > 0 and all(whole for _, whole in told)
     assert told[0][0].startswith("memory ran out in the scoring (") and "allocat" in told[0][0]
-    assert f"done again with training.micro_batch_tokens = {loop.shortage.tokens}" in told[-1][0]
-    same = make_loop(make_recipe(f"training.micro_batch_tokens={loop.shortage.tokens}"))
+    assert f"done again with training.micro_batch_tokens = {loop.resources.oom.tokens}" in told[-1][0]
+    same = make_loop(make_recipe(f"training.micro_batch_tokens={loop.resources.oom.tokens}"))
     expected, reference, _ = same.step(TrainState())
     assert adapter_digest(loop) == adapter_digest(same) and state == expected
     # What fitted is remembered: the next iteration is not short again.
@@ -89,7 +93,7 @@ def test_short_in_the_middle_of_an_update_learns_the_same(make_recipe, make_loop
         return not (learning and calls[0] in (2, 7))
 
     memory = SmallMemory(loops[0].policy, fits)
-    loops[0].shortage.tell = lambda sentence, whole: told.append(whole)
+    loops[0].resources.oom.tell = lambda sentence, whole: told.append(whole)
     lines = [loop.step(TrainState())[1] for loop in loops]
     assert len(memory.refused) == 2 == lines[0]["memory/shortages"]
     assert told[0] is True  # before the first step the weights are the checkpoint's
@@ -108,20 +112,20 @@ def test_another_error_is_not_tried_again(make_recipe, make_loop):
     loop.policy.model.get_base_model().get_decoder().register_forward_pre_hook(broken)
     with pytest.raises(RuntimeError, match="something else"):
         loop.step(TrainState())
-    assert loop.shortage.count == 0
+    assert loop.resources.oom.count == 0
 
 
 def test_short_in_the_rollout_writes_the_same_completions(make_recipe, make_loop):
     loop = make_loop(make_recipe("rollout.batch_size=16"))
-    expected = loop.rollout(TrainState(), 1)
+    expected = loop.sample(TrainState(iteration=1))
     memory = SmallMemory(loop.policy, lambda tokens, learning: tokens != 16)  # a step of 16 rows
-    collected = loop.rollout(TrainState(), 1)
-    assert memory.refused == [16] and loop.collector.engine.batch_size == 8 and loop.shortage.count == 1
+    collected = loop.sample(TrainState(iteration=1))
+    assert memory.refused == [16] and loop.collector.engine.batch_size == 8 and loop.resources.oom.count == 1
     for a, b in zip(collected.completions, expected.completions, strict=True):
         assert torch.equal(a.ids, b.ids)
     memory.fits = lambda tokens, learning: False
     with pytest.raises(UserError, match="memory ran out in the rollout with one completion at a time"):
-        loop.rollout(TrainState(), 1)
+        loop.sample(TrainState(iteration=1))
 
 
 def test_what_does_not_fit_at_all_stops_with_a_sentence_and_loses_nothing(tmp_path, capsys, monkeypatch):
@@ -172,10 +176,11 @@ TWO = """
 import sys
 import torch
 from accelerate import Accelerator
-from hapo_lite.shortage import OutOfMemory, Shortage
+from hapo_lite.model.oom import OutOfMemory
+from hapo_lite.train.oom_retry import OomRetry
 
 accelerator = Accelerator(cpu=True)
-shortage = Shortage(accelerator)
+shortage = OomRetry(accelerator)
 
 def work(parts):
     with shortage.together():
@@ -209,6 +214,6 @@ def test_processes_halve_together_if_one_is_short():
 
 
 def test_with_a_split_base_the_others_cannot_be_asked():
-    lockstep = Shortage(Accelerator(cpu=True)).together(lockstep=True)
+    lockstep = OomRetry(Accelerator(cpu=True)).together(lockstep=True)
     with pytest.raises(UserError, match=r"memory ran out \(no room\).*FSDP.*training.micro_batch_tokens"), lockstep:
         raise torch.OutOfMemoryError("no room")

@@ -9,7 +9,7 @@ import torch
 
 from hapo_lite.algo.advantage import group_advantage
 from hapo_lite.algo.methods import PRESETS
-from hapo_lite.algo.objective import loss_weights, method_loss
+from hapo_lite.algo.objective import LossInputs, loss_weights, method_loss
 from hapo_lite.algo.tokens import TokenSignals, fit_signal
 from hapo_lite.model.load import load_policy
 from hapo_lite.recipe import load_recipe
@@ -122,10 +122,12 @@ def test_loss_and_gradient_are_the_kits(sampled, name):
     loss, _ = method_loss(
         method,
         logp,
-        old,
-        advantage,
-        TokenSignals(h, entropy, h > 0, torch.ones(len(h))),
-        loss_weights(mask, method.loss_average),
+        LossInputs(
+            old,
+            advantage,
+            TokenSignals(h, entropy, h > 0, torch.ones(len(h))),
+            loss_weights(mask, method.loss_average),
+        ),
         denominator,
     )
     expected = gradient(policy, [loss.loss])

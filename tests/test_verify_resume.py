@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from hapo_lite.errors import UserError
-from hapo_lite.verify_resume.__main__ import Findings, compare, left_by, main, verify
+from hapo_lite.verify_resume.__main__ import main
+from hapo_lite.verify_resume.verify import Findings, compare, left_by, verify
 from tests.conftest import ROOT, TINY
 from tests.test_run import ENVIRONMENT, SMALL
 

@@ -13,14 +13,14 @@ import torch
 
 from hapo_lite.algo.advantage import group_advantage
 from hapo_lite.algo.methods import PRESETS
-from hapo_lite.algo.objective import loss_denominator, loss_weights, method_loss
+from hapo_lite.algo.objective import LossInputs, loss_denominator, loss_weights, method_loss
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.tokens import TokenSignals, fit_signal, uncertain_tokens
 from hapo_lite.integrations import verl
 from hapo_lite.records import Sequences, pad
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.checkpoint import TrainState
-from hapo_lite.train.loop import advantages
+from tests.conftest import score
 
 LENGTHS = [5, 1, 7, 3, 6, 6, 2, 7, 4, 5, 3, 1]
 GROUPS = [0, 1, 0, 2, 1, 2, 0, 1, 2, 2, 1, 0]
@@ -82,10 +82,12 @@ def in_the_loop(method, batch, rows):
     loss, _ = method_loss(
         method,
         logp[rows],
-        batch.old_logp[rows],
-        advantage[rows],
-        TokenSignals(batch.h[rows], batch.entropy[rows], batch.uncertain[rows], torch.ones(len(rows)).double()),
-        loss_weights(mask, method.loss_average),
+        LossInputs(
+            batch.old_logp[rows],
+            advantage[rows],
+            TokenSignals(batch.h[rows], batch.entropy[rows], batch.uncertain[rows], torch.ones(len(rows)).double()),
+            loss_weights(mask, method.loss_average),
+        ),
         loss_denominator(mask.sum(dim=1), method.loss_average),
     )
     loss.loss.backward()
@@ -143,20 +145,19 @@ def test_adapter_gradient_is_that_of_the_training_loop(make_recipe, make_loop):
     loop = make_loop(make_recipe("training.updates_per_iteration=1"))
     method = loop.recipe.method
     state, _, _ = loop.step(TrainState(signal=EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)))
-    collected = loop.rollout(state, iteration=2)
-    completions, advantage = collected.completions, advantages(collected, method)
-    plan = loop.plan(completions, advantage, [], iteration=2)
-    scored = loop.score(completions, plan)
+    collected = loop.sample(replace(state, iteration=2))
+    completions = collected.completions
+    plan, scored = score(loop, collected, iteration=2)
     # Another policy than the one that was scored, so that ratios leave 1.
     with torch.no_grad():
-        for p in loop.parameters:
+        for p in loop.learner.parameters:
             p.add_(0.02 * torch.randn_like(p))
     count = sum(c.length for c in completions)
-    loss, _ = loop.gradients(plan.updates[0], completions, advantage, scored, float(count))
-    expected = torch.cat([p.grad.flatten() for p in loop.parameters])
+    loss = loop.update.gradients(scored, plan.updates[0], float(count)).loss
+    expected = torch.cat([p.grad.flatten() for p in loop.learner.parameters])
     assert float(expected.norm()) > 0
 
-    loop.optimizer.zero_grad(set_to_none=True)
+    loop.learner.optimizer.zero_grad(set_to_none=True)
     rewards = torch.tensor([[s.reward] for s in collected.scores])
     mask = pad([torch.ones(c.length) for c in completions])
     uids = [c.prompt.prompt.id for c in completions]
@@ -174,7 +175,7 @@ def test_adapter_gradient_is_that_of_the_training_loop(make_recipe, make_loop):
             )  # fmt: skip
         part.backward()
         total += float(part.detach())
-    found = torch.cat([p.grad.flatten() for p in loop.parameters])
+    found = torch.cat([p.grad.flatten() for p in loop.learner.parameters])
     assert total == pytest.approx(float(loss), rel=1e-4)
     assert float((found - expected).norm() / expected.norm()) < 2e-5
 

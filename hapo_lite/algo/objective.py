@@ -153,43 +153,48 @@ def loss_denominator(trained_counts: Tensor, average: Literal["token", "sequence
     return float(count.clamp_min(1))
 
 
-def method_loss(
-    method: Method,
-    logp: Tensor,
-    old_logp: Tensor,
-    advantage: Tensor,
-    tokens: TokenSignals,
-    weights: Tensor,
-    denominator: Tensor | float,
-    sampling_logp: Tensor | None = None,
-    base_logp: Tensor | None = None,
-) -> tuple[PolicyLoss, Credit]:
-    """The loss of one micro-batch under `method`.
+@dataclass(frozen=True)
+class LossInputs:
+    """What the loss of a micro-batch is computed from besides the log-probabilities that are learned: all constants.
 
-    logp, old_logp, sampling_logp, base_logp: [B, T]. advantage: [B], or [B, T]. weights: [B, T] from `loss_weights`.
-    sampling_logp is the log-probability under the distribution the tokens were drawn from, needed for `importance:
-    truncated`; base_logp that of the base model, needed where a weight on the divergence from it is not 0.
+    old_logp: [B, T]. advantage: [B], or [B, T]. weights: [B, T] from `loss_weights`. sampling_logp: [B, T], under the
+    distribution that the tokens were drawn from; `importance: truncated` needs it. base_logp: [B, T], of the base
+    model; a weight on the divergence from it needs it.
     """
-    ratio = torch.where(weights != 0, logp.detach() - old_logp, 0.0).exp()
-    credit = assign_credit(method, advantage, tokens, ratio)
+
+    old_logp: Tensor
+    advantage: Tensor
+    tokens: TokenSignals
+    weights: Tensor
+    sampling_logp: Tensor | None = None
+    base_logp: Tensor | None = None
+
+
+def method_loss(
+    method: Method, logp: Tensor, inputs: LossInputs, denominator: Tensor | float
+) -> tuple[PolicyLoss, Credit]:
+    """The loss of one micro-batch under `method`. logp: [B, T]. Raises ValueError for an input that is missing."""
+    old_logp, tokens = inputs.old_logp, inputs.tokens
+    ratio = torch.where(inputs.weights != 0, logp.detach() - old_logp, 0.0).exp()
+    credit = assign_credit(method, inputs.advantage, tokens, ratio)
     importance = None
     if method.importance == "truncated":
-        if sampling_logp is None:
+        if inputs.sampling_logp is None:
             raise ValueError("importance: truncated needs the sampling log-probabilities")
-        importance = (old_logp - sampling_logp).exp().clamp_max(method.importance_cap)
-    if method.needs_base and base_logp is None:
+        importance = (old_logp - inputs.sampling_logp).exp().clamp_max(method.importance_cap)
+    if method.needs_base and inputs.base_logp is None:
         raise ValueError("kl_certain and kl_uncertain need the base model's log-probabilities")
     loss = policy_loss(
         logp,
         old_logp,
         credit.advantage,
-        weights,
+        inputs.weights,
         credit.lower,
         credit.upper,
         denominator,
         dual_clip=method.dual_clip,
         importance=importance,
-        base_logp=base_logp if method.needs_base else None,
+        base_logp=inputs.base_logp if method.needs_base else None,
         kl_weight=torch.full_like(logp, method.kl_certain).masked_fill(tokens.uncertain, method.kl_uncertain),
     )
     return loss, credit

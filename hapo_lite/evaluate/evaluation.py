@@ -25,8 +25,8 @@ from hapo_lite.evaluate.suites import Suite, chosen, fit, read_problems
 from hapo_lite.model.load import load_policy, resolve_dtype
 from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import Recipe
-from hapo_lite.rollout.engine import BENCHMARK, make_engine
-from hapo_lite.rollout.sampling import AdaptiveTemperature
+from hapo_lite.rollout.engine import make_engine
+from hapo_lite.rollout.sampling import AdaptiveTemperature, DrawKey, Stage
 from hapo_lite.runs.display import Display
 from hapo_lite.runs.files import file_hash
 from hapo_lite.runs.folder import RunFolder, check_place
@@ -50,6 +50,9 @@ class Work:
     file: SampleFile
     seconds: dict[str, float] = field(default_factory=dict)
     sampled: int = 0
+
+    def took(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
 def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
@@ -184,14 +187,16 @@ class Evaluation:
         """Sample and grade what is missing, a few prompts at a time; a signal stops it between two parts."""
         settings, prompts = self.settings, work.suite.prompts
         processor = AdaptiveTemperature(None, settings.temperature, top_p=settings.top_p)
+        key = DrawKey(self.recipe.seed, Stage.BENCHMARK, 0)
         switched = self.policy.base_alone() if work.file.label == BASE else contextlib.nullcontext()
         with switched:
             while not work.file.complete:
                 part = prompts[work.file.done : work.file.done + self.at_once]
-                completions, scores = self.collector.graded(
-                    part, settings.samples, processor, self.recipe.seed, BENCHMARK, 0, work.seconds
-                )
-                samples = [Sample.of(c, s) for c, s in zip(completions, scores, strict=True)]
+                sampled = self.collector.sample_and_grade(part, settings.samples, processor, key)
+                work.took("rollout", sampled.rollout_seconds)
+                work.took("grade", sampled.grade_seconds)
+                graded = sampled.graded
+                samples = [Sample.of(c, s) for c, s in zip(graded.completions, graded.scores, strict=True)]
                 self.interrupts.shield()
                 work.file.append(samples, write=self.main)
                 self.interrupts.unshield()

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hapo_lite.errors import UserError, writing
-from hapo_lite.records import Completion
-from hapo_lite.tasks.rewards import Score
+from hapo_lite.records import Completion, Score
 
 
 @dataclass(frozen=True)

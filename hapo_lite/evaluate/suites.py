@@ -79,7 +79,7 @@ def read_problems(settings: SuiteSettings, recipe: Recipe) -> Problems:
     if settings.source is None and name == HELD_OUT:
         if recipe.evaluation.prompts == 0:
             raise UserError(f"suite {name}: evaluation.prompts is 0, so this recipe holds no prompts out")
-        held_out = load_data(recipe, say=lambda text: None)[1]
+        held_out = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None).held_out
         return Problems(name, "the run's held-out prompts", held_out[:limit], {})
     data = _data(settings, recipe)
     try:

@@ -14,7 +14,7 @@ from accelerate.utils import gather, gather_object
 
 from hapo_lite.algo.advantage import group_advantage
 from hapo_lite.algo.methods import PRESETS, Method
-from hapo_lite.algo.objective import loss_weights, method_loss
+from hapo_lite.algo.objective import LossInputs, loss_weights, method_loss
 from hapo_lite.algo.tokens import TokenSignals, fit_signal
 from hapo_lite.integrations.pieces import refuse_others
 
@@ -81,7 +81,8 @@ class HapoTrainer(trl.GRPOTrainer):
             denominator = len(logp) * (steps if self.model.training else 1)
         tokens = TokenSignals(h, torch.zeros_like(h), h > 0, h.new_ones(len(h)))
         old = inputs.get("old_per_token_logps", logp.detach())
-        loss, _ = method_loss(self.method, logp, old, inputs["advantages"], tokens, weights, denominator)
+        given = LossInputs(old, inputs["advantages"], tokens, weights)
+        loss, _ = method_loss(self.method, logp, given, denominator)
         for name, value in loss.metrics.items():
             self._metrics["train" if self.model.training else "eval"][f"hapo/{name}"].append(value)
         return loss.loss

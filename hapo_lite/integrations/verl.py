@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hapo_lite.algo.advantage import group_advantage
 from hapo_lite.algo.methods import PRESETS, Method
-from hapo_lite.algo.objective import loss_weights, method_loss
+from hapo_lite.algo.objective import LossInputs, loss_weights, method_loss
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.tokens import TokenSignals
 from hapo_lite.integrations.pieces import refuse_others
@@ -123,15 +123,9 @@ def clipped_loss(
     weights = loss_weights(mask, method.loss_average)
     if rollout_is_weights is not None:
         weights = weights * torch.where(mask, rollout_is_weights.detach(), 0.0)
-    loss, _ = method_loss(
-        method,
-        log_prob,
-        old_log_prob,
-        advantages,
-        TokenSignals(h.to(log_prob), torch.zeros_like(log_prob), h > 0, log_prob.new_ones(len(log_prob))),
-        weights,
-        _denominator(method, mask, config.global_batch_info),
-    )
+    tokens = TokenSignals(h.to(log_prob), torch.zeros_like(log_prob), h > 0, log_prob.new_ones(len(log_prob)))
+    inputs = LossInputs(old_log_prob, advantages, tokens, weights)
+    loss, _ = method_loss(method, log_prob, inputs, _denominator(method, mask, config.global_batch_info))
     return loss.loss, {f"actor/{name}": value for name, value in loss.metrics.items()}
 
 

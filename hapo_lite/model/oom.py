@@ -10,7 +10,7 @@ class OutOfMemory(MemoryError):
     """Memory ran out in at least one process; the message says how much was asked for."""
 
 
-def is_shortage(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is an allocation that failed: on a GPU, in torch on a CPU, or in Python."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True

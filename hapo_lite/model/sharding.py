@@ -17,14 +17,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hapo_lite.errors import UserError
-from hapo_lite.model.oom import is_shortage
+from hapo_lite.model.oom import is_out_of_memory
 from hapo_lite.model.policy import Policy
 
 SWITCH = "ACCELERATE_USE_FSDP"
 """Set by `accelerate launch` for a configuration of type FSDP."""
 
 
-def take_switch() -> bool:
+def fsdp_requested() -> bool:
     """Whether FSDP was asked for. It is switched off for accelerate and transformers, which would split all weights."""
     return os.environ.pop(SWITCH, "false").lower() == "true"
 
@@ -64,7 +64,7 @@ def whole_base(policy: Policy) -> Iterator[None]:
                 module.set_reshard_after_forward(False, recurse=False)
                 module.unshard()
         except (RuntimeError, MemoryError) as error:
-            if not is_shortage(error):
+            if not is_out_of_memory(error):
                 raise
             # The others wait for this process's part, so there is no going on.
             raise UserError(

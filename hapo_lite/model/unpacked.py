@@ -18,7 +18,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from hapo_lite.errors import UserError
-from hapo_lite.model.oom import is_shortage
+from hapo_lite.model.oom import is_out_of_memory
 
 
 class UnpackedBase:
@@ -88,7 +88,7 @@ class _Dense:
             try:
                 self.weight = unpack(layer, dtype)
             except (RuntimeError, MemoryError) as error:
-                if not is_shortage(error):
+                if not is_out_of_memory(error):
                     raise
                 if self.owner.wanted:
                     raise UserError(

@@ -20,17 +20,17 @@ from hapo_lite.errors import UserError
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import Recipe
-from hapo_lite.records import EncodedPrompt, Prompt
+from hapo_lite.records import EncodedPrompt, Prompt, Score
 from hapo_lite.rollout.engine import make_engine
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.runs.progress import Progress
-from hapo_lite.tasks.rewards import Score
 from hapo_lite.tasks.stream import PromptStream
 from hapo_lite.train.accelerator import make_accelerator
 from hapo_lite.train.collect import Collector
 from hapo_lite.train.loop import Loop
 from hapo_lite.train.memory.predict import worst_case
 from hapo_lite.train.memory.room import unpacks
+from hapo_lite.train.observer import Observer
 
 STAGES = ("rollout", "scoring", "update")
 TICK = 0.004
@@ -72,21 +72,22 @@ def prepare(recipe: Recipe) -> Worst:
 def measure_loop(worst: Worst, say: Callable[[str], None]) -> Measured:
     """Run two iterations: the first warms up; peaks are of both, seconds of the second."""
     loop, share, watch = worst.loop, worst.share, worst.watch
-    loop.shortage.tell = lambda sentence, whole: say(f"note: {sentence}")
+    loop.watch(_SayShortage(say))
     state = TrainState()
     for _ in range(2):
         watch.seconds.clear()
-        state, _, _ = loop.step(state)
+        state = loop.step(state).state
         watch.enter("")
     if missing := [stage for stage in STAGES if stage not in watch.allocated]:
         raise UserError(
             f"the {missing[0]} could not be measured, since a number before it was not finite: see model.dtype"
         )
     fitted = {}
-    if loop.shortage.count:
+    oom = loop.resources.oom
+    if oom.count:
         fitted = {"rollout.batch_size": loop.collector.engine.batch_size}
-        if loop.shortage.tokens:
-            fitted["training.micro_batch_tokens"] = loop.shortage.tokens
+        if oom.tokens:
+            fitted["training.micro_batch_tokens"] = oom.tokens
     return Measured(
         {stage: watch.allocated[stage] for stage in STAGES},
         {stage: watch.reserved[stage] for stage in STAGES} if watch.cuda else None,
@@ -118,8 +119,16 @@ def worst_loop(recipe: Recipe, policy: Policy, accelerator, progress: Progress) 
     endless = replace(policy, stop_ids=(-1,))
     engine = make_engine(small, endless, sizes.completion)
     collector = Collector(engine, _Turns(), accelerator, progress)
-    loop = Loop(small, policy, collector, PromptStream(prompts, recipe.seed), (), accelerator)
+    loop = Loop(small, policy, collector, PromptStream(prompts, recipe.seed))
     return loop, groups / rollout.prompts_per_iteration
+
+
+class _SayShortage(Observer):
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+
+    def on_shortage(self, sentence: str, weights_unchanged: bool) -> None:
+        self.say(f"note: {sentence}")
 
 
 class _Turns:

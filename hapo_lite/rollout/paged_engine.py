@@ -18,7 +18,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 
 from hapo_lite.errors import UserError
-from hapo_lite.model.oom import is_shortage
+from hapo_lite.model.oom import is_out_of_memory
 from hapo_lite.records import Completion
 from hapo_lite.rollout.batched_engine import WAVE, BatchedEngine
 from hapo_lite.rollout.engine import Request
@@ -155,7 +155,7 @@ def _generate(
                 if not manager.is_running():
                     raise RuntimeError("continuous batching stopped before all completions were written")
             elif result.error is not None:
-                if is_shortage(RuntimeError(result.error)):
+                if is_out_of_memory(RuntimeError(result.error)):
                     raise torch.OutOfMemoryError(result.error)
                 raise UserError(
                     f"rollout.engine = paged failed ({result.error}): lower rollout.batch_size if memory is short, or "

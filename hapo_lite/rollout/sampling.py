@@ -5,6 +5,9 @@ Axes: B rows of a batch, V vocabulary.
 
 from __future__ import annotations
 
+import enum
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -68,3 +71,21 @@ def inverse_cdf(scores: Tensor, uniform: Tensor) -> Tensor:
     threshold = uniform.to(cumulative) * cumulative[:, -1]
     found = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
     return found.clamp_max_(scores.shape[-1] - 1)
+
+
+class Stage(enum.IntEnum):
+    """What a completion is sampled for; separates the random numbers."""
+
+    TRAINING = 0
+    EVALUATION = 1
+    BENCHMARK = 2
+    CANARY = 3
+
+
+@dataclass(frozen=True)
+class DrawKey:
+    """What the random numbers of a call depend on, besides prompt and sample."""
+
+    seed: int
+    stage: Stage
+    iteration: int

@@ -54,6 +54,12 @@ class TrainState:
     signal: EntropySignal | None = None
     skipped_in_a_row: int = 0
 
+    def after_rollout(self, prompts_used: int, tokens_sampled: int) -> TrainState:
+        return dataclasses.replace(self, cursor=self.cursor + prompts_used, tokens=self.tokens + tokens_sampled)
+
+    def after_updates(self, signal: EntropySignal, taken: int, skipped_in_a_row: int) -> TrainState:
+        return dataclasses.replace(self, signal=signal, updates=self.updates + taken, skipped_in_a_row=skipped_in_a_row)
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -63,19 +69,22 @@ class TrainState:
         return cls(**{**fields, "signal": EntropySignal(**signal) if signal else None})
 
 
-def save_checkpoint(
-    folder: Path,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    state: TrainState,
-    recipe: Recipe,
-    stream: PromptSource,
-) -> Path:
-    """Write `folder/NNNNNN` and drop all but the newest ones. Raises UserError if the disk refuses; older ones stay.
+@dataclass(frozen=True)
+class RunParts:
+    """What a checkpoint is made of and put back into, besides the state.
 
-    stream: the training prompts, which a resumed run must find the same, as it must the base model.
+    optimizer: as accelerate prepared it. prompts: a resumed run must find the same ones, and the same base model.
     """
+
+    policy: Policy
+    optimizer: Any
+    scheduler: Any
+    prompts: PromptSource
+
+
+def save_checkpoint(folder: Path, parts: RunParts, state: TrainState, recipe: Recipe) -> Path:
+    """Write `folder/NNNNNN` and drop all but the newest ones. Raises UserError if the disk refuses; older ones stay."""
+    policy, optimizer, prompts = parts.policy, parts.optimizer, parts.prompts
     final = folder / f"{state.iteration:06d}"
     if problem_of(final, recipe) is None:
         return final
@@ -84,15 +93,15 @@ def save_checkpoint(
             save_adapter(policy, aside)
             # Through memory, so that a full disk is an OSError and not one of torch's own.
             buffer = io.BytesIO()
-            states = {"optimizer": optimizer, "scheduler": scheduler, "scaler": optimizer.scaler}
+            states = {"optimizer": optimizer, "scheduler": parts.scheduler, "scaler": optimizer.scaler}
             torch.save({name: part.state_dict() for name, part in states.items() if part is not None}, buffer)
             (aside / OPTIMIZER).write_bytes(buffer.getbuffer())
             record = {
                 "version": VERSION,
                 "state": state.to_json(),
                 "recipe": recipe.model_dump(mode="json"),
-                "prompts": stream.digest,
-                "origins": {"model": policy.origin, "data": stream.origin},
+                "prompts": prompts.digest,
+                "origins": {"model": policy.origin, "data": prompts.origin},
                 "files": {f.name: file_hash(f) for f in sorted(aside.iterdir())},
             }
             (aside / STATE).write_text(json.dumps(record | {"sha256": _digest(record)}, indent=1))
@@ -109,23 +118,22 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*"))
 
 
-def load_checkpoint(
-    path: Path, policy: Policy, optimizer: torch.optim.Optimizer, scheduler: Any, stream: PromptSource
-) -> TrainState:
+def load_checkpoint(path: Path, parts: RunParts) -> TrainState:
     """Put the adapter, the optimiser and the schedule back, and return the state.
 
     Raises UserError on damage, or if the base model or the training prompts are others than they were.
     """
+    policy, optimizer, prompts = parts.policy, parts.optimizer, parts.prompts
     record = read_record(path)
     then = record.get("origins", {"model": policy.origin, "data": ""})
     if then["model"] != policy.origin:
         raise UserError(_other("base model is another", "model", path, then["model"], policy.origin))
-    if record["prompts"] != stream.digest:
-        raise UserError(_other("training prompts are others", "data", path, then["data"], stream.origin))
+    if record["prompts"] != prompts.digest:
+        raise UserError(_other("training prompts are others", "data", path, then["data"], prompts.origin))
     load_adapter(policy, path)
     saved = torch.load(path / OPTIMIZER, map_location=policy.device, weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
-    scheduler.load_state_dict(saved["scheduler"])
+    parts.scheduler.load_state_dict(saved["scheduler"])
     # A run that began in bf16 or fp32 has none; it may go on in fp16, on a card without bf16.
     if optimizer.scaler is not None and "scaler" in saved:
         optimizer.scaler.load_state_dict(saved["scaler"])

@@ -22,7 +22,7 @@ from torch import Tensor
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import Recipe, parse_recipe
-from hapo_lite.records import Completion, EncodedPrompt, Prompt, Scored
+from hapo_lite.records import Completion, EncodedPrompt, Experience, Graded, Prompt, Score
 from hapo_lite.runs.files import replacing_file
 
 VERSION = 1
@@ -34,55 +34,45 @@ BY_TOKEN = ("old_logp", "entropy", "h", "uncertain", "base_logp")
 
 @dataclass(frozen=True)
 class SkippedStep:
-    """One step. step: from 1 in its iteration; 0: all steps of the iteration, for what was found before the first.
+    """One optimiser step. step: from 1 in its iteration; 0: all steps, for a value found before the first update.
 
-    batches: micro-batches as places in `completions`. rewards, advantage: [B]; advantage, scored: None if they were not
-    known yet. loss_scale: of fp16's scaler; 1 without one.
+    graded: the completions; an Experience unless the value was found before they were scored. batches: micro-batches,
+    as places in `graded`. loss_scale: of fp16's scaler; 1 without one.
     """
 
     iteration: int
     step: int
     reason: str
-    completions: list[Completion]
-    rewards: Tensor
-    advantage: Tensor | None
-    scored: Scored | None
+    graded: Graded
     batches: list[list[int]]
     denominator: float = 1.0
     loss_scale: float = 1.0
 
+    @property
+    def experience(self) -> Experience | None:
+        """The completions as they were scored; None if they were not."""
+        return self.graded if isinstance(self.graded, Experience) else None
+
     def only(self, members: Sequence[int]) -> SkippedStep:
         """The same step with no other completions than `members`, in that order."""
         place = {i: new for new, i in enumerate(members)}
-        scored = self.scored
-        if scored is not None:
-            rows = {name: getattr(scored, name) for name in BY_TOKEN}
-            chosen = {name: values and [values[i] for i in members] for name, values in rows.items()}
-            scored = replace(scored, scale=scored.scale[members], **chosen)
-        return replace(
-            self,
-            completions=[self.completions[i] for i in members],
-            rewards=self.rewards[members],
-            advantage=None if self.advantage is None else self.advantage[members],
-            scored=scored,
-            batches=[[place[i] for i in batch] for batch in self.batches],
-        )
+        batches = [[place[i] for i in batch] for batch in self.batches]
+        return replace(self, graded=self.graded.select(members), batches=batches)
 
 
 def save_step(folder: Path, step: SkippedStep, adapter: dict[str, Tensor], recipe: Recipe) -> Path:
     """Write a step's file and drop all but the newest few. Raises OSError or SafetensorError."""
-    completions = step.completions
+    completions, experience = step.graded.completions, step.experience
     tensors = {f"adapter.{name}": p.detach().contiguous().clone().cpu() for name, p in adapter.items()}
     tensors["prompt_ids"] = torch.cat([torch.tensor(c.prompt.ids, dtype=torch.long) for c in completions])
     tensors["ids"] = torch.cat([c.ids for c in completions])
-    tensors["rewards"] = step.rewards
+    tensors["rewards"] = step.graded.rewards
     tensors |= {f"sampled.{name}": torch.cat([getattr(c, name) for c in completions]) for name in SAMPLED}
-    if step.advantage is not None:
-        tensors["advantage"] = step.advantage
-    if step.scored is not None:
-        rows = {name: getattr(step.scored, name) for name in BY_TOKEN}
+    if experience is not None:
+        tensors["advantage"] = experience.advantage
+        rows = {name: getattr(experience, name) for name in BY_TOKEN}
         tensors |= {f"scored.{name}": torch.cat(values) for name, values in rows.items() if values is not None}
-        tensors["scored.scale"] = step.scored.scale
+        tensors["scored.scale"] = experience.scale
     about = {
         "version": VERSION,
         "iteration": step.iteration,
@@ -91,7 +81,7 @@ def save_step(folder: Path, step: SkippedStep, adapter: dict[str, Tensor], recip
         "batches": step.batches,
         "denominator": step.denominator,
         "loss_scale": step.loss_scale,
-        "signal": asdict(step.scored.signal) if step.scored else None,
+        "signal": asdict(experience.signal) if experience is not None else None,
         "completions": [
             {
                 "prompt": asdict(c.prompt.prompt),
@@ -101,8 +91,11 @@ def save_step(folder: Path, step: SkippedStep, adapter: dict[str, Tensor], recip
                 "length": c.length,
                 "text": c.text,
                 "truncated": c.truncated,
+                "correct": score.correct,
+                "outcome": score.outcome,
+                "answer": score.answer,
             }
-            for c in completions
+            for c, score in zip(completions, step.graded.scores, strict=True)
         ],
         "recipe": recipe.model_dump(mode="json"),
     }
@@ -123,8 +116,17 @@ def drop_steps_after(folder: Path, iteration: int) -> None:
             file.unlink()
 
 
-def load_step(path: Path) -> tuple[SkippedStep, dict[str, Tensor], Recipe]:
-    """The step, the adapter's tensors by name, and the recipe. Raises UserError if the file is not of this kind."""
+@dataclass(frozen=True)
+class SavedStep:
+    """A step's file. adapter: the adapter's tensors by name, as they were before the step."""
+
+    step: SkippedStep
+    adapter: dict[str, Tensor]
+    recipe: Recipe
+
+
+def load_step(path: Path) -> SavedStep:
+    """Read a step's file. Raises UserError if the file is not of this kind."""
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["step"])
@@ -133,7 +135,7 @@ def load_step(path: Path) -> tuple[SkippedStep, dict[str, Tensor], Recipe]:
             raise UserError(f"{path} has version {about['version']}; this program reads {VERSION}")
         recipe = parse_recipe(about["recipe"], str(path))
         adapter = {n.removeprefix("adapter."): t for n, t in tensors.items() if n.startswith("adapter.")}
-        return _step(about, tensors), adapter, recipe
+        return SavedStep(_step(about, tensors), adapter, recipe)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}: skipped steps are in runs/NAME/replay/") from None
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -164,18 +166,27 @@ def _step(about: dict[str, Any], tensors: dict[str, Tensor]) -> SkippedStep:
                 **{name: rows(f"sampled.{name}")[i] for name in SAMPLED},
             )
         )
-    scored = None
+    scores = [
+        # Files of an older version have the reward alone.
+        Score(reward, c.get("correct", False), c.get("outcome", ""), c.get("answer"))
+        for reward, c in zip(tensors["rewards"].tolist(), each, strict=True)
+    ]
+    graded = Graded(completions, scores)
     if about["signal"]:
         fields = {n: list(rows(f"scored.{n}")) if f"scored.{n}" in tensors else None for n in BY_TOKEN}
-        scored = Scored(signal=EntropySignal(**about["signal"]), scale=tensors["scored.scale"], **fields)
+        graded = Experience(
+            completions,
+            scores,
+            tensors["advantage"],
+            signal=EntropySignal(**about["signal"]),
+            scale=tensors["scored.scale"],
+            **fields,
+        )
     return SkippedStep(
         about["iteration"],
         about["step"],
         about["reason"],
-        completions,
-        tensors["rewards"],
-        tensors.get("advantage"),
-        scored,
+        graded,
         about["batches"],
         about["denominator"],
         about["loss_scale"],

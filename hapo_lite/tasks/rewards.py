@@ -10,27 +10,16 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import RewardSettings
-from hapo_lite.records import Prompt
+from hapo_lite.records import Prompt, Score
 from hapo_lite.runs.progress import Progress
-from hapo_lite.tasks.verify import Grade, GraderPool, Outcome, marked_answer
+from hapo_lite.tasks.verify import Grade, GraderPool, marked_answer
 
 RewardFunction = Callable[[list[str], list[str], list[str]], Sequence[float]]
-
-
-@dataclass(frozen=True)
-class Score:
-    """What one completion earned. reward: what is learned from; correct, outcome, answer: as in verify.Grade."""
-
-    reward: float
-    correct: bool
-    outcome: Outcome
-    answer: str | None
 
 
 def soft_overlong_penalty(length: int, max_new_tokens: int, buffer: int, penalty: float = 1.0) -> float:

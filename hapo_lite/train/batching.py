@@ -1,17 +1,14 @@
 """How completions are dealt to optimiser steps and micro-batches. Nothing has to divide anything.
 
-The steps decide what is learned; the micro-batches only how much memory it takes.
+The steps decide what is learned. The micro-batches decide how much memory it takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-
-from hapo_lite.recipe import Recipe
-from hapo_lite.records import Completion
 
 Parts = list[list[list[int]]]
 """Micro-batches, part by part, such as step by step: members of the iteration's completions."""
@@ -37,11 +34,13 @@ class Plan:
         return replace(self, updates=parts[:-1], resting=parts[-1])
 
 
-def make_plan(recipe: Recipe, lengths: Sequence[int], active: set[int], iteration: int, budget: int) -> Plan:
-    """Deal completions to steps, and steps to micro-batches. active: those that have a gradient to compute."""
-    members = deal_updates(len(lengths), recipe.training.updates_per_iteration, recipe.seed, iteration)
-    members = [part for part in members if part]
-    updates = [micro_batches([i for i in part if i in active], lengths, budget) for part in members]
+def make_plan(steps: Sequence[list[int]], lengths: Sequence[int], active: Collection[int], budget: int) -> Plan:
+    """Cut each step into micro-batches of at most `budget` padded tokens.
+
+    steps: from `deal_updates`. lengths: as in `micro_batches`. active: completions that have a gradient to compute.
+    """
+    members = [step for step in steps if step]
+    updates = [micro_batches([i for i in step if i in active], lengths, budget) for step in members]
     return Plan(members, updates, micro_batches([i for i in range(len(lengths)) if i not in active], lengths, budget))
 
 
@@ -65,11 +64,6 @@ def micro_batches(members: Sequence[int], lengths: Sequence[int], budget: int) -
             width = lengths[member]
         batches[-1].append(member)
     return batches
-
-
-def sequence_lengths(completions: Sequence[Completion]) -> list[int]:
-    """Tokens of each, prompt included."""
-    return [len(c.prompt.ids) + c.length for c in completions]
 
 
 def padded_tokens(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:

@@ -5,6 +5,7 @@ Axes: P prompts per iteration, G completions per prompt.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,20 +13,44 @@ from dataclasses import dataclass, field
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from hapo_lite.records import Completion, EncodedPrompt
-from hapo_lite.rollout.engine import TRAINING, Engine, Request
-from hapo_lite.rollout.sampling import AdaptiveTemperature
+from hapo_lite.records import Completion, EncodedPrompt, Graded, Score
+from hapo_lite.rollout.engine import Engine, Request
+from hapo_lite.rollout.sampling import AdaptiveTemperature, DrawKey, Stage
 from hapo_lite.runs.progress import Progress
-from hapo_lite.tasks.rewards import Score, Scorer
+from hapo_lite.tasks.rewards import Scorer
 from hapo_lite.tasks.stream import PromptStream
-from hapo_lite.train.shortage import Shortage
+from hapo_lite.train.oom_retry import OomRetry
+
+
+@dataclass(frozen=True)
+class GroupsWanted:
+    """groups: how many; samples: completions of each. key: of their random numbers.
+
+    token_budget: None takes the groups as they come. A number switches dynamic sampling on: groups whose rewards are
+    all equal are dropped and others sampled, until there are enough or so many completion tokens have been sampled.
+    """
+
+    groups: int
+    samples: int
+    processor: AdaptiveTemperature
+    key: DrawKey
+    token_budget: int | None = None
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Graded completions in the order of their prompts. rollout_seconds, grade_seconds: what they took."""
+
+    graded: Graded
+    rollout_seconds: float
+    grade_seconds: float
 
 
 @dataclass
 class Collected:
-    """Graded completions, group by group, and what it took to get them. seconds: per stage.
+    """Graded groups, and what it took to get them. seconds: by stage.
 
-    prompts_used: positions of the stream, those that were left out as too long among them.
+    prompts_used: positions of the stream, including those that were left out as too long.
     """
 
     completions: list[Completion] = field(default_factory=list)
@@ -37,101 +62,91 @@ class Collected:
     tokens_sampled: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"rollout": 0.0, "grade": 0.0})
 
+    @property
+    def graded(self) -> Graded:
+        return Graded(self.completions, self.scores)
+
+    def add(self, sampled: Sampled, wanted: GroupsWanted) -> None:
+        """Count what was sampled, and keep the groups that are wanted."""
+        graded, samples = sampled.graded, wanted.samples
+        self.groups_sampled += len(graded) // samples
+        self.tokens_sampled += sum(c.length for c in graded.completions)
+        self.seconds["rollout"] += sampled.rollout_seconds
+        self.seconds["grade"] += sampled.grade_seconds
+        for start in range(0, len(graded), samples):
+            group = graded.select(range(start, start + samples))
+            equal = len({score.reward for score in group.scores}) == 1
+            self.groups_equal += equal
+            if equal and wanted.token_budget is not None:
+                self.groups_discarded += 1
+            else:
+                self.completions += group.completions
+                self.scores += group.scores
+
 
 class Collector:
     """Samples, grades and gathers over all processes; every process ends up with the same groups.
 
-    progress: told what begins and how far it is, here, in the engine, the scorer and the loop. shortage: what is done
-    when memory runs out, here and in the loop.
+    progress: told what begins and how far it is, here, in the engine, the scorer and the loop. oom: what is done when
+    memory runs out, here and in the loop.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        scorer: Scorer,
-        accelerator: Accelerator,
-        progress: Progress | None = None,
+        self, engine: Engine, scorer: Scorer, accelerator: Accelerator, progress: Progress | None = None
     ) -> None:
-        self.engine, self.scorer, self.accelerator = engine, scorer, accelerator
+        self.engine = engine
+        self.scorer = scorer
+        self.accelerator = accelerator
         self.progress = progress or Progress()
-        for part in filter(None, (engine, scorer)):
-            part.progress = self.progress
-        self.shortage = Shortage(accelerator)
+        engine.progress = self.progress
+        scorer.progress = self.progress
+        self.oom = OomRetry(accelerator)
 
-    def graded(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        samples: int,
-        processor: AdaptiveTemperature,
-        seed: int,
-        stage: int,
-        iteration: int,
-        seconds: dict[str, float],
-    ) -> tuple[list[Completion], list[Score]]:
+    def sample_and_grade(
+        self, prompts: Sequence[EncodedPrompt], samples: int, processor: AdaptiveTemperature, key: DrawKey
+    ) -> Sampled:
         """`samples` completions of each prompt, in the prompts' order, whichever process wrote them."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        training = key.stage == Stage.TRAINING
         started = time.perf_counter()
-        self.progress.enter("rollout" if stage == TRAINING else "evaluation")
+        self.progress.enter("rollout" if training else "evaluation")
         requests = [Request(prompt, sample) for prompt in prompts[rank::world] for sample in range(samples)]
-        mine = self.shortage.fit_rollout(
+        most = math.ceil(len(prompts) / world) * samples  # that any process writes: all of them halve together
+        completions = self.oom.fit_rollout(
             self.engine,
-            -(-len(prompts) // world) * samples,  # the most that any process writes, as all halve together
-            lambda: self.engine.sample(requests, processor, seed, stage, iteration),
-            whole=stage == TRAINING,
+            most,
+            lambda: self.engine.sample(requests, processor, key.seed, key.stage, key.iteration),
+            weights_unchanged=training,
         )
         rolled = time.perf_counter()
         self.progress.enter("grading")
-        self.progress.count(len(mine), "answers")
+        self.progress.count(len(completions), "answers")
         scores = self.scorer.score(
-            [c.prompt.prompt for c in mine],
-            [c.text for c in mine],
-            [c.length for c in mine],
-            [c.truncated for c in mine],
+            [c.prompt.prompt for c in completions],
+            [c.text for c in completions],
+            [c.length for c in completions],
+            [c.truncated for c in completions],
         )
-        together = list(zip(mine, scores, strict=True))
+        pairs = list(zip(completions, scores, strict=True))
         if world > 1:
-            together = gather_object(together)
+            pairs = gather_object(pairs)
             place = {prompt.index: i for i, prompt in enumerate(prompts)}
-            together.sort(key=lambda pair: (place[pair[0].prompt.index], pair[0].sample))
-        seconds["rollout"] = seconds.get("rollout", 0.0) + rolled - started
-        seconds["grade"] = seconds.get("grade", 0.0) + time.perf_counter() - rolled
-        return [c for c, _ in together], [s for _, s in together]
+            pairs.sort(key=lambda pair: (place[pair[0].prompt.index], pair[0].sample))
+        graded = Graded([completion for completion, _ in pairs], [score for _, score in pairs])
+        return Sampled(graded, rolled - started, time.perf_counter() - rolled)
 
-    def collect(
-        self,
-        stream: PromptStream,
-        cursor: int,
-        groups: int,
-        samples: int,
-        processor: AdaptiveTemperature,
-        seed: int,
-        iteration: int,
-        token_budget: int | None,
-    ) -> Collected:
-        """`groups` graded groups of `samples` completions, from position `cursor` of the stream on.
-
-        token_budget: None takes the groups as they come. A number switches dynamic sampling on: groups whose rewards
-        are all equal are dropped and others sampled, until there are enough or so many completion tokens have been
-        sampled.
-        """
+    def collect(self, stream: PromptStream, cursor: int, wanted: GroupsWanted) -> Collected:
+        """The groups that are wanted, from position `cursor` of the stream on; fewer where the token budget ends."""
         out = Collected()
-        while (missing := groups - len(out.completions) // samples) > 0:
+        while (missing := wanted.groups - len(out.completions) // wanted.samples) > 0:
             prompts = stream.take(cursor + out.prompts_used, missing)
-            kept = f"{groups - missing} of {groups} groups kept" if token_budget is not None else ""
+            kept = ""
+            if wanted.token_budget is not None:
+                kept = f"{wanted.groups - missing} of {wanted.groups} groups kept"
             with self.progress.within(kept):
-                completions, scores = self.graded(prompts, samples, processor, seed, 0, iteration, out.seconds)
+                sampled = self.sample_and_grade(prompts, wanted.samples, wanted.processor, wanted.key)
             out.prompts_used = prompts[-1].index + 1 - cursor
-            out.groups_sampled += len(prompts)
-            out.tokens_sampled += sum(c.length for c in completions)
-            for start in range(0, len(completions), samples):
-                group = slice(start, start + samples)
-                equal = len({s.reward for s in scores[group]}) == 1
-                out.groups_equal += equal
-                if equal and token_budget is not None:
-                    out.groups_discarded += 1
-                else:
-                    out.completions += completions[group]
-                    out.scores += scores[group]
-            if token_budget is None or out.tokens_sampled >= token_budget:
+            out.add(sampled, wanted)
+            if wanted.token_budget is None or out.tokens_sampled >= wanted.token_budget:
                 break
         return out

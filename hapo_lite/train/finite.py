@@ -8,19 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hapo_lite.records import Completion
-from hapo_lite.tasks.rewards import Score
+from hapo_lite.records import Completion, Graded
 
 
 class NotFinite(Exception):
     """A number that is nan or inf, found before an update; the message says which."""
 
 
-def check_rewards(scores: Sequence[Score], completions: Sequence[Completion]) -> None:
+def check_rewards(graded: Graded) -> None:
     """Raises NotFinite naming the first reward that is nan or inf."""
-    for i, score in enumerate(scores):
+    for completion, score in zip(graded.completions, graded.scores, strict=True):
         if not math.isfinite(score.reward):
-            raise NotFinite(f"the reward of {describe(completions[i])} is {score.reward}")
+            raise NotFinite(f"the reward of {describe(completion)} is {score.reward}")
 
 
 def check_tokens(what: str, rows: Sequence[Tensor], completions: Sequence[Completion]) -> None:

@@ -9,16 +9,14 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from hapo_lite.algo.methods import Method
-from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.tokens import trained_tokens
-from hapo_lite.records import Completion, TokenOutcome
-from hapo_lite.tasks.rewards import Score
+from hapo_lite.records import Completion, Experience, TokenOutcome
 from hapo_lite.train.collect import Collected
 
 OUTCOMES = ("correct", "wrong", "unparseable", "timeout", "error")
@@ -59,14 +57,32 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
     return out
 
 
-def entropy_metrics(
-    entropies: Sequence[Tensor], scores: Sequence[Score], signal: EntropySignal, uncertain: Sequence[Tensor]
-) -> dict[str, float]:
+def learning_metrics(experience: Experience, outcomes: Mapping[int, TokenOutcome], method: Method) -> dict[str, float]:
+    """Entropies, what the updates did, and the distance of sampler and trainer. outcomes: by completion."""
+    return (
+        entropy_metrics(experience)
+        | update_metrics(list(outcomes.values()), method)
+        | gap_metrics(experience.completions, experience.old_logp)
+    )
+
+
+def iteration_metrics(collected: Collected, clock: Stopwatch, device: torch.device) -> dict[str, float]:
+    """Seconds by stage, the pace of sampling, and the peak of memory."""
+    seconds = {**clock.seconds, **collected.seconds}
+    return {
+        **{f"seconds/{stage}": value for stage, value in seconds.items()},
+        "tokens_per_second/sampled": collected.tokens_sampled / max(collected.seconds["rollout"], 1e-9),
+        "memory/peak_mb": peak_memory_mb(device),
+    }
+
+
+def entropy_metrics(experience: Experience) -> dict[str, float]:
     """Entropy of the old policy over all N tokens, and apart for correct and other completions; the signal."""
     out: dict[str, float] = {}
-    correct = [e for e, s in zip(entropies, scores, strict=True) if s.correct]
-    wrong = [e for e, s in zip(entropies, scores, strict=True) if not s.correct]
-    for name, rows in (("all", list(entropies)), ("correct", correct), ("wrong", wrong)):
+    signal, graded = experience.signal, list(zip(experience.entropy, experience.scores, strict=True))
+    correct = [e for e, s in graded if s.correct]
+    wrong = [e for e, s in graded if not s.correct]
+    for name, rows in (("all", experience.entropy), ("correct", correct), ("wrong", wrong)):
         values = _flat(rows)
         if values.numel():
             out[f"entropy/{name}_mean"] = _mean(values)
@@ -77,7 +93,7 @@ def entropy_metrics(
         "signal/sigma": signal.sigma,
         "signal/high": signal.high,
         "signal/low": signal.low,
-        "signal/above_share": _mean(_flat(uncertain)),
+        "signal/above_share": _mean(_flat(experience.uncertain)),
     }
 
 

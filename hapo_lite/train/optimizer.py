@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from transformers import get_scheduler
 
+from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import TrainingSettings
+
+
+@dataclass
+class Learner:
+    """What changes the weights. optimizer: as accelerate prepared it. parameters: the adapter's, in a fixed order."""
+
+    optimizer: Any
+    scheduler: Any
+    parameters: list[torch.nn.Parameter]
+
+
+def make_learner(settings: TrainingSettings, policy: Policy, accelerator: Accelerator) -> Learner:
+    """The optimiser and the schedule of a run's adapter."""
+    parameters = list(policy.trainable().values())
+    optimizer = accelerator.prepare(make_optimizer(settings, parameters))
+    return Learner(optimizer, make_scheduler(settings, optimizer.optimizer), parameters)
 
 
 def make_optimizer(settings: TrainingSettings, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:

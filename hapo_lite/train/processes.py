@@ -1,6 +1,6 @@
-"""How several processes share an iteration's forward and backward passes, and what they found.
+"""How several processes share the forward and backward passes of an iteration.
 
-Every process holds the whole iteration's completions and is asked the same questions in the same order.
+Every process holds all completions of the iteration, and calls the same functions in the same order.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ Batches = list[list[int]]
 
 
 class Processes:
-    """sharded: the base is split over the processes, which then have to run it equally often."""
+    """sharded: the base is split over the processes, so that all of them must run it equally often."""
 
     def __init__(self, accelerator: Accelerator, sharded: bool) -> None:
         self.accelerator, self.sharded = accelerator, sharded
         self.rank, self.count = accelerator.process_index, accelerator.num_processes
 
-    def mine(self, batches: Batches) -> Batches:
-        """This process's share of some micro-batches: the same share whenever it is asked."""
+    def rank_share(self, batches: Batches) -> Batches:
+        """The micro-batches of this process: the same ones whenever they are asked for."""
         return batches[self.rank :: self.count]
 
-    def idle(self, batches: Batches) -> Batches:
-        """What this process runs after its share for the others' sake, to be forgotten: at most one micro-batch."""
-        missing = self.sharded and len(self.mine(batches)) < len(batches[:: self.count])
+    def padding(self, batches: Batches) -> Batches:
+        """Dummy micro-batches, at most one, that keep collectives in step; their results are discarded."""
+        missing = self.sharded and len(self.rank_share(batches)) < len(batches[:: self.count])
         return batches[:1] if missing else []
 
-    def everyones(self, found: dict) -> dict:
-        """What all processes found."""
+    def gather(self, found: dict) -> dict:
+        """The entries of all processes."""
         return found if self.count == 1 else dict(gather_object(list(found.items())))
 
     def share_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum them over processes. The losses are already divided by the global denominator."""
+        """Sum the gradients over processes. The losses are already divided by the global denominator."""
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)

@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from hapo_lite.errors import UserError
 from hapo_lite.model.policy import Policy
-from hapo_lite.recipe import DataSettings, Recipe
+from hapo_lite.recipe import DataSettings, EvaluationSettings
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.tasks.data import PromptSet, load_prompts, split_held_out
 from hapo_lite.tasks.stream import LazyPrompts
+
+Say = Callable[[str], None]
 
 LOOKED_AT = 1_000
 """About how many training prompts are tokenised at the start, to see whether they fit."""
 
 
-def load_data(recipe: Recipe, say) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-    """Training prompts and held-out prompts, disjoint."""
-    wanted = recipe.evaluation.prompts
-    found = load_prompts(recipe.data)
+class Data(NamedTuple):
+    """Prompts to train on and prompts to evaluate on, disjoint."""
+
+    training: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+
+
+def load_data(data: DataSettings, evaluation: EvaluationSettings, seed: int, say: Say) -> Data:
+    """Read the prompts. seed: decides which are set aside where the held-out ones have no data of their own."""
+    wanted = evaluation.prompts
+    found = load_prompts(data)
     say_skipped("data", found, say)
-    own = recipe.evaluation.data
-    if own is None and recipe.data.source == "tiny":
-        own = recipe.data.model_copy(update={"split": "test", "limit": None})
+    own = evaluation.data
+    if own is None and data.source == "tiny":
+        own = data.model_copy(update={"split": "test", "limit": None})
     if wanted == 0:
-        return found.prompts, ()
+        return Data(found.prompts, ())
     if own is None:
-        return split_held_out(found.prompts, wanted, recipe.seed)
+        return Data(*split_held_out(found.prompts, wanted, seed))
     held_out = load_prompts(own)
     say_skipped("held-out data", held_out, say)
-    return found.prompts, held_out.prompts[:wanted]
+    return Data(found.prompts, held_out.prompts[:wanted])
 
 
-def say_skipped(what: str, found: PromptSet, say) -> None:
+def say_skipped(what: str, found: PromptSet, say: Say) -> None:
     for reason, count in found.skipped.items():
         say(f"{what}: {count:,} rows left out: {reason}")
 
 
 def training_prompts(
-    prompts: Sequence[Prompt], policy: Policy, data: DataSettings, max_new_tokens: int, say
+    prompts: Sequence[Prompt], policy: Policy, data: DataSettings, max_new_tokens: int, say: Say
 ) -> LazyPrompts:
     """Prompts to be tokenised as training takes them. Some, from all over the data, are looked at now.
 
@@ -51,7 +61,7 @@ def training_prompts(
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt], policy: Policy, data: DataSettings, max_new_tokens: int, say, of: int | None = None
+    prompts: Sequence[Prompt], policy: Policy, data: DataSettings, max_new_tokens: int, say: Say, of: int | None = None
 ) -> list[EncodedPrompt]:
     """Tokenise, and leave out what exceeds data.max_prompt_tokens. Raises UserError if a completion would not fit.
 

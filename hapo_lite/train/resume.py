@@ -22,7 +22,7 @@ def resume(folder: RunFolder, recipe: Recipe, loop: Loop, say) -> TrainState:
         )
     state = TrainState()
     if newest is not None:
-        state = load_checkpoint(newest, loop.policy, loop.optimizer, loop.scheduler, loop.stream)
+        state = load_checkpoint(newest, loop.parts)
         say(f"resuming {folder.path} after iteration {state.iteration}")
     if loop.accelerator.is_main_process:
         with writing(folder.path):

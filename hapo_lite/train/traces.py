@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.model.policy import Policy
-from hapo_lite.records import Completion, TokenOutcome
+from hapo_lite.records import Completion, Experience, Graded, Score, TokenOutcome
 from hapo_lite.runs.trace import Trace
-from hapo_lite.tasks.rewards import Score
-from hapo_lite.train.collect import Collected
 
 
-def choose_traced(collected: Collected, count: int) -> list[int]:
+def choose_traced(graded: Graded, count: int) -> list[int]:
     """Completions to record: from the first groups on, of each group one that is correct and one that is not."""
     chosen: list[int] = []
     seen: set[tuple[int, bool]] = set()
-    for i, (completion, score) in enumerate(zip(collected.completions, collected.scores, strict=True)):
+    for i, (completion, score) in enumerate(zip(graded.completions, graded.scores, strict=True)):
         key = (completion.prompt.index, score.correct)
         if key not in seen and len(chosen) < count:
             seen.add(key)
             chosen.append(i)
     return chosen
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What an iteration did to a completion. sampling_signal: it was sampled with; signal: of the iteration.
+
+    outcome: of the update; None for a completion whose step was not taken.
+    """
+
+    sampling_signal: EntropySignal | None = None
+    signal: EntropySignal | None = None
+    outcome: TokenOutcome | None = None
+
+
+def training_traces(
+    policy: Policy,
+    experience: Experience,
+    outcomes: Mapping[int, TokenOutcome],
+    traced: Sequence[int],
+    iteration: int,
+    sampling_signal: EntropySignal | None,
+) -> list[Trace]:
+    """Traces of the completions `traced`. outcomes: by completion."""
+    return [
+        make_trace(
+            policy,
+            "train",
+            iteration,
+            experience.completions[i],
+            experience.scores[i],
+            Treatment(sampling_signal, experience.signal, outcomes.get(i)),
+        )
+        for i in traced
+    ]
 
 
 def make_trace(
@@ -30,11 +64,11 @@ def make_trace(
     iteration: int,
     completion: Completion,
     score: Score,
-    sampling_signal: EntropySignal | None,
-    signal: EntropySignal | None = None,
-    outcome: TokenOutcome | None = None,
+    training: Treatment | None = None,
 ) -> Trace:
-    """Put one completion's record together; `outcome` is what the update did to it."""
+    """Put one completion's record together. training: what the iteration did to it; None for an evaluation's."""
+    treatment = training or Treatment()
+    outcome = treatment.outcome
     ids = completion.ids.tolist()
     tokens: dict[str, list[Any]] = {
         "id": ids,
@@ -74,8 +108,8 @@ def make_trace(
         outcome=score.outcome,
         truncated=completion.truncated,
         tokens=tokens,
-        signal=signal,
-        sampling_signal=sampling_signal,
+        signal=treatment.signal,
+        sampling_signal=treatment.sampling_signal,
     )
 
 

@@ -20,8 +20,8 @@ from hapo_lite.runs.status import read_status
 from hapo_lite.runs.trace import read_traces
 from hapo_lite.tasks.data import load_prompts
 from hapo_lite.train import run
-from hapo_lite.verify_resume.__main__ import Aim, Findings, compare, left_by
-from hapo_lite.verify_resume.__main__ import run as run_or_kill
+from hapo_lite.verify_resume.verify import Aim, Findings, compare, left_by
+from hapo_lite.verify_resume.verify import run as run_or_kill
 from tests.conftest import ROOT, TINY
 from tests.real.conftest import GAP, WAYS, base_digest, own_precision
 from tests.test_run import ENVIRONMENT

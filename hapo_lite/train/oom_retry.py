@@ -15,13 +15,13 @@ from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 
 from hapo_lite.errors import UserError
-from hapo_lite.model.oom import OutOfMemory, is_shortage
+from hapo_lite.model.oom import OutOfMemory, is_out_of_memory
 from hapo_lite.train.batching import Parts, micro_batches
 
 Found = TypeVar("Found")
 
 
-class Shortage:
+class OomRetry:
     """What a run does when memory is short. One object of a run, shared by its stages; it remembers what fitted.
 
     tell: given a sentence each time, and whether the weights are still those that the iteration began with, so that a
@@ -32,7 +32,7 @@ class Shortage:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.count, self.tokens = 0, None
-        self.tell: Callable[[str, bool], None] = lambda sentence, whole: None
+        self.tell: Callable[[str, bool], None] = lambda sentence, weights_unchanged: None
 
     @contextlib.contextmanager
     def together(self, lockstep: bool = False) -> Iterator[None]:
@@ -45,7 +45,7 @@ class Shortage:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            if not is_shortage(error):
+            if not is_out_of_memory(error):
                 raise
             short = f"{error}".strip().partition("\n")[0] or type(error).__name__
             if lockstep:
@@ -67,11 +67,11 @@ class Shortage:
         return min(tokens, self.tokens or tokens)
 
     def fit(
-        self, stage: str, parts: Parts, lengths: Sequence[int], work: Callable[[Parts], Found], whole: bool
+        self, stage: str, parts: Parts, lengths: Sequence[int], work: Callable[[Parts], Found], weights_unchanged: bool
     ) -> tuple[Parts, Found]:
         """Do `work` on micro-batches, and again on smaller ones until it does not raise OutOfMemory.
 
-        lengths: tokens of each member, prompt included. whole: the weights are still those the iteration began with.
+        lengths: tokens of each member, prompt included. weights_unchanged: as `Observer.on_shortage` says.
         Returns the micro-batches that fitted and what `work` returned. Raises UserError if no micro-batch can be cut.
         """
         while True:
@@ -90,10 +90,10 @@ class Shortage:
                     "data.max_prompt_tokens with another name="
                 )
             self.tokens = min(self.tokens or max(padded), max(padded) // 2)
-            self._say(stage, f"training.micro_batch_tokens = {self.tokens}", reason, whole)
+            self._say(stage, f"training.micro_batch_tokens = {self.tokens}", reason, weights_unchanged)
             parts = [micro_batches([i for batch in part for i in batch], lengths, self.tokens) for part in parts]
 
-    def fit_rollout(self, engine, count: int, sample: Callable[[], Found], whole: bool) -> Found:
+    def fit_rollout(self, engine, count: int, sample: Callable[[], Found], weights_unchanged: bool) -> Found:
         """Call `sample`, which writes `count` completions, until it fits; each time engine.batch_size is halved.
 
         Raises UserError if one completion alone does not fit.
@@ -111,8 +111,8 @@ class Shortage:
                     "rollout.max_new_tokens or data.max_prompt_tokens with another name="
                 )
             engine.batch_size = max(1, min(engine.batch_size, max(count, 2)) // 2)
-            self._say("rollout", f"rollout.batch_size = {engine.batch_size}", reason, whole)
+            self._say("rollout", f"rollout.batch_size = {engine.batch_size}", reason, weights_unchanged)
 
-    def _say(self, stage: str, setting: str, reason: str, whole: bool) -> None:
+    def _say(self, stage: str, setting: str, reason: str, weights_unchanged: bool) -> None:
         self.count += 1
-        self.tell(f"memory ran out in the {stage} ({reason}); done again with {setting}", whole)
+        self.tell(f"memory ran out in the {stage} ({reason}); done again with {setting}", weights_unchanged)

@@ -1,0 +1,56 @@
+"""avg@n on the held-out prompts, at one temperature for all tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from hapo_lite.model.policy import Policy
+from hapo_lite.recipe import EvaluationSettings
+from hapo_lite.records import EncodedPrompt, Graded
+from hapo_lite.rollout.sampling import AdaptiveTemperature, DrawKey
+from hapo_lite.runs.trace import Trace
+from hapo_lite.train.collect import Collector
+from hapo_lite.train.traces import make_trace
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """graded: `samples` completions of each prompt. metrics: for metrics.jsonl. traces: of a few completions."""
+
+    graded: Graded
+    samples: int
+    metrics: dict[str, Any]
+    traces: list[Trace] = field(default_factory=list)
+
+    def with_traces(self, policy: Policy, iteration: int, count: int) -> HeldOut:
+        """The same with traces of the first completion of the first `count` prompts."""
+        graded = self.graded
+        shown = range(0, len(graded), self.samples)[:count]
+        traces = [make_trace(policy, "eval", iteration, graded.completions[i], graded.scores[i]) for i in shown]
+        return replace(self, traces=traces)
+
+
+def evaluate_held_out(
+    collector: Collector, prompts: Sequence[EncodedPrompt], settings: EvaluationSettings, key: DrawKey
+) -> HeldOut:
+    """Sample and grade every held-out prompt."""
+    processor = AdaptiveTemperature(None, settings.temperature)
+    sampled = collector.sample_and_grade(prompts, settings.samples, processor, key)
+    completions, scores = sampled.graded.completions, sampled.graded.scores
+    count = len(scores)
+    metrics = {
+        "eval/accuracy": sum(s.correct for s in scores) / count,
+        "eval/solved": [
+            sum(s.correct for s in scores[i : i + settings.samples]) for i in range(0, count, settings.samples)
+        ],
+        "eval/length_mean": sum(c.length for c in completions) / count,
+        "eval/truncated_share": sum(c.truncated for c in completions) / count,
+        "eval/entropy_mean": float(torch.cat([c.entropy for c in completions]).mean()),
+        "eval/unparseable_share": sum(s.outcome == "unparseable" for s in scores) / count,
+        "seconds/evaluate": sampled.rollout_seconds + sampled.grade_seconds,
+    }
+    return HeldOut(sampled.graded, settings.samples, metrics)

@@ -1,0 +1,177 @@
+"""What a run writes: its lines, traces, checkpoints, skipped steps and, at the end, its summary."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+import hapo_lite
+from hapo_lite.errors import UserError, writing
+from hapo_lite.model.adapter import save_adapter
+from hapo_lite.recipe import Recipe
+from hapo_lite.runs.checkpoint import TrainState, save_checkpoint
+from hapo_lite.runs.files import file_hash, replace_text, replacing_folder
+from hapo_lite.runs.folder import RunFolder
+from hapo_lite.runs.skipped import SkippedStep, save_step
+from hapo_lite.runs.trace import write_traces
+from hapo_lite.train.collapse import CollapseWatch
+from hapo_lite.train.curves import closing_table, draw_curves
+from hapo_lite.train.loop import Loop
+from hapo_lite.train.verdict import judge_run
+
+HEADLINE = {"reward/mean": "reward", "entropy/all_mean": "entropy", "eval/accuracy": "avg@n"}
+"""What the progress bar shows."""
+
+
+def is_over(recipe: Recipe, state: TrainState) -> bool:
+    """Whether the run has come to its last iteration, or has sampled its tokens."""
+    training = recipe.training
+    return state.iteration >= training.iterations or state.tokens >= (training.max_tokens or float("inf"))
+
+
+def is_due(iteration: int, every: int) -> bool:
+    """Whether something is done after this iteration; every 0: only at the end."""
+    return every > 0 and iteration % every == 0
+
+
+class Recorder:
+    """Everything a run writes, by the main process."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, loop: Loop, say: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.recipe = recipe
+        self.loop = loop
+        self.say = say
+        self.main = loop.accelerator.is_main_process
+        self.shown: dict[str, float] = {}
+        self.watch = CollapseWatch()
+        for line in folder.metrics.read() if self.main else ():
+            self.watch.see(line)  # What they warned of has been said.
+
+    @property
+    def evaluates(self) -> bool:
+        return bool(self.loop.held_out)
+
+    def iteration(self, state: TrainState) -> TrainState:
+        """One iteration with all that is due after it. Raises UserError after too many skipped updates in a row."""
+        recipe, started = self.recipe, time.perf_counter()
+        done = self.loop.step(state)
+        number, over = done.state.iteration, is_over(recipe, done.state)
+        done.metrics["seconds/iteration"] = time.perf_counter() - started
+        due = over or is_due(number, recipe.evaluation.every)
+        self.record(done.metrics, done.traces, evaluate=self.evaluates and due)
+        state = replace(done.state, seconds=state.seconds + done.metrics["seconds/iteration"])
+        stuck = state.skipped_in_a_row >= recipe.training.max_skipped
+        if over or stuck or is_due(number, recipe.checkpoint.every):
+            self.save(state)
+        if stuck:
+            raise UserError(self.stuck_sentence(state))
+        return state
+
+    def record(self, metrics: dict[str, Any], traces: list, evaluate: bool) -> None:
+        """Add an iteration's line to metrics.jsonl and its traces, after an evaluation if one is due."""
+        if evaluate:
+            evaluation = self.loop.evaluate(int(metrics["iteration"]))
+            metrics = metrics | evaluation.metrics
+            traces = traces + evaluation.traces
+        self.loop.progress.enter("recording")
+        # What is nan or inf, such as the entropy of an evaluation, would be no JSON.
+        metrics = {key: v for key, v in metrics.items() if not isinstance(v, float) or math.isfinite(v)}
+        self.shown |= {key: v for key, v in metrics.items() if key in HEADLINE}
+        if not self.main:
+            return
+        with writing(self.folder.path):
+            write_traces(self.folder.traces, int(metrics["iteration"]), traces)
+            self.folder.metrics.append(metrics)
+        for warning in self.watch.see(metrics):
+            tqdm.write(f"warning: {warning}")
+        if self.recipe.logging.report_to != "none":
+            numbers = {key: value for key, value in metrics.items() if not isinstance(value, list)}
+            self.loop.accelerator.log(numbers, step=int(metrics["iteration"]))
+
+    def save(self, state: TrainState) -> None:
+        if self.main and state.iteration:
+            self.loop.progress.enter("checkpoint")
+            loop, folder = self.loop, self.folder.checkpoints
+            save_checkpoint(folder, loop.parts, state, self.recipe)
+
+    def keep_step(self, step: SkippedStep) -> None:
+        """Save a step that was skipped, and say so."""
+        if not self.main:
+            return
+        with writing(self.folder.replay):
+            path = save_step(self.folder.replay, step, self.loop.policy.trainable(), self.recipe)
+        what = f"update {step.step}" if step.step else "all updates"
+        self.note(f"{what} of iteration {step.iteration} skipped: {step.reason}; kept as {path}")
+
+    def note(self, sentence: str) -> None:
+        if self.main:
+            tqdm.write(f"note: {sentence}")
+
+    def stuck_sentence(self, state: TrainState) -> str:
+        return (
+            f"stopped after iteration {state.iteration}, which is saved: {state.skipped_in_a_row} updates, or "
+            "iterations before their first one, were skipped in a row (training.max_skipped = "
+            f"{self.recipe.training.max_skipped}); python -m hapo_lite.replay FILE, with the newest file of "
+            f"{self.folder.replay}, shows where it begins"
+        )
+
+    def headline(self) -> dict[str, str]:
+        names = HEADLINE | {"eval/accuracy": f"avg@{self.recipe.evaluation.samples}"}
+        return {names[key]: f"{self.shown[key]:.3f}" for key in names if key in self.shown}
+
+    def finish(self, state: TrainState) -> dict[str, Any]:
+        """Write adapter/, summary.json and curves.png, and print the closing table and the verdict."""
+        self.loop.progress.enter("closing")
+        self.loop.accelerator.wait_for_everyone()
+        if not self.main:
+            return {}
+        lines = self.folder.metrics.read()
+        with writing(self.folder.path):
+            with replacing_folder(self.folder.adapter) as aside:
+                save_adapter(self.loop.policy, aside)
+            draw_curves(lines, self.folder.curves, title=self.recipe.name)
+            # Last, since it says that the run is complete.
+            verdict = judge_run(lines, self.recipe)
+            summary = self._summary(state, lines) | {"verdict": asdict(verdict)}
+            replace_text(self.folder.summary, json.dumps(summary, indent=1) + "\n")
+        self.say(closing_table(lines, self.recipe.evaluation.samples))
+        self.say(str(verdict))
+        self.say(f"{self.folder.path}: adapter/, curves.png, summary.json, metrics.jsonl, traces/")
+        return summary
+
+    def _summary(self, state: TrainState, lines: list[dict[str, Any]]) -> dict[str, Any]:
+        evaluated = [line for line in lines if "eval/accuracy" in line]
+        return {
+            "name": self.recipe.name,
+            "method": self.recipe.method.preset,
+            "seed": self.recipe.seed,
+            "iterations": state.iteration,
+            "updates": state.updates,
+            "sampled_tokens": state.tokens,
+            "training_seconds": round(state.seconds, 2),
+            "evaluation": {
+                "prompts": len(self.loop.held_out),
+                "samples": self.recipe.evaluation.samples,
+                "before": evaluated[0] if evaluated and evaluated[0]["iteration"] == 0 else None,
+                "after": evaluated[-1] if evaluated else None,
+            },
+            "origins": {"model": self.loop.policy.origin, "data": self.loop.stream.origin},
+            "adapter_sha256": file_hash(self.folder.adapter / "adapter_model.safetensors"),
+            "versions": {"hapo_lite": hapo_lite.__version__, "torch": torch.__version__},
+            "machine": {
+                "device": str(self.loop.accelerator.device),
+                "processes": self.loop.accelerator.num_processes,
+                "cpu": platform.processor() or platform.machine(),
+                "cores": os.cpu_count(),
+            },
+        }

@@ -1,0 +1,126 @@
+"""From graded completions to the iteration's experience: advantages, the old policy on every token, the signal.
+
+Axes: B completions, T completion tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hapo_lite.algo.advantage import entropy_scale, group_advantage
+from hapo_lite.algo.methods import Method
+from hapo_lite.algo.tokens import fit_signal, uncertain_tokens
+from hapo_lite.errors import UserError
+from hapo_lite.model.policy import Policy
+from hapo_lite.recipe import RolloutSettings
+from hapo_lite.records import Completion, Experience, Graded, Sequences
+from hapo_lite.train.batching import Parts, Plan, padded_tokens
+from hapo_lite.train.finite import check_tokens
+from hapo_lite.train.resources import Resources
+
+
+class OldPolicy(NamedTuple):
+    """The policy before the first update on every completion: [T] each, on the CPU; entropy in nats."""
+
+    logp: list[Tensor]
+    entropy: list[Tensor]
+
+
+class Scored(NamedTuple):
+    """plan: with the micro-batches that fitted into memory, so that the updates use the same ones."""
+
+    plan: Plan
+    experience: Experience
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The stage between rollout and update."""
+
+    policy: Policy
+    method: Method
+    rollout: RolloutSettings
+    resources: Resources
+
+    def score(self, graded: Graded, advantage: Tensor, plan: Plan) -> Scored:
+        """Score in the micro-batches of `plan`, and in smaller ones where memory runs out.
+
+        The updates compute the same products on the same shapes, so that ratio = 1 to the last bit before the first
+        one. Raises NotFinite for a log-probability or entropy that is nan or inf.
+        """
+
+        def attempt(parts: Parts) -> Experience:
+            return self._experience(graded, advantage, plan.cut(parts))
+
+        parts, experience = self.resources.oom.fit(
+            "scoring", plan.parts, graded.sequence_lengths, attempt, weights_unchanged=True
+        )
+        return Scored(plan.cut(parts), experience)
+
+    def _experience(self, graded: Graded, advantage: Tensor, plan: Plan) -> Experience:
+        method, completions = self.method, graded.completions
+        if self.rollout.old_logprobs == "sampled":
+            old = OldPolicy([c.base_logp for c in completions], [c.entropy for c in completions])
+        else:
+            old = self._forward(graded, plan)
+        base_logp = None
+        if method.needs_base:
+            with self.policy.base_alone():
+                base_logp = self._forward(graded, plan).logp
+        check_tokens("log-probability", old.logp, completions)
+        check_tokens("entropy", old.entropy, completions)
+        try:
+            signal = fit_signal(method, torch.cat(old.entropy))
+        except ValueError as error:
+            raise UserError(f"no signal can be fitted: {error}") from error
+        return Experience(
+            completions,
+            graded.scores,
+            advantage,
+            old.logp,
+            old.entropy,
+            signal,
+            h=[signal.normalize(e) for e in old.entropy],
+            uncertain=[uncertain_tokens(method, signal, e) for e in old.entropy],
+            scale=entropy_scale(torch.stack([e.mean() for e in old.entropy]), method.floor),
+            base_logp=base_logp,
+        )
+
+    @torch.no_grad()
+    def _forward(self, graded: Graded, plan: Plan) -> OldPolicy:
+        """One forward pass over every completion; each process does its share and gets the results of all."""
+        processes, oom, progress = self.resources.processes, self.resources.oom, self.resources.progress
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        batches = [b for part in plan.parts for b in (*processes.rank_share(part), *processes.padding(part))]
+        lengths = graded.sequence_lengths
+        progress.count(len(batches), "micro-batches", padded_tokens(batches, lengths))
+        with self.policy.unpacked(exact=True), oom.together(lockstep=processes.sharded):
+            for batch in batches:
+                completions = graded.select(batch).completions
+                logp, entropy = (t.cpu() for t in logprobs(self.policy, completions, self.rollout.temperature))
+                progress.advance(1, padded_tokens([batch], lengths))
+                for row, i in enumerate(batch):
+                    length = completions[row].length
+                    found[i] = logp[row, :length].clone(), entropy[row, :length].clone()
+        found = processes.gather(found)
+        return OldPolicy([found[i][0] for i in range(len(graded))], [found[i][1] for i in range(len(graded))])
+
+
+def logprobs(policy: Policy, completions: Sequence[Completion], temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every completion token, [B, T] each, with the gradient of the first."""
+    return policy.completion_logprobs(Sequences.of(completions, policy.device), temperature)
+
+
+def advantages(graded: Graded, method: Method) -> Tensor:
+    """Each completion's advantage against its group: [B], fp32, computed in fp64."""
+    return group_advantage(
+        graded.rewards,
+        torch.tensor([c.length for c in graded.completions]),
+        torch.tensor([c.prompt.index for c in graded.completions]),
+        method.advantage_level,
+    ).float()
