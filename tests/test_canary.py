@@ -141,6 +141,6 @@ def test_a_run_stops_before_its_first_iteration(recipe, tmp_path, monkeypatch):
 
 def test_top_p_in_training_samples_from_the_nucleus(make_loop):
     small = ["rollout.prompts_per_iteration=4", "rollout.top_p=0.6", "method.importance=truncated"]
-    completions = make_loop(load_recipe(TINY, small)).rollout(TrainState(), 1).completions
+    completions = make_loop(load_recipe(TINY, small)).sample(TrainState(iteration=1)).completions
     lifted = torch.cat([c.sampling_logp - c.base_logp for c in completions])
     assert (lifted > -1e-4).all() and (lifted > 0.1).float().mean() > 0.05

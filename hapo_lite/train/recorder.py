@@ -83,7 +83,7 @@ class Recorder:
             evaluation = self.loop.evaluate(int(metrics["iteration"]))
             metrics = metrics | evaluation.metrics
             traces = traces + evaluation.traces
-        self.loop.progress.enter("recording")
+        self.loop.resources.progress.enter("recording")
         # What is nan or inf, such as the entropy of an evaluation, would be no JSON.
         metrics = {key: v for key, v in metrics.items() if not isinstance(v, float) or math.isfinite(v)}
         self.shown |= {key: v for key, v in metrics.items() if key in HEADLINE}
@@ -100,7 +100,7 @@ class Recorder:
 
     def save(self, state: TrainState) -> None:
         if self.main and state.iteration:
-            self.loop.progress.enter("checkpoint")
+            self.loop.resources.progress.enter("checkpoint")
             loop, folder = self.loop, self.folder.checkpoints
             save_checkpoint(folder, loop.parts, state, self.recipe)
 
@@ -131,7 +131,7 @@ class Recorder:
 
     def finish(self, state: TrainState) -> dict[str, Any]:
         """Write adapter/, summary.json and curves.png, and print the closing table and the verdict."""
-        self.loop.progress.enter("closing")
+        self.loop.resources.progress.enter("closing")
         self.loop.accelerator.wait_for_everyone()
         if not self.main:
             return {}
