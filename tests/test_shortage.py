@@ -189,7 +189,7 @@ def work(parts):
             torch.empty(1 << 60, dtype=torch.uint8)
     return float(accelerator.reduce(torch.tensor(float(sum(map(len, mine)))), "sum"))
 
-parts, found = shortage.fit("update", [[[0, 1, 2, 3], [4, 5, 6, 7]]], [10] * 8, work, whole=True)
+parts, found = shortage.fit("update", [[[0, 1, 2, 3], [4, 5, 6, 7]]], [10] * 8, work, weights_unchanged=True)
 print(accelerator.process_index, shortage.count, shortage.tokens, found, len(parts[0]))
 """
 
