@@ -25,7 +25,7 @@ from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.errors import UserError, disk_problem
 from hapo_lite.files import file_hash, replacing_folder
 from hapo_lite.policy import Policy, save_adapter
-from hapo_lite.recipe import Recipe, departure
+from hapo_lite.recipe import Recipe, first_incompatible_setting
 from hapo_lite.rollout.collect import PromptStream
 
 VERSION = 2
@@ -166,7 +166,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def problem_of(path: Path, recipe: Recipe) -> str | None:
     """Why a run of `recipe` cannot go on from a checkpoint; None where it can."""
     try:
-        changed = departure(read_record(path)["recipe"], recipe)
+        changed = first_incompatible_setting(read_record(path)["recipe"], recipe)
     except UserError as error:
         return str(error)
     return f"the checkpoint {path} is of another recipe: it was made with {changed}" if changed else None

@@ -13,7 +13,7 @@ from hapo_lite.errors import UserError, writing
 from hapo_lite.files import inside, replace_text
 from hapo_lite.loop import Loop
 from hapo_lite.metrics import MetricsFile
-from hapo_lite.recipe import Recipe, departure
+from hapo_lite.recipe import Recipe, first_incompatible_setting
 from hapo_lite.skipped import drop_steps_after
 from hapo_lite.status import Status
 from hapo_lite.trace import drop_traces_after
@@ -110,7 +110,7 @@ def changed_setting(folder: RunFolder, recipe: Recipe) -> str | None:
         before = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder.recipe}, which the run is to be continued from, cannot be read: {error}") from None
-    return departure(before, recipe)
+    return first_incompatible_setting(before, recipe)
 
 
 def resume(folder: RunFolder, recipe: Recipe, loop: Loop, say) -> TrainState:
