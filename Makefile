@@ -18,9 +18,10 @@ smollm2 qwen: $(VENV)/.installed-dev ## real weights for tests/real: 93 MB or 1.
 test-qwen: qwen ## tests/real on 1.5 billion weights, by hand: once in fp32 too
 	$(PY) -m pytest tests/real -m by_hand -o timeout=3600
 
-lint: $(VENV)/.installed-dev ## check style
+lint: $(VENV)/.installed-dev ## check style, and types where they are strict
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 lock: requirements.txt | $(VENV)/bin/python ## write requirements.lock anew, with the hash of every file
 	$(PY) .ci/lock.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 
@@ -11,7 +12,8 @@ import yaml
 from hapo_lite.algo.methods import PRESETS
 from hapo_lite.compare.plan import load_comparison, planned_runs
 from hapo_lite.errors import UserError
-from hapo_lite.recipe import Recipe, departure, describe_fields, load_recipe
+from hapo_lite.recipe import Recipe, describe_fields, first_incompatible_setting, load_recipe, rules, schema
+from hapo_lite.recipe.settings import Section, apply_override
 from tests.conftest import ROOT, TINY
 
 FILES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "accelerate")
@@ -103,14 +105,6 @@ def test_a_preset_may_be_named_or_altered(write_recipe, name):
         ("method=happo", r"method: preset 'happo' is not one of grpo, dapo, hapo, .*; did you mean hapo\?"),
         ("method.tau=3", r"method: tau = 3\.0 is out of range"),
         ("name=../elsewhere", "name: must be one folder name"),
-        ("rollout.completions_per_prompt=1", "a group of one has no advantage"),
-        ("rollout.top_p=0.9", "needs method.importance=truncated: .* without that weight the gradient is biased"),
-        ("rollout.top_k=20", "a rollout.top_k needs method.importance=truncated"),
-        ("rollout.token_budget=5", "no effect without rollout.dynamic_sampling"),
-        ("reward.correct=0", "wrong answers are what is learned"),
-        ("training.updates_per_iteration=9999", "some updates would be empty"),
-        ("reward.overlong_buffer=99999", "every completion is overlong"),
-        ("training={iterations: 1, max_tokens: 9, schedule: cosine}", "must be constant with training.max_tokens"),
         ("seed", "is not an override: write section.key=value"),
         ("seed.deeper=1", "seed.* is a single value, not a section"),
         ("seed=[1", "is not a YAML value"),
@@ -121,6 +115,27 @@ def test_mistakes_in_overrides(write_recipe, override, message):
     with pytest.raises(UserError, match=message) as error:
         load_recipe(path, [override])
     assert "\n" not in str(error.value)
+
+
+def test_a_section_says_what_a_single_value_is_short_for():
+    """settings.py knows no section by name, so another file than a recipe may have short forms of its own."""
+
+    class Inner(Section):
+        kind: str
+        size: int = 1
+
+    class Outer(Section):
+        inner: Inner
+
+        @classmethod
+        def section_from_value(cls, name, value):
+            return {"kind": value} if name == "inner" and isinstance(value, str) else value
+
+    settings = {"inner": "round"}
+    apply_override(Outer, settings, "inner.size=2")
+    assert settings == {"inner": {"kind": "round", "size": 2}}
+    with pytest.raises(UserError, match=r"'method\.tau=1': method is a single value, not a section"):
+        apply_override(Outer, {"method": "hapo"}, "method.tau=1")
 
 
 @pytest.mark.parametrize(
@@ -149,24 +164,114 @@ def test_missing_file_names_its_nearest_neighbour(tmp_path):
         load_recipe(tmp_path / "nowhere" / "r.yaml")
 
 
-def test_one_update_is_warned_of(write_recipe):
-    [note] = load_recipe(write_recipe(MINIMAL), ["training.updates_per_iteration=1"]).advice()
-    assert "every ratio is 1" in note
+ERRORS = [
+    (rules.offload_needs_checkpointing, ["model.activation_offload=true"], "without it, weights would be moved too"),
+    (
+        rules.groups_have_two_completions,
+        ["rollout.completions_per_prompt=1"],
+        "a group of one has no advantage",
+    ),
+    (
+        rules.overlong_ramp_starts_after_the_first_token,
+        ["reward.overlong_buffer=99999"],
+        "every completion is overlong",
+    ),
+    (
+        rules.every_update_has_a_completion,
+        ["training.updates_per_iteration=9999"],
+        "some updates would be empty",
+    ),
+    (rules.a_correct_answer_earns_more, ["reward.correct=0"], "wrong answers are what is learned"),
+    (
+        rules.token_budget_needs_dynamic_sampling,
+        ["rollout.token_budget=5"],
+        "no effect without rollout.dynamic_sampling",
+    ),
+    (
+        rules.truncated_sampling_needs_its_weight,
+        ["rollout.top_p=0.9"],
+        "needs method.importance=truncated: .* without that weight the gradient is biased",
+    ),
+    (
+        rules.truncated_sampling_needs_its_weight,
+        ["rollout.top_k=20"],
+        "a rollout.top_k needs method.importance=truncated",
+    ),
+    (
+        rules.a_limit_of_tokens_needs_a_constant_schedule,
+        ["training={iterations: 1, max_tokens: 9, schedule: cosine}"],
+        "must be constant with training.max_tokens",
+    ),
+]
+"""Rules of RULES, the overrides that break each of them, and words of its sentence."""
+
+DOUBTS = [
+    (rules.one_update_disables_hapo, ["training.updates_per_iteration=1"], "every ratio is 1"),
+    (
+        rules.one_update_disables_eps_uncertain,
+        ["method=archer", "training.updates_per_iteration=1"],
+        "eps_uncertain does nothing",
+    ),
+    (rules.low_side_needs_a_reader, ["method=dapo", "method.low_side=positive"], "low_side has no effect"),
+    (
+        rules.redistribution_needs_certain_tokens,
+        ["method=hapo", "method.trained_tokens=uncertain"],
+        "all that redistribution can suppress",
+    ),
+    (
+        rules.uncertain_among_needs_a_reader,
+        ["method=grpo", "method.uncertain_among=completion"],
+        "uncertain_among has no effect",
+    ),
+    (
+        rules.hapo_with_overlong_penalty,
+        ["method=hapo_public_code", "reward.overlong_buffer=8"],
+        "sensitive to the overlong penalty",
+    ),
+    (
+        rules.grpo_with_overlong_penalty,
+        ["method=grpo", "reward.overlong_buffer=8"],
+        "GRPO as published has no length penalty",
+    ),
+]
+"""Rules of ADVICE, the overrides that bring each of them, and words of its sentence."""
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["method=archer", "training.updates_per_iteration=1"], "eps_uncertain does nothing"),
-        (["method=dapo", "method.low_side=positive"], "low_side has no effect"),
-        (["method=hapo", "method.trained_tokens=uncertain"], "all that redistribution can suppress"),
-        (["method=grpo", "method.uncertain_among=completion"], "uncertain_among has no effect"),
-        (["method=hapo_public_code", "reward.overlong_buffer=8"], "sensitive to the overlong penalty"),
-    ],
-)
-def test_settings_that_are_seldom_meant_get_a_sentence(write_recipe, overrides, words):
-    [note] = load_recipe(write_recipe(MINIMAL), overrides).advice()
+def rule_names(cases):
+    return [rule.__name__ for rule, *_ in cases]
+
+
+@pytest.mark.parametrize(("rule", "overrides", "words"), ERRORS, ids=rule_names(ERRORS))
+def test_a_broken_rule_is_an_error_of_one_sentence(write_recipe, monkeypatch, rule, overrides, words):
+    path = write_recipe(MINIMAL)
+    with pytest.raises(UserError, match=words) as error:
+        load_recipe(path, overrides)
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(schema, "RULES", ())
+    recipe = load_recipe(path, overrides)
+    assert [broken for broken in rules.RULES if broken(recipe)] == [rule]
+    assert str(error.value) == f"{path}: {rule(recipe)}"
+
+
+@pytest.mark.parametrize(("rule", "overrides", "words"), DOUBTS, ids=rule_names(DOUBTS))
+def test_settings_that_are_seldom_meant_get_a_sentence(write_recipe, rule, overrides, words):
+    recipe = load_recipe(write_recipe(MINIMAL), overrides)
+    [note] = recipe.advice()
     assert words in note
+    assert note == rule(recipe)
+
+
+def test_every_rule_has_a_reason_and_a_case():
+    in_module = {f for name, f in inspect.getmembers(rules, inspect.isfunction) if f.__module__ == rules.__name__}
+    assert in_module == {*rules.RULES, *rules.ADVICE}
+    assert len(in_module) == len(rules.RULES) + len(rules.ADVICE)
+    assert {rule for rule, *_ in ERRORS} == set(rules.RULES)
+    assert {rule for rule, *_ in DOUBTS} == set(rules.ADVICE)
+    for rule in in_module:
+        sentences = " ".join((rule.__doc__ or "").split()).split(". ")
+        assert 1 <= len(sentences) <= 2 and sentences[-1].endswith("."), (
+            f"{rule.__name__}: say why, in a sentence or two"
+        )
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -197,11 +302,11 @@ def test_help_lists_every_field_with_a_meaning():
 def test_what_makes_another_run_of_a_recipe(write_recipe):
     now = load_recipe(write_recipe(MINIMAL), ["training.iterations=9", "checkpoint.keep=5", "output_dir=there"])
     before = load_recipe(write_recipe(MINIMAL)).model_dump(mode="json")
-    assert departure(before, now) is None
+    assert first_incompatible_setting(before, now) is None
     del before["training"]["weight_decay"]  # as of a version that had no such setting
-    assert departure(before, now) is None
+    assert first_incompatible_setting(before, now) is None
     before["rollout"]["temperature"] = 0.5
-    assert departure(before, now) == "rollout.temperature = 0.5, the recipe now says 1.0"
+    assert first_incompatible_setting(before, now) == "rollout.temperature = 0.5, the recipe now says 1.0"
     before["rollout"]["of_the_future"] = 1
-    assert "rollout.of_the_future is not a field" in departure(before, now)
-    assert "other settings" in departure(None, now)
+    assert "rollout.of_the_future is not a field" in first_incompatible_setting(before, now)
+    assert "other settings" in first_incompatible_setting(None, now)

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 HOLD = """
 import sys, time
 from pathlib import Path
-from hapo_lite.status import Status
+from hapo_lite.runs.status import Status
 with Status(Path(sys.argv[1])) as status:
     status.doing.iteration = 7
     status.enter("rollout")

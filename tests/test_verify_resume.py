@@ -20,7 +20,7 @@ SHORT = ["training.iterations=4", "evaluation.every=2", "data.limit=64", "loggin
 FORGETFUL = """
 import sys, time
 from pathlib import Path
-from hapo_lite.status import Status
+from hapo_lite.runs.status import Status
 folder = Path(sys.argv[-1].partition("=")[2]) / "run"
 folder.mkdir(exist_ok=True)
 with Status(folder / "status.json") as status:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 
-def _option(default, meaning: str):
+def _option(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"help": meaning})
 
 

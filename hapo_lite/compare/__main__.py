@@ -8,7 +8,7 @@ import sys
 from hapo_lite.cli import run_command
 from hapo_lite.compare.plan import Comparison, load_comparison, planned_runs
 from hapo_lite.errors import UserError
-from hapo_lite.settings import describe
+from hapo_lite.recipe.fields import describe
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,8 +22,8 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from hapo_lite.errors import UserError
-from hapo_lite.recipe import FOLDER_NAME, NonNegative, Positive, Recipe, parse_recipe
-from hapo_lite.settings import Section, nearest, parse_override, put, read_mapping, validate
+from hapo_lite.recipe import FOLDER_NAME, NonNegative, Positive, Recipe, parse_recipe, read_recipe_file
+from hapo_lite.recipe.settings import Section, nearest, parse_override, put, read_mapping, validate
 
 CAP = 4
 """Times the recipe's iterations that a run may take to its tokens, where max_iterations is null."""
@@ -126,14 +126,14 @@ def load_comparison(path: str | Path, overrides: list[str] | tuple[str, ...] = (
     (`training.learning_rate=1e-4`).
     """
     path = Path(path)
-    fields = read_mapping(path, "comparison")
+    fields = read_mapping(path, "comparison", "`recipe:` and `arms:`")
     if "model" in fields and "arms" not in fields:
         raise UserError(f"{path} is the recipe of one run: use python -m hapo_lite.train {path}, or give it arms")
     for override in overrides:
         _override(fields, override)
     fields.setdefault("name", path.stem)
     if isinstance(fields.get("recipe"), str):
-        fields["recipe"] = read_mapping(path.parent / fields["recipe"], "recipe")
+        fields["recipe"] = read_recipe_file(path.parent / fields["recipe"])
     return validate(Comparison, fields, str(path))
 
 
@@ -164,7 +164,7 @@ def _override(fields: dict[str, Any], override: str) -> None:
         changes.pop(key, None)
         fields["settings"] = {**changes, key: value}
     else:
-        put(fields, key, value, override)
+        put(Recipe, fields, key, value, override)
 
 
 def _recipe_of(comparison: Comparison, arm: str, seed: int) -> Recipe:
@@ -172,16 +172,16 @@ def _recipe_of(comparison: Comparison, arm: str, seed: int) -> Recipe:
     for where, changes in (("settings", comparison.settings), (f"arms.{arm}", comparison.arms[arm])):
         for key, value in flat_changes(changes):
             _check_change(where, key)
-            put(settings, key, copy.deepcopy(value), f"{where}: {key}")
+            put(Recipe, settings, key, copy.deepcopy(value), f"{where}: {key}")
     settings |= {"name": f"{arm}-seed{seed}", "output_dir": str(comparison.folder), "seed": seed}
     where = f"{comparison.name}, arm {arm}"
     alone = parse_recipe(settings, where)
     if not alone.evaluation.prompts:
         raise UserError(f"{where}: evaluation.prompts is 0, which leaves nothing to compare by")
-    put(settings, "training.max_tokens", comparison.tokens, where)
-    put(settings, "training.iterations", comparison.max_iterations or CAP * alone.training.iterations, where)
-    put(settings, "checkpoint.resume", "auto", where)
-    put(settings, "logging.progress", False, where)
+    put(Recipe, settings, "training.max_tokens", comparison.tokens, where)
+    put(Recipe, settings, "training.iterations", comparison.max_iterations or CAP * alone.training.iterations, where)
+    put(Recipe, settings, "checkpoint.resume", "auto", where)
+    put(Recipe, settings, "logging.progress", False, where)
     return parse_recipe(settings, where)
 
 

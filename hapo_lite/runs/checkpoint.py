@@ -23,7 +23,7 @@ from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.errors import UserError, disk_problem
 from hapo_lite.model.adapter import load_adapter, save_adapter
 from hapo_lite.model.policy import Policy
-from hapo_lite.recipe import Recipe, departure
+from hapo_lite.recipe import Recipe, first_incompatible_setting
 from hapo_lite.runs.files import file_hash, replacing_folder
 
 VERSION = 2
@@ -171,7 +171,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def problem_of(path: Path, recipe: Recipe) -> str | None:
     """Why a run of `recipe` cannot go on from a checkpoint; None where it can."""
     try:
-        changed = departure(read_record(path)["recipe"], recipe)
+        changed = first_incompatible_setting(read_record(path)["recipe"], recipe)
     except UserError as error:
         return str(error)
     return f"the checkpoint {path} is of another recipe: it was made with {changed}" if changed else None

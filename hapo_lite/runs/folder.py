@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from hapo_lite.errors import UserError, writing
-from hapo_lite.recipe import Recipe, departure
+from hapo_lite.recipe import Recipe, first_incompatible_setting
 from hapo_lite.runs.checkpoint import list_checkpoints
 from hapo_lite.runs.files import inside, replace_text
 from hapo_lite.runs.lines import MetricsFile
@@ -107,4 +107,4 @@ def changed_setting(folder: RunFolder, recipe: Recipe) -> str | None:
         before = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder.recipe}, which the run is to be continued from, cannot be read: {error}") from None
-    return departure(before, recipe)
+    return first_incompatible_setting(before, recipe)

@@ -1,0 +1,45 @@
+"""The recipe of a run: its settings, the rules between them, and the files that they come from."""
+
+from hapo_lite.recipe.changes import first_incompatible_setting, flatten
+from hapo_lite.recipe.load import describe_fields, load_recipe, parse_recipe, read_recipe_file
+from hapo_lite.recipe.schema import Recipe
+from hapo_lite.recipe.sections import (
+    FOLDER_NAME,
+    BenchmarkSettings,
+    CheckpointSettings,
+    DataSettings,
+    EvaluationSettings,
+    LoggingSettings,
+    LoraSettings,
+    ModelSettings,
+    NonNegative,
+    Positive,
+    RewardSettings,
+    RolloutSettings,
+    SuiteSettings,
+    TrainingSettings,
+)
+
+__all__ = [
+    "FOLDER_NAME",
+    "BenchmarkSettings",
+    "CheckpointSettings",
+    "DataSettings",
+    "EvaluationSettings",
+    "LoggingSettings",
+    "LoraSettings",
+    "ModelSettings",
+    "NonNegative",
+    "Positive",
+    "Recipe",
+    "RewardSettings",
+    "RolloutSettings",
+    "SuiteSettings",
+    "TrainingSettings",
+    "describe_fields",
+    "first_incompatible_setting",
+    "flatten",
+    "load_recipe",
+    "parse_recipe",
+    "read_recipe_file",
+]

@@ -1,0 +1,59 @@
+"""Which settings a run may change when it is resumed, and which setting makes a recipe that of another run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hapo_lite.errors import UserError
+from hapo_lite.recipe.load import parse_recipe
+from hapo_lite.recipe.schema import Recipe
+
+MAY_CHANGE = (
+    "output_dir",
+    "model.revision",
+    "data.revision",
+    "training.iterations",
+    "training.max_tokens",
+    "training.max_skipped",
+    "training.micro_batch_tokens",
+    "rollout.batch_size",
+    "rollout.engine_memory",
+    "rollout.unpacked_base",
+    "model.gradient_checkpointing",
+    "model.activation_offload",
+    "checkpoint",
+    "logging",
+    "evaluation.every",
+    "benchmark",
+)
+"""Sections and fields that a resumed run may have changed and still be the same run.
+
+The revisions are among them because a checkpoint records the commits that they stood for.
+"""
+
+
+def first_incompatible_setting(before: dict[str, Any], now: Recipe) -> str | None:
+    """The first setting in which `now` cannot continue the run of `before`, as a clause; None: it can.
+
+    before: the run's recipe as a mapping. A setting that `before` lacks, because an older version wrote it, counts as
+    its default.
+    """
+    try:
+        then = flatten(parse_recipe(before).model_dump(mode="json"))
+    except UserError as error:
+        return f"other settings than this version has ({error})"
+    for key, value in flatten(now.model_dump(mode="json")).items():
+        if then.get(key) != value and not key.startswith(MAY_CHANGE):
+            return f"{key} = {then.get(key)}, the recipe now says {value}"
+    return None
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists become text."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, (int, float, str, bool)) or value is None else str(value)
+    return flat

@@ -1,0 +1,39 @@
+"""Recipes from files, mappings and the command line; and the list of fields for --help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hapo_lite.errors import UserError
+from hapo_lite.recipe.fields import describe
+from hapo_lite.recipe.schema import Recipe
+from hapo_lite.recipe.settings import apply_override, read_mapping, validate
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file and apply `section.key=value` overrides. Raises UserError with one sentence."""
+    path = Path(path)
+    settings = read_recipe_file(path)
+    if "arms" in settings:
+        raise UserError(f"{path} compares several runs: use python -m hapo_lite.compare {path}")
+    for override in overrides:
+        apply_override(Recipe, settings, override)
+    settings.setdefault("name", path.stem)
+    return parse_recipe(settings, str(path))
+
+
+def read_recipe_file(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe file, not yet validated. Raises UserError with one sentence."""
+    return read_mapping(path, "recipe", "`model:` and `training:`")
+
+
+def parse_recipe(settings: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a mapping. Raises UserError naming `where` and the first field that is wrong."""
+    return validate(Recipe, settings, where)
+
+
+def describe_fields() -> str:
+    """Every field with its type, default and meaning, one line each, for --help."""
+    return "recipe fields:\n" + describe(Recipe)

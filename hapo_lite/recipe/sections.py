@@ -1,0 +1,244 @@
+"""The sections of a recipe: every setting of a run but the method's, typed, with its bounds and its meaning."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from hapo_lite.recipe.settings import Section
+
+QWEN_SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
+FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"
+
+
+def one_folder(name: str) -> str:
+    """`name` if it is the name of one folder. Raises ValueError if it is not, such as a path."""
+    if not re.fullmatch(FOLDER_NAME, name):
+        raise ValueError(
+            "must be one folder name of at most 100 letters, digits and . _ + -: a run writes nowhere else"
+        )
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(one_folder)]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class LoraSettings(Section):
+    """The adapter that is trained."""
+
+    rank: Positive = Field(32, description="Rank of the adapter matrices")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        64.0, description="Scale: the adapter's output is multiplied by alpha / rank"
+    )
+    targets: str | tuple[str, ...] = Field(
+        "all-linear", description="Layers to adapt: all-linear (all but the head), or a list of module names"
+    )
+
+
+class ModelSettings(Section):
+    """The base model, how it is loaded, and its adapter."""
+
+    name: str = Field(description="Hub name or folder of a causal language model, or `tiny` for the bundled one")
+    revision: str | None = Field(None, description="Hub revision (commit, tag or branch)")
+    trust_remote_code: bool = Field(
+        False, description="Run the Python code that the model brings, with your rights; a hub name needs its commit"
+    )
+    quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4-bit base with double quantisation; none")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="Compute dtype; auto: bf16 where the GPU has it, else fp16; fp32 on CPU"
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention implementation")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward: less memory")
+    activation_offload: bool = Field(
+        False,
+        description="Keep the tensors of gradient_checkpointing in main memory: less on the card, somewhat slower",
+    )
+    lora: LoraSettings = Field(default_factory=LoraSettings, description="Adapter")
+
+
+class DataSettings(Section):
+    """Where problems and their answers come from."""
+
+    source: str = Field(
+        description="`tiny` (the built-in task), a local .parquet, .jsonl, .json or .csv file, or a hub data set"
+    )
+    config: str | None = Field(None, description="Configuration of a hub data set, such as `main`")
+    revision: str | None = Field(None, description="Hub revision of the data set")
+    split: str = Field("train", description="Split of a hub data set or of the built-in task")
+    problem_column: str | None = Field(
+        None, description="Column of the problem, dots for nested ones; null: prompt, problem or question, as found"
+    )
+    answer_column: str | None = Field(
+        None, description="Column of the answer; null: reward_model.ground_truth, answer or solution, as found"
+    )
+    system_prompt: str | None = Field(
+        QWEN_SYSTEM_PROMPT, description="System message where the data has none of its own; null: none"
+    )
+    limit: Positive | None = Field(None, description="Use only this many prompts: the first usable ones")
+    max_prompt_tokens: Positive = Field(1024, description="Longer prompts are left out, and counted")
+
+
+class RewardSettings(Section):
+    """What a completion earns, and the processes that grade it."""
+
+    function: str | None = Field(
+        None, description="Your own reward as module:function (see docs/rewards.md); null: grade the answer"
+    )
+    correct: float = Field(1.0, description="Reward of a correct answer")
+    wrong: float = Field(0.0, description="Reward of any other outcome")
+    overlong_buffer: NonNegative = Field(
+        0, description="DAPO's soft overlong penalty: its ramp, in tokens before max_new_tokens; 0: off"
+    )
+    overlong_penalty: Annotated[float, Field(ge=0)] = Field(1.0, description="Penalty at the end of that ramp")
+    timeout_s: Annotated[float, Field(gt=0)] = Field(5.0, description="Deadline of one grading, seconds")
+    workers: Positive = Field(2, description="Grading processes")
+
+
+class RolloutSettings(Section):
+    """How the completions of an iteration are sampled."""
+
+    engine: Literal["transformers", "paged", "vllm", "unsloth"] = Field(
+        "transformers", description="What samples: generate of transformers, its continuous batching, vLLM, or Unsloth"
+    )
+    engine_memory: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.4, description="Share of the GPU's memory for vLLM, which has a base of its own and sleeps during the update"
+    )
+    prompts_per_iteration: Positive = Field(32, description="P, the prompts of an iteration")
+    completions_per_prompt: Positive = Field(8, description="G, the size of a group")
+    max_new_tokens: Positive = Field(1024, description="Longest completion, tokens")
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="T_base, the sampling temperature at h = 0")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Sample from the likeliest tokens that hold this much probability; 1: from all"
+    )
+    top_k: Positive | None = Field(
+        None,
+        description="Sample from the k likeliest tokens; null: all. This, or top_p below 1, needs "
+        "method.importance=truncated",
+    )
+    batch_size: Positive = Field(64, description="Completions sampled at once; bounds the memory of the KV cache")
+    unpacked_base: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Unpack a 4-bit base once a rollout, instead of in every step, and keep it until the rollout ends; "
+        "auto: where memory allows",
+    )
+    old_logprobs: Literal["recomputed", "sampled"] = Field(
+        "recomputed", description="pi_old from one pass of the trainer (exact), or the sampler's own (saves the pass)"
+    )
+    dynamic_sampling: bool = Field(
+        False, description="DAPO: drop groups whose rewards are all equal, and sample others in their place"
+    )
+    token_budget: Positive | None = Field(
+        None, description="Most completion tokens sampled in an iteration with dynamic_sampling; null: 4 x P x G x max"
+    )
+
+
+class TrainingSettings(Section):
+    """How long a run trains, and its optimiser steps."""
+
+    iterations: Positive = Field(description="Iterations: rollout, score, update")
+    max_tokens: Positive | None = Field(
+        None, description="End after the iteration in which this many completion tokens have been sampled; null: never"
+    )
+    updates_per_iteration: Positive = Field(4, description="Optimiser steps on each iteration's completions")
+    micro_batch_tokens: Positive = Field(
+        16384, description="Padded tokens, prompt included, in one forward and backward; changes memory, no result"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field("adamw", description="Optimiser")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-5, description="Peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Learning rate after the warm-up")
+    warmup_updates: NonNegative = Field(10, description="Optimiser steps of linear warm-up")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's decoupled weight decay")
+    max_skipped: Positive = Field(
+        10, description="Updates skipped in a row, for numbers that are not finite, after which the run stops"
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient clipping, global L2 norm")
+
+
+class EvaluationSettings(Section):
+    """The held-out prompts that a run measures itself on."""
+
+    every: NonNegative = Field(10, description="Iterations between evaluations; 0: only before and after; both always")
+    prompts: NonNegative = Field(64, description="Held-out prompts; 0: no evaluation at all")
+    samples: Positive = Field(8, description="Completions per prompt: the n of avg@n")
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Sampling temperature, the same for all tokens")
+    data: DataSettings | None = Field(
+        None,
+        description="Held-out data; null: the built-in task's test split, or rows set aside from the training data",
+    )
+
+
+class SuiteSettings(Section):
+    """One set of problems to evaluate on. In a recipe it may also be written as text: NAME, FILE or NAME=FILE."""
+
+    name: FolderName = Field(description="aime24, ..., or a name of your own: the folder that the results go to")
+    source: str | None = Field(None, description="Same as data.source; null: what the name stands for")
+    config: str | None = Field(None, description="Same as data.config")
+    revision: str | None = Field(None, description="Same as data.revision")
+    split: str = Field("test", description="Same as data.split")
+    problem_column: str | None = Field(None, description="Same as data.problem_column")
+    answer_column: str | None = Field(None, description="Same as data.answer_column")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, suite: Any) -> Any:
+        if not isinstance(suite, str):
+            return suite
+        name, equals, source = suite.partition("=")
+        if equals:
+            return {"name": name, "source": source}
+        path = Path(suite)
+        return {"name": path.stem, "source": suite} if path.suffix or "/" in suite else {"name": suite}
+
+
+class BenchmarkSettings(Section):
+    """What `python -m hapo_lite.evaluate` asks, and how it samples."""
+
+    suites: tuple[SuiteSettings, ...] | None = Field(
+        None,
+        description="List of names, files, NAME=FILE or {name, source, config, split, problem_column, answer_column}; "
+        "null: the built-in task for a run on it, else the six of the paper",
+    )
+    limit: Positive | None = Field(None, description="Use only this many prompts of each suite: the first ones")
+    samples: Positive = Field(8, description="Completions per prompt: the n of avg@n, pass@n and maj@n")
+    temperature: Annotated[float, Field(gt=0)] = Field(0.5, description="Sampling temperature")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.7, description="Sample from the likeliest tokens that hold this much probability; 1: from all"
+    )
+    max_new_tokens: Positive | None = Field(None, description="Longest completion; null: rollout.max_new_tokens")
+
+    @field_validator("suites", mode="before")
+    @classmethod
+    def _one_is_a_list_too(cls, suites: Any) -> Any:
+        return [suites] if isinstance(suites, (str, dict)) else suites
+
+    @field_validator("suites")
+    @classmethod
+    def _names_differ(cls, suites: tuple[SuiteSettings, ...] | None) -> tuple[SuiteSettings, ...] | None:
+        names = [suite.name for suite in suites or ()]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two suites are named {name}: write NAME=FILE to tell them apart")
+        return suites
+
+
+class CheckpointSettings(Section):
+    """When a run saves its state, and whether it continues from it."""
+
+    every: NonNegative = Field(10, description="Iterations between checkpoints; 0: only at the end or when interrupted")
+    keep: Positive = Field(2, description="Newest checkpoints kept")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: continue this run from its newest checkpoint; never: refuse a folder that has one"
+    )
+
+
+class LoggingSettings(Section):
+    """What a run shows and records of itself."""
+
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field("none", description="Tracker")
+    traces_per_iteration: NonNegative = Field(4, description="Completions whose tokens are recorded each iteration")
+    progress: bool = Field(True, description="Show what the run is doing, and the bar of iterations")
