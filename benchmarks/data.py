@@ -50,10 +50,10 @@ def measure(path: Path) -> None:
     import transformers
     from transformers import AutoTokenizer
 
-    from hapo_lite.origins import TINY_MODEL
+    from hapo_lite.model.origins import TINY_MODEL
     from hapo_lite.recipe import DataSettings
-    from hapo_lite.rollout.collect import LazyPrompts, PromptStream
     from hapo_lite.tasks.data import load_prompts, split_held_out
+    from hapo_lite.tasks.stream import LazyPrompts, PromptStream
 
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     transformers.utils.logging.set_verbosity_error()

@@ -24,14 +24,15 @@ from peft.tuners.lora import LoraLayer
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hapo_lite import run  # noqa: E402
 from hapo_lite.cli import quiet_libraries  # noqa: E402
-from hapo_lite.policy import Policy, load_policy  # noqa: E402
+from hapo_lite.model.load import load_policy  # noqa: E402
+from hapo_lite.model.policy import Policy  # noqa: E402
 from hapo_lite.recipe import Recipe, load_recipe  # noqa: E402
 from hapo_lite.records import Completion, EncodedPrompt  # noqa: E402
 from hapo_lite.rollout import canary  # noqa: E402
 from hapo_lite.rollout.engine import Engine, make_engine  # noqa: E402
 from hapo_lite.tasks.data import load_prompts  # noqa: E402
+from hapo_lite.train import run  # noqa: E402
 
 PROMPTS = 16
 """Prompts that each seed offers to the check."""

@@ -20,13 +20,14 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hapo_lite import run  # noqa: E402
 from hapo_lite.cli import quiet_libraries  # noqa: E402
-from hapo_lite.policy import Policy, load_policy  # noqa: E402
+from hapo_lite.model.load import load_policy  # noqa: E402
+from hapo_lite.model.policy import Policy  # noqa: E402
 from hapo_lite.recipe import Recipe, load_recipe  # noqa: E402
 from hapo_lite.rollout.engine import TRAINING, Engine, Request, make_engine  # noqa: E402
 from hapo_lite.rollout.generate_engine import GenerateEngine  # noqa: E402
 from hapo_lite.rollout.sampling import AdaptiveTemperature  # noqa: E402
+from hapo_lite.train import run  # noqa: E402
 
 
 def engine(name: str, recipe: Recipe, policy: Policy) -> Engine:

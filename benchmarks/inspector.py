@@ -32,8 +32,8 @@ from hapo_lite.algo.methods import Method  # noqa: E402
 from hapo_lite.algo.objective import assign_credit  # noqa: E402
 from hapo_lite.algo.tokens import TokenSignals, fit_signal  # noqa: E402
 from hapo_lite.cli import quiet_libraries  # noqa: E402
-from hapo_lite.origins import TINY_MODEL  # noqa: E402
-from hapo_lite.trace import Trace, write_traces  # noqa: E402
+from hapo_lite.model.origins import TINY_MODEL  # noqa: E402
+from hapo_lite.runs.trace import Trace, write_traces  # noqa: E402
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update"
 PER_FILE = 8

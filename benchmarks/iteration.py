@@ -23,15 +23,16 @@ from accelerate import Accelerator
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hapo_lite import run  # noqa: E402
-from hapo_lite.checkpoint import TrainState  # noqa: E402
 from hapo_lite.cli import keep_freed_memory, quiet_libraries  # noqa: E402
-from hapo_lite.loop import Loop  # noqa: E402
-from hapo_lite.policy import load_policy  # noqa: E402
+from hapo_lite.model.load import load_policy  # noqa: E402
 from hapo_lite.recipe import LoraSettings, Recipe, load_recipe  # noqa: E402
-from hapo_lite.rollout.collect import Collector, PromptStream  # noqa: E402
 from hapo_lite.rollout.engine import make_engine  # noqa: E402
+from hapo_lite.runs.checkpoint import TrainState  # noqa: E402
 from hapo_lite.tasks.rewards import Scorer  # noqa: E402
+from hapo_lite.tasks.stream import PromptStream  # noqa: E402
+from hapo_lite.train import run  # noqa: E402
+from hapo_lite.train.collect import Collector  # noqa: E402
+from hapo_lite.train.loop import Loop  # noqa: E402
 
 STAGES = ("rollout", "grade", "score", "update", "iteration")
 RATE = 1e-12
@@ -83,8 +84,8 @@ def measure_trl(iterations: int, lora: LoraSettings) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from hapo_lite.origins import TINY_MODEL
-    from hapo_lite.policy import keep_weights_unpacked
+    from hapo_lite.model.load import keep_weights_unpacked
+    from hapo_lite.model.origins import TINY_MODEL
     from hapo_lite.tasks.verify import grade
     from hapo_lite.tiny.task import problems
 

@@ -23,13 +23,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from hapo_lite.algo.methods import PRESETS  # noqa: E402
-from hapo_lite.checkpoint import TrainState  # noqa: E402
 from hapo_lite.cli import keep_freed_memory, quiet_libraries  # noqa: E402
-from hapo_lite.memory.measure import measure_loop, prepare  # noqa: E402
-from hapo_lite.memory.predict import Predictor  # noqa: E402
-from hapo_lite.memory.table import memory_table  # noqa: E402
-from hapo_lite.origins import TINY_MODEL  # noqa: E402
+from hapo_lite.model.origins import TINY_MODEL  # noqa: E402
+from hapo_lite.preflight.measure import measure_loop, prepare  # noqa: E402
+from hapo_lite.preflight.table import memory_table  # noqa: E402
 from hapo_lite.recipe import load_recipe  # noqa: E402
+from hapo_lite.runs.checkpoint import TrainState  # noqa: E402
+from hapo_lite.train.memory.predict import Predictor  # noqa: E402
 
 SHAPES = {
     "small": (256, 704, 4, 4, 2, 8192, True),

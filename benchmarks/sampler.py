@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from hapo_lite.cli import keep_freed_memory, quiet_libraries  # noqa: E402
-from hapo_lite.policy import Policy, load_policy  # noqa: E402
+from hapo_lite.model.load import load_policy  # noqa: E402
+from hapo_lite.model.policy import Policy  # noqa: E402
 from hapo_lite.recipe import load_recipe  # noqa: E402
 from hapo_lite.records import Completion, EncodedPrompt  # noqa: E402
 from hapo_lite.rollout.canary import engine_logp, stepwise_logp, trainer_logp  # noqa: E402

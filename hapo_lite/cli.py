@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 
 from hapo_lite.errors import UserError
-from hapo_lite.interrupt import Interrupted
 from hapo_lite.recipe import Recipe, describe_fields, load_recipe
+from hapo_lite.runs.interrupt import Interrupted
 
 
 def recipe_parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -48,7 +48,7 @@ def run_command(command: Callable[[list[str] | None], object], argv: list[str] |
         print("stopped before anything was done", file=sys.stderr)
         return 130
     except (RuntimeError, MemoryError) as error:
-        from hapo_lite.shortage import is_shortage
+        from hapo_lite.model.oom import is_shortage
 
         if not is_shortage(error):
             raise

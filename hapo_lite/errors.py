@@ -36,3 +36,8 @@ def disk_problem(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}; check the folder and run the same command again"
     return f"{str(error).splitlines()[0]}; check the folder and run the same command again"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the error's type where it has no text."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -16,15 +16,17 @@ if not torch.cuda.is_available():
     # Triton reads it when it is first imported, which a library may do; kernels then run on tensors of the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from hapo_lite import run
 from hapo_lite.cli import quiet_libraries
-from hapo_lite.loop import Loop
-from hapo_lite.policy import Policy, load_policy
+from hapo_lite.model.load import load_policy
+from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.rollout.canary import perturbed_adapter
-from hapo_lite.rollout.collect import Collector, PromptStream
 from hapo_lite.rollout.engine import make_engine
 from hapo_lite.tasks.rewards import Scorer
+from hapo_lite.tasks.stream import PromptStream
+from hapo_lite.train import run
+from hapo_lite.train.collect import Collector
+from hapo_lite.train.loop import Loop
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny_cpu.yaml"

@@ -25,7 +25,7 @@ from hapo_lite.inspect import inline
 from hapo_lite.inspect.generate import GenerationSettings, ModelShelf, generate
 from hapo_lite.inspect.runs import open_run
 from hapo_lite.inspect.tokens import show_number, token_table, what_if
-from hapo_lite.trace import write_traces
+from hapo_lite.runs.trace import write_traces
 from tests.conftest import ROOT
 from tests.test_inspect import HOSTILE, make_trace, trained
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hapo_lite.batching import deal_updates, micro_batches
 from hapo_lite.records import EncodedPrompt, Prompt
-from hapo_lite.rollout.collect import PromptStream
+from hapo_lite.tasks.stream import PromptStream
+from hapo_lite.train.batching import deal_updates, micro_batches
 
 
 @given(count=st.integers(0, 200), updates=st.integers(1, 20), seed=st.integers(0, 99), iteration=st.integers(0, 99))

@@ -10,15 +10,15 @@ import torch
 
 from benchmarks.engine_check import faulty_engines
 from benchmarks.sampler import PlainPolicy
-from hapo_lite import run
-from hapo_lite.checkpoint import TrainState
 from hapo_lite.errors import UserError
-from hapo_lite.policy import load_policy
+from hapo_lite.model.load import load_policy
 from hapo_lite.recipe import load_recipe
 from hapo_lite.rollout import canary
 from hapo_lite.rollout.canary import check_engine
 from hapo_lite.rollout.engine import make_engine
 from hapo_lite.rollout.generate_engine import GenerateEngine
+from hapo_lite.runs.checkpoint import TrainState
+from hapo_lite.train import run
 from tests.conftest import TINY, noisy_adapter
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from hapo_lite.cli import run_command
-from hapo_lite.train import main
+from hapo_lite.train.__main__ import main
 from tests.conftest import ROOT, TINY
 
 

@@ -23,15 +23,16 @@ import pytest
 import yaml
 
 from hapo_lite.cli import run_command
-from hapo_lite.compare import main
-from hapo_lite.comparison import pace, runner
-from hapo_lite.comparison.numbers import Numbers, clipped_share, run_numbers
-from hapo_lite.comparison.plan import load_comparison, planned_runs
-from hapo_lite.comparison.report import difference_rows, table_rows, write_report
-from hapo_lite.comparison.words import caveats, findings, shown, verdict
+from hapo_lite.compare import arms as runner
+from hapo_lite.compare import pace
+from hapo_lite.compare.__main__ import main
+from hapo_lite.compare.numbers import Numbers, clipped_share, run_numbers
+from hapo_lite.compare.plan import load_comparison, planned_runs
+from hapo_lite.compare.report import difference_rows, table_rows, write_report
+from hapo_lite.compare.words import caveats, findings, shown, verdict
 from hapo_lite.errors import UserError
-from hapo_lite.metrics import MetricsFile
 from hapo_lite.recipe import load_recipe
+from hapo_lite.runs.lines import MetricsFile
 from tests.conftest import ROOT, TINY
 
 ABOUT = "<script>alert('1')</script> & <b>bold</b>"

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from hapo_lite.checkpoint import newest_good, read_record
 from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import load_recipe
-from hapo_lite.train import main
-from hapo_lite.verify_resume import left_by
+from hapo_lite.runs.checkpoint import newest_good, read_record
+from hapo_lite.train.__main__ import main
+from hapo_lite.verify_resume.__main__ import left_by
 from tests.conftest import TINY
 
 SHORT = [
@@ -115,7 +115,7 @@ def of_another_version(path: Path) -> None:
 
 def of_another_recipe(path: Path) -> None:
     """As if the folder had been copied from another run: all its hashes are right."""
-    from hapo_lite.checkpoint import _digest
+    from hapo_lite.runs.checkpoint import _digest
 
     record = json.loads(path.read_text())
     record["recipe"]["training"]["learning_rate"] = 1.0

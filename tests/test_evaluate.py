@@ -14,16 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hapo_lite import evaluate, train
 from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
-from hapo_lite.evaluation.samples import Sample, SampleFile
-from hapo_lite.evaluation.scores import by_prompt, differences, intervals, outcomes, steps
-from hapo_lite.evaluation.suites import NAMED, chosen, read_problems
+from hapo_lite.evaluate import __main__ as evaluate
+from hapo_lite.evaluate.samples import Sample, SampleFile
+from hapo_lite.evaluate.scores import by_prompt, differences, intervals, outcomes, steps
+from hapo_lite.evaluate.suites import NAMED, chosen, read_problems
 from hapo_lite.recipe import load_recipe
 from hapo_lite.rollout.transformers_engine import TransformersEngine
-from hapo_lite.statistics import Interval
-from hapo_lite.verdict import judge
+from hapo_lite.train import __main__ as train
+from hapo_lite.train.intervals import Interval
+from hapo_lite.train.verdict import judge
 from tests.conftest import ROOT, TINY
 
 DATA = ROOT.parent / "shared" / "data"

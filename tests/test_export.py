@@ -16,20 +16,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hapo_lite import export as command
-from hapo_lite import train
-from hapo_lite.checkpoint import file_hash
 from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
-from hapo_lite.exporting import probes
-from hapo_lite.exporting.compare import Drift
-from hapo_lite.exporting.gguf import problems_of
-from hapo_lite.exporting.merge import DTYPES, placement, readable_config, readable_tokenizer
-from hapo_lite.files import replacing_folder
-from hapo_lite.origins import TINY_MODEL
-from hapo_lite.policy import load_policy
+from hapo_lite.export import __main__ as command
+from hapo_lite.export import probes
+from hapo_lite.export.gguf import problems_of
+from hapo_lite.export.merge import DTYPES, placement, readable_config, readable_tokenizer
+from hapo_lite.export.parity import Drift
+from hapo_lite.model.load import load_policy
+from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.recipe import LoraSettings, ModelSettings
-from hapo_lite.trace import read_traces
+from hapo_lite.runs.checkpoint import file_hash
+from hapo_lite.runs.files import replacing_folder
+from hapo_lite.runs.trace import read_traces
+from hapo_lite.train import __main__ as train
 from tests.conftest import TINY
 
 WEIGHTS = "adapter_model.safetensors"

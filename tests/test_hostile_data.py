@@ -15,13 +15,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hapo_lite.checkpoint import TrainState
 from hapo_lite.errors import UserError
 from hapo_lite.records import EncodedPrompt, Prompt
-from hapo_lite.rollout.collect import LazyPrompts, PromptStream
+from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.tasks import sources, store
 from hapo_lite.tasks.data import split_held_out
 from hapo_lite.tasks.store import PromptStore, digest_of
+from hapo_lite.tasks.stream import LazyPrompts, PromptStream
 from tests.conftest import ROOT
 from tests.test_data import jsonl, load
 

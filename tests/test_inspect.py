@@ -34,8 +34,8 @@ from hapo_lite.inspect.tokens import (
     visible,
     what_if,
 )
-from hapo_lite.origins import TINY_MODEL
-from hapo_lite.trace import Trace, read_traces, write_traces
+from hapo_lite.model.origins import TINY_MODEL
+from hapo_lite.runs.trace import Trace, read_traces, write_traces
 
 ENTROPIES = [1.2, 0.3, 1e-4, 0.02, 2.0, 1e-6]
 HOSTILE = ["<script>alert(1)</script>", "</script>", '" onmouseover="alert(1)', "'`${1}`{{x}}", "</div><b>", "&lt;"]

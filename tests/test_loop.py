@@ -11,8 +11,8 @@ import torch
 from hapo_lite.algo.methods import PRESETS
 from hapo_lite.algo.objective import loss_denominator
 from hapo_lite.algo.signal import EntropySignal
-from hapo_lite.checkpoint import TrainState
-from hapo_lite.loop import advantages
+from hapo_lite.runs.checkpoint import TrainState
+from hapo_lite.train.loop import advantages
 
 SIGNAL = EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)
 

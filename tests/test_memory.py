@@ -13,19 +13,20 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3Config
 
-from hapo_lite import preflight
-from hapo_lite.checkpoint import TrainState
 from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
-from hapo_lite.memory.advise import usable, write_back
-from hapo_lite.memory.live import tensors_of, total_bytes
-from hapo_lite.memory.predict import Predictor, Stage, unpacking, worst_case
-from hapo_lite.origins import TINY_MODEL
-from hapo_lite.policy import Policy, load_policy
+from hapo_lite.model.load import load_policy
+from hapo_lite.model.origins import TINY_MODEL
+from hapo_lite.model.policy import Policy
+from hapo_lite.preflight import __main__ as preflight
+from hapo_lite.preflight.advise import usable, write_back
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.records import EncodedPrompt, Prompt, Sequences
 from hapo_lite.rollout.engine import Request, make_engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
+from hapo_lite.runs.checkpoint import TrainState
+from hapo_lite.train.memory.live import tensors_of, total_bytes
+from hapo_lite.train.memory.predict import Predictor, Stage, unpacking, worst_case
 from tests.conftest import TINY
 
 RESIDENT = ("base weights", "adapter", "optimiser", "gradients")

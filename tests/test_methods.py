@@ -12,10 +12,10 @@ from hapo_lite.algo.objective import assign_credit, loss_denominator, method_los
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.temperature import adaptive_temperature
 from hapo_lite.algo.tokens import TokenSignals, fit_signal, uncertain_tokens
-from hapo_lite.checkpoint import TrainState
-from hapo_lite.loop import advantages
-from hapo_lite.metrics import update_metrics
 from hapo_lite.records import TokenOutcome
+from hapo_lite.runs.checkpoint import TrainState
+from hapo_lite.train.loop import advantages
+from hapo_lite.train.metrics import update_metrics
 from tests.test_loop import run_steps
 
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
-from hapo_lite import run
-from hapo_lite.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from hapo_lite.cli import run_command
-from hapo_lite.collapse import CollapseWatch
 from hapo_lite.errors import UserError
-from hapo_lite.loop import Loop
-from hapo_lite.optimizer import loss_scale, take_step
-from hapo_lite.replay import HERE, replay
-from hapo_lite.skipped import KEPT, load_step, save_step
-from hapo_lite.train import main
+from hapo_lite.replay.__main__ import HERE, replay
+from hapo_lite.runs.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from hapo_lite.runs.skipped import KEPT, load_step, save_step
+from hapo_lite.train import run
+from hapo_lite.train.__main__ import main
+from hapo_lite.train.collapse import CollapseWatch
+from hapo_lite.train.loop import Loop
+from hapo_lite.train.optimizer import loss_scale, take_step
 from tests.conftest import TINY
 
 

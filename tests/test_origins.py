@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from hapo_lite import run
-from hapo_lite.checkpoint import read_record
 from hapo_lite.errors import UserError
-from hapo_lite.evaluation.runner import evaluate
-from hapo_lite.origins import TINY_MODEL, folder_digest, model_origin
-from hapo_lite.policy import load_policy
+from hapo_lite.evaluate.evaluation import evaluate
+from hapo_lite.model.load import load_policy
+from hapo_lite.model.origins import TINY_MODEL, folder_digest, model_origin
 from hapo_lite.recipe import LoraSettings, ModelSettings
+from hapo_lite.runs.checkpoint import read_record
+from hapo_lite.train import run
 from tests.test_data import jsonl
 
 COMMIT, LATER = "a1" * 20, "b2" * 20
@@ -163,7 +163,7 @@ def test_a_folder_is_told_by_its_files(tmp_path, monkeypatch):
     shutil.copytree(TINY_MODEL, folder)
     first = model_origin(ModelSettings(name=str(folder)))
     assert first.commit is None and first.digest == folder_digest(TINY_MODEL)
-    monkeypatch.setattr("hapo_lite.origins.HASHED_WHOLE", 1 << 20)
+    monkeypatch.setattr("hapo_lite.model.origins.HASHED_WHOLE", 1 << 20)
     before = folder_digest(folder)
     (folder / "README.md").write_text("does not count")
     assert folder_digest(folder) == before

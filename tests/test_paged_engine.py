@@ -14,8 +14,7 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.errors import UserError
-from hapo_lite.interrupt import Interrupted, Interrupts
-from hapo_lite.policy import load_policy
+from hapo_lite.model.load import load_policy
 from hapo_lite.recipe import load_recipe
 from hapo_lite.records import Sequences
 from hapo_lite.rollout import paged_engine
@@ -24,6 +23,7 @@ from hapo_lite.rollout.engine import Request, make_engine
 from hapo_lite.rollout.paged_engine import PagedEngine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transformers_engine import TransformersEngine
+from hapo_lite.runs.interrupt import Interrupted, Interrupts
 from tests.conftest import TINY, noisy_adapter
 
 SIGNAL = EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from hapo_lite import run
 from hapo_lite.errors import UserError
-from hapo_lite.evaluation.runner import evaluate
-from hapo_lite.exporting.runner import export
-from hapo_lite.folder import RunFolder, check_place
+from hapo_lite.evaluate.evaluation import evaluate
+from hapo_lite.export.export import export
 from hapo_lite.recipe import load_recipe
+from hapo_lite.runs.folder import RunFolder, check_place
+from hapo_lite.train import run
 from tests.conftest import TINY
 
 SECRET = "nobody-may-see-this"

@@ -12,12 +12,13 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hapo_lite.errors import UserError
-from hapo_lite.interrupt import Interrupted, Interrupts
-from hapo_lite.memory.live import LiveBytes, tensors_of
-from hapo_lite.origins import TINY_MODEL
-from hapo_lite.policy import find_stop_ids, load_policy, resolve_dtype, templated
+from hapo_lite.model.load import find_stop_ids, load_policy, resolve_dtype
+from hapo_lite.model.origins import TINY_MODEL
+from hapo_lite.model.policy import templated
 from hapo_lite.recipe import LoraSettings, ModelSettings
 from hapo_lite.records import Completion, EncodedPrompt, Prompt, Sequences
+from hapo_lite.runs.interrupt import Interrupted, Interrupts
+from hapo_lite.train.memory.live import LiveBytes, tensors_of
 from tests.conftest import noisy_adapter
 
 

@@ -16,12 +16,12 @@ import time
 
 import pytest
 
-from hapo_lite.checkpoint import TrainState
-from hapo_lite.display import FIRST_S, INTERVAL_S, Display
-from hapo_lite.progress import Counting, Progress, Writing, in_words
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.status import BLOCK, Doing, Status, read_status
+from hapo_lite.runs.checkpoint import TrainState
+from hapo_lite.runs.display import FIRST_S, INTERVAL_S, Display
+from hapo_lite.runs.progress import Counting, Progress, Writing, in_words
+from hapo_lite.runs.status import BLOCK, Doing, Status, read_status
 from hapo_lite.tasks.verify import GraderPool
 from tests.conftest import ROOT, TINY
 

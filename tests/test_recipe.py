@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from hapo_lite.algo.methods import PRESETS
-from hapo_lite.comparison.plan import load_comparison, planned_runs
+from hapo_lite.compare.plan import load_comparison, planned_runs
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import Recipe, departure, describe_fields, load_recipe
 from tests.conftest import ROOT, TINY

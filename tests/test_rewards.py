@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hapo_lite import run
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import RewardSettings
 from hapo_lite.records import Prompt
 from hapo_lite.tasks.rewards import Score, Scorer, code_of, load_function, soft_overlong_penalty
+from hapo_lite.train import run
 
 PROMPT = Prompt("p", (("system", "Be brief."), ("user", "1+1=?")), "2")
 BOXES = (r"\boxed{2}", r"\boxed{3}")

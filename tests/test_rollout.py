@@ -8,7 +8,8 @@ from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogit
 
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.temperature import adaptive_temperature
-from hapo_lite.policy import Policy, load_policy
+from hapo_lite.model.load import load_policy
+from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import LoraSettings, ModelSettings
 from hapo_lite.records import EncodedPrompt, Prompt, Sequences
 from hapo_lite.rollout.engine import Request

@@ -19,14 +19,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hapo_lite.checkpoint import read_record
 from hapo_lite.cli import run_command
-from hapo_lite.metrics import MetricsFile, timeless
-from hapo_lite.origins import TINY_MODEL
-from hapo_lite.status import read_status
-from hapo_lite.trace import read_traces
-from hapo_lite.train import main
-from hapo_lite.verify_resume import left_by
+from hapo_lite.model.origins import TINY_MODEL
+from hapo_lite.runs.checkpoint import read_record
+from hapo_lite.runs.lines import MetricsFile, timeless
+from hapo_lite.runs.status import read_status
+from hapo_lite.runs.trace import read_traces
+from hapo_lite.train.__main__ import main
+from hapo_lite.verify_resume.__main__ import left_by
 from tests.conftest import ROOT, TINY
 
 SMALL = [

@@ -11,12 +11,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hapo_lite import run
-from hapo_lite.checkpoint import TrainState
 from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
-from hapo_lite.shortage import Shortage, is_shortage
-from hapo_lite.train import main
+from hapo_lite.model.oom import is_shortage
+from hapo_lite.runs.checkpoint import TrainState
+from hapo_lite.train import run
+from hapo_lite.train.__main__ import main
+from hapo_lite.train.shortage import Shortage
 from tests.conftest import ROOT, TINY
 from tests.test_loop import adapter_digest
 

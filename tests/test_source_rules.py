@@ -98,7 +98,7 @@ def test_adapters_are_loaded_in_one_place_which_looks_for_safetensors_first():
     for path in SOURCES:
         calls = [n for n in ast.walk(ast.parse(source_of(path))) if isinstance(n, ast.Attribute)]
         found |= {path for n in calls if n.attr == "from_pretrained" and "Peft" in ast.unparse(n.value)}
-    assert found == {ROOT / "hapo_lite" / "policy.py"}
+    assert found == {ROOT / "hapo_lite" / "model" / "adapter.py"}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hapo_lite.statistics import (
+from hapo_lite.train.intervals import (
     Interval,
     avg_at_k,
     bootstrap_interval,

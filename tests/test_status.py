@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from hapo_lite.errors import UserError
-from hapo_lite.status import Status, read_status
+from hapo_lite.runs.status import Status, read_status
 from tests.conftest import ROOT
 
 HOLD = """

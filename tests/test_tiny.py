@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hapo_lite.origins import TINY_MODEL
-from hapo_lite.policy import load_policy
+from hapo_lite.model.load import load_policy
+from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.recipe import LoraSettings, ModelSettings
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.rollout.engine import Request

@@ -11,7 +11,7 @@ from hapo_lite.algo.advantage import group_advantage
 from hapo_lite.algo.methods import PRESETS
 from hapo_lite.algo.objective import loss_weights, method_loss
 from hapo_lite.algo.tokens import TokenSignals, fit_signal
-from hapo_lite.policy import load_policy
+from hapo_lite.model.load import load_policy
 from hapo_lite.recipe import load_recipe
 from hapo_lite.records import Sequences
 from tests.conftest import TINY

@@ -9,18 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hapo_lite import unpacked
-from hapo_lite.checkpoint import TrainState
 from hapo_lite.errors import UserError
 from hapo_lite.inspect.generate import GenerationSettings, generate
-from hapo_lite.memory.advise import unpacks
-from hapo_lite.memory.predict import Predictor
-from hapo_lite.policy import load_policy
+from hapo_lite.model import unpacked
+from hapo_lite.model.load import load_policy
 from hapo_lite.recipe import ModelSettings, load_recipe
 from hapo_lite.records import EncodedPrompt, Prompt, Sequences
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transformers_engine import TransformersEngine
+from hapo_lite.runs.checkpoint import TrainState
+from hapo_lite.train.memory.predict import Predictor
+from hapo_lite.train.memory.room import unpacks
 from tests.conftest import TINY, noisy_adapter
 
 CPU = torch.device("cpu")
@@ -149,7 +149,7 @@ def test_on_a_gpu_the_prediction_decides(monkeypatch, spare, made):
     predictor = Predictor(recipe, "cuda")
     room = predictor.stages()[0].total + int(spare * predictor.unpacked)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=room))
-    monkeypatch.setattr("hapo_lite.memory.advise.usable", lambda card: card)
+    monkeypatch.setattr("hapo_lite.preflight.advise.usable", lambda card: card)
     assert unpacks(recipe, torch.device("cuda")) is made
 
 

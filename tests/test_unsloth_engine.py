@@ -14,13 +14,14 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hapo_lite.errors import UserError
-from hapo_lite.policy import load_policy
+from hapo_lite.model.load import load_policy
+from hapo_lite.model.unsloth import HIDDEN_STATES, UnslothPolicy
 from hapo_lite.recipe import load_recipe
 from hapo_lite.records import EncodedPrompt, Prompt, Sequences
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transformers_engine import TransformersEngine
-from hapo_lite.rollout.unsloth_engine import HIDDEN_STATES, UnslothEngine, UnslothPolicy
+from hapo_lite.rollout.unsloth_engine import UnslothEngine
 from tests.conftest import TINY
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from hapo_lite.cli import run_command
 from hapo_lite.recipe import Recipe, load_recipe
-from hapo_lite.train import main
-from hapo_lite.verdict import judge_run
+from hapo_lite.train.__main__ import main
+from hapo_lite.train.verdict import judge_run
 from tests.conftest import ROOT, TINY
 
 HEALTHY = {

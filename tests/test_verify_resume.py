@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from hapo_lite.errors import UserError
-from hapo_lite.verify_resume import Findings, compare, left_by, main, verify
+from hapo_lite.verify_resume.__main__ import Findings, compare, left_by, main, verify
 from tests.conftest import ROOT, TINY
 from tests.test_run import ENVIRONMENT, SMALL
 

@@ -16,11 +16,11 @@ from hapo_lite.algo.methods import PRESETS
 from hapo_lite.algo.objective import loss_denominator, loss_weights, method_loss
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.tokens import TokenSignals, fit_signal, uncertain_tokens
-from hapo_lite.checkpoint import TrainState
 from hapo_lite.integrations import verl
-from hapo_lite.loop import advantages
 from hapo_lite.records import Sequences, pad
 from hapo_lite.rollout.sampling import AdaptiveTemperature
+from hapo_lite.runs.checkpoint import TrainState
+from hapo_lite.train.loop import advantages
 
 LENGTHS = [5, 1, 7, 3, 6, 6, 2, 7, 4, 5, 3, 1]
 GROUPS = [0, 1, 0, 2, 1, 2, 0, 1, 2, 2, 1, 0]

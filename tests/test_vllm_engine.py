@@ -14,8 +14,7 @@ import torch
 
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.errors import UserError
-from hapo_lite.interrupt import Interrupted, Interrupts, signals_held
-from hapo_lite.policy import load_policy
+from hapo_lite.model.load import load_policy
 from hapo_lite.recipe import load_recipe
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.rollout import vllm_engine
@@ -25,6 +24,7 @@ from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transcript import Scribe, draws_of
 from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.rollout.vllm_processor import NOBODY, NUMBER, BatchRows, Desk, SlotRows, batch_processor, slot_processor
+from hapo_lite.runs.interrupt import Interrupted, Interrupts, signals_held
 from hapo_lite.tiny.task import problems
 from tests.conftest import TINY, noisy_adapter
 

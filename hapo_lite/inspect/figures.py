@@ -15,7 +15,7 @@ from typing import Any
 from hapo_lite.algo.methods import Method
 from hapo_lite.inspect.markup import content_key, hidden_json
 from hapo_lite.inspect.tokens import QUANTITIES, DualWord, TokenTable, show_number, what_if
-from hapo_lite.report import PANELS
+from hapo_lite.train.curves import PANELS
 
 BLUE, ORANGE, GREY = "#2f7fb8", "#d9822b", "#8a8f98"
 """Tell apart under every common form of colour blindness, on light and on dark."""

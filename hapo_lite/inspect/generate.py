@@ -19,10 +19,11 @@ from hapo_lite.algo.methods import Method
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.tokens import fit_signal
 from hapo_lite.errors import UserError
-from hapo_lite.policy import Policy, load_policy
+from hapo_lite.model.load import load_policy
+from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import ModelSettings
 from hapo_lite.rollout.sampling import AdaptiveTemperature, inverse_cdf, uniforms
-from hapo_lite.trace import Trace
+from hapo_lite.runs.trace import Trace
 
 ALTERNATIVES = 10
 MOST_TOKENS = 4096

@@ -14,7 +14,7 @@ from typing import Any
 
 from hapo_lite.inspect.colour import STEPS, Colouring, colour_values, span_of
 from hapo_lite.inspect.tokens import QUANTITIES, TokenTable, show_number, treated_tokens, visible
-from hapo_lite.trace import Trace
+from hapo_lite.runs.trace import Trace
 
 DEFAULT_QUANTITY = "entropy"
 LONGEST_PROMPT = 4000

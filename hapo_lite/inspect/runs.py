@@ -15,12 +15,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hapo_lite.algo.methods import Method
 from hapo_lite.errors import UserError
-from hapo_lite.files import inside
 from hapo_lite.inspect.tokens import TREATED, TokenTable, token_table, treated_tokens
-from hapo_lite.origins import TINY_MODEL
+from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.recipe import Recipe, load_recipe
-from hapo_lite.status import read_status
-from hapo_lite.trace import Trace, read_traces
+from hapo_lite.runs.files import inside
+from hapo_lite.runs.status import read_status
+from hapo_lite.runs.trace import Trace, read_traces
 
 FILES_HELD = 8
 """Trace files whose tokens stay in memory; of the others only a line per completion does."""

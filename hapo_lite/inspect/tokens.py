@@ -24,7 +24,7 @@ from hapo_lite.algo.methods import Method
 from hapo_lite.algo.objective import assign_credit, policy_loss
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.tokens import TokenSignals, fit_signal
-from hapo_lite.trace import Trace
+from hapo_lite.runs.trace import Trace
 
 LONGEST_SHOWN = 120
 """Characters of one token that are drawn; the CSV keeps them all."""

@@ -11,7 +11,7 @@ from hapo_lite.inspect import figures, markup
 from hapo_lite.inspect.colour import span_of
 from hapo_lite.inspect.runs import Entry, Run, treated_together
 from hapo_lite.inspect.tokens import QUANTITIES, TokenTable, dual_entropy, show_number, visible
-from hapo_lite.trace import Trace
+from hapo_lite.runs.trace import Trace
 
 MOST_CARDS = 60
 """Completions of a list that are drawn; the rest is counted."""

@@ -7,13 +7,13 @@ from typing import Self
 
 from torch import Tensor
 
-from hapo_lite.policy import Policy
-from hapo_lite.progress import Progress
+from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transcript import draws_of
+from hapo_lite.runs.progress import Progress
 
 WAVE = 8
 """Batches that an engine which refills its rows is given at once: bounds the memory of random numbers and records."""

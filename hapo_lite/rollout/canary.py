@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from hapo_lite.errors import UserError
-from hapo_lite.policy import Policy
+from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion, EncodedPrompt, Sequences, pad
 from hapo_lite.rollout.engine import CANARY, Engine, Request

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hapo_lite.errors import UserError
-from hapo_lite.policy import Policy
-from hapo_lite.progress import Progress
+from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion, EncodedPrompt
 from hapo_lite.rollout.sampling import AdaptiveTemperature
+from hapo_lite.runs.progress import Progress
 
 TRAINING, EVALUATION, BENCHMARK, CANARY = 0, 1, 2, 3
 """Stages, which separate the random numbers of training, its evaluations, `hapo_lite.evaluate` and the canary."""

@@ -18,12 +18,12 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 
 from hapo_lite.errors import UserError
+from hapo_lite.model.oom import is_shortage
 from hapo_lite.records import Completion
 from hapo_lite.rollout.batched_engine import WAVE, BatchedEngine
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transcript import Scribe
-from hapo_lite.shortage import is_shortage
 
 BLOCK_TOKENS, FLASH_BLOCK_TOKENS = 32, 256
 """Tokens in a block of the cache; flash attention reads pages of 256."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hapo_lite.policy import Policy
+from hapo_lite.model.policy import Policy
 from hapo_lite.records import Completion, EncodedPrompt
 from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature, inverse_cdf, uniforms

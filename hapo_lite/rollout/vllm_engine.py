@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from hapo_lite.errors import UserError
-from hapo_lite.interrupt import signals_held
-from hapo_lite.policy import Policy, save_adapter
+from hapo_lite.model.adapter import save_adapter
+from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion
 from hapo_lite.rollout.batched_engine import WAVE, BatchedEngine
@@ -27,6 +27,7 @@ from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transcript import Scribe
 from hapo_lite.rollout.vllm_processor import NUMBER, Desk, batch_processor, slot_processor
+from hapo_lite.runs.interrupt import signals_held
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks of an adapter that vLLM makes room for."""

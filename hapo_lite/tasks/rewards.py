@@ -15,9 +15,9 @@ from pathlib import Path
 from types import ModuleType
 
 from hapo_lite.errors import UserError
-from hapo_lite.progress import Progress
 from hapo_lite.recipe import RewardSettings
 from hapo_lite.records import Prompt
+from hapo_lite.runs.progress import Progress
 from hapo_lite.tasks.verify import Grade, GraderPool, Outcome, marked_answer
 
 RewardFunction = Callable[[list[str], list[str], list[str]], Sequence[float]]

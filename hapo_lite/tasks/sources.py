@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from hapo_lite.errors import UserError
-from hapo_lite.files import file_hash
 from hapo_lite.recipe import DataSettings
+from hapo_lite.runs.files import file_hash
 from hapo_lite.tiny.task import problems
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")

@@ -15,10 +15,10 @@ import pytest
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from hapo_lite import run
-from hapo_lite.memory.live import tensors_of
-from hapo_lite.policy import Policy
+from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import Recipe, load_recipe
+from hapo_lite.train import run
+from hapo_lite.train.memory.live import tensors_of
 from tests.conftest import ROOT, TINY
 from tests.test_loop import digest
 

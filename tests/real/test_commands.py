@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hapo_lite import evaluate, export
 from hapo_lite.algo.temperature import adaptive_temperature
 from hapo_lite.cli import run_command
-from hapo_lite.exporting import probes
+from hapo_lite.evaluate import __main__ as evaluate
+from hapo_lite.export import __main__ as export
+from hapo_lite.export import probes
 from hapo_lite.inspect.generate import GenerationSettings, generate
 from hapo_lite.records import Sequences
-from hapo_lite.run import make_accelerator
+from hapo_lite.train.accelerator import make_accelerator
 from tests.conftest import ROOT, TINY
 from tests.real.conftest import GAP, GSM8K, WAYS, own_precision
 from tests.test_export import scored

@@ -10,18 +10,18 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.engine_check import FaultyEngine, faulty_engines
-from hapo_lite import run
 from hapo_lite.errors import UserError
-from hapo_lite.metrics import MetricsFile
 from hapo_lite.recipe import load_recipe
 from hapo_lite.records import EncodedPrompt
 from hapo_lite.rollout.canary import compare as compare_engine
 from hapo_lite.rollout.engine import make_engine
-from hapo_lite.status import read_status
+from hapo_lite.runs.lines import MetricsFile
+from hapo_lite.runs.status import read_status
+from hapo_lite.runs.trace import read_traces
 from hapo_lite.tasks.data import load_prompts
-from hapo_lite.trace import read_traces
-from hapo_lite.verify_resume import Aim, Findings, compare, left_by
-from hapo_lite.verify_resume import run as run_or_kill
+from hapo_lite.train import run
+from hapo_lite.verify_resume.__main__ import Aim, Findings, compare, left_by
+from hapo_lite.verify_resume.__main__ import run as run_or_kill
 from tests.conftest import ROOT, TINY
 from tests.real.conftest import GAP, WAYS, base_digest, own_precision
 from tests.test_run import ENVIRONMENT

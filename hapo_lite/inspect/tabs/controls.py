@@ -11,7 +11,7 @@ from hapo_lite.algo.methods import PRESETS
 from hapo_lite.errors import UserError
 from hapo_lite.inspect.generate import MOST_SECONDS, MOST_TOKENS, GenerationSettings
 from hapo_lite.inspect.tabs.desk import Desk, latest_signal
-from hapo_lite.policy import Policy
+from hapo_lite.model.policy import Policy
 from hapo_lite.tiny.task import problems
 
 FIRST_PASS, FROM_RUN = "first pass", "run's latest"

@@ -16,7 +16,7 @@ from hapo_lite.inspect import markup
 from hapo_lite.inspect.generate import ModelShelf
 from hapo_lite.inspect.runs import Run, open_run, run_names
 from hapo_lite.inspect.tokens import TokenTable, csv_text
-from hapo_lite.trace import Trace
+from hapo_lite.runs.trace import Trace
 
 ONE_AT_A_TIME = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
 """For events that generate: all tabs of all browsers wait in one queue."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from hapo_lite.inspect.generate import GenerationSettings, Progress, generate
 from hapo_lite.inspect.tabs.desk import Session
 from hapo_lite.inspect.tokens import TokenTable, token_table
-from hapo_lite.policy import Policy
+from hapo_lite.model.policy import Policy
 
 
 def write(policy: Policy, settings: GenerationSettings, session: Session) -> Iterator[tuple[Progress, TokenTable, str]]:

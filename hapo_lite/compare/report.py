@@ -1,0 +1,116 @@
+"""What a comparison leaves beside its runs: report.html, figures as PNG, numbers as CSV; a table for the terminal."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hapo_lite.compare.figures import picture_bytes, pictures
+from hapo_lite.compare.numbers import CURVES, MEASURES, Numbers, collect
+from hapo_lite.compare.page import page
+from hapo_lite.compare.plan import Comparison, PlannedRun
+from hapo_lite.compare.words import spread
+from hapo_lite.errors import writing
+
+
+def write_report(comparison: Comparison, runs: Sequence[PlannedRun], failed: dict[str, str]) -> None:
+    """Report on the complete runs. failed: a sentence for each run that failed, by name."""
+    numbers = collect(comparison, runs)
+    if not numbers.runs:
+        print("no run is complete yet: there is nothing to report on")
+        return
+    folder = comparison.folder
+    drawn = [
+        (picture, *(picture_bytes(picture.draw(numbers, theme)) for theme in ("light", "dark")))
+        for picture in pictures(numbers)
+    ]
+    with writing(folder):
+        for picture, light, _ in drawn:
+            (folder / f"{picture.name}.png").write_bytes(light)
+        _write_csv(folder / "table.csv", table_rows(numbers))
+        _write_csv(folder / "differences.csv", difference_rows(numbers))
+        _write_csv(folder / "runs.csv", run_rows(numbers))
+        _write_csv(folder / "curves.csv", curve_rows(numbers))
+        (folder / "report.html").write_text(page(numbers, runs, failed, drawn), encoding="utf-8")
+    print(text_table(numbers))
+    print(f"{folder}: report.html, table.csv, differences.csv, runs.csv, curves.csv, and the figures as PNG")
+
+
+def table_rows(numbers: Numbers) -> Iterable[dict[str, Any]]:
+    """A row an arm: each measure's mean over seeds and its 95 % interval."""
+    for arm in numbers.arms:
+        row: dict[str, Any] = {"arm": arm, "seeds": len(numbers.seeds(arm)), "reached_threshold": numbers.reached(arm)}
+        for measure in MEASURES:
+            found = numbers.mean(arm, measure)
+            row |= {measure: found.value, f"{measure}_low": found.low, f"{measure}_high": found.high}
+        yield row
+
+
+def difference_rows(numbers: Numbers) -> Iterable[dict[str, Any]]:
+    """A row an arm and measure: the arm less the reference, paired by seed, with its 95 % interval."""
+    for arm in numbers.others:
+        for measure in MEASURES:
+            if found := numbers.difference(arm, measure):
+                yield {
+                    "arm": arm,
+                    "reference": numbers.comparison.base,
+                    "measure": measure,
+                    "pairs": len(numbers.pairs(arm, measure)[0]),
+                    "difference": found.value,
+                    "low": found.low,
+                    "high": found.high,
+                    "excludes_zero": found.above_zero or found.below_zero,
+                }
+
+
+def run_rows(numbers: Numbers) -> Iterable[dict[str, Any]]:
+    """A row a run."""
+    for (arm, seed), run in numbers.runs.items():
+        yield {
+            "arm": arm,
+            "seed": seed,
+            "tokens": run.sampled,
+            "iterations": run.iterations,
+            "before": run.before,
+            "reached_threshold": run.reach is not None,
+            **run.measures,
+        }
+
+
+def curve_rows(numbers: Numbers) -> Iterable[dict[str, Any]]:
+    """A row a curve, arm and point of the grid: mean over seeds and the 95 % interval of the mean."""
+    for quantity in CURVES:
+        for arm in numbers.arms:
+            band = numbers.band(arm, quantity)
+            for tokens, mean, low, high in zip(numbers.grid, band.mean, band.low, band.high, strict=True):
+                yield {"curve": quantity, "arm": arm, "tokens": tokens, "mean": mean, "low": low, "high": high}
+
+
+def text_table(numbers: Numbers) -> str:
+    """The final table for a terminal."""
+    base = numbers.comparison.base
+    rows = [("arm", "seeds", "final accuracy", "area", f"final less {base}'s", f"area less {base}'s")]
+    for arm in numbers.arms:
+        differences = [numbers.difference(arm, m) if arm != base else None for m in ("final", "area")]
+        rows.append(
+            (
+                arm,
+                str(len(numbers.seeds(arm))),
+                *(spread(numbers.mean(arm, m), ".3f") for m in ("final", "area")),
+                *("" if d is None else spread(d, "+.3f") + ("" if d.low <= 0 <= d.high else " *") for d in differences),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "[95 % bootstrap interval over seeds]; * the interval excludes 0"])
+
+
+def _write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    rows = list(rows)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if rows:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)

@@ -1,0 +1,282 @@
+"""One evaluation: the base and the adapter on every suite, resumed where it was stopped, and its summaries.
+
+What it leaves in `runs/NAME/evaluations/`: for each suite a folder with the samples and summary.json, and a
+summary.json over the suites. The model is loaded once; the base is the same model with its adapter switched off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+import hapo_lite
+from hapo_lite.errors import writing
+from hapo_lite.evaluate.samples import Sample, SampleFile
+from hapo_lite.evaluate.scores import Values, by_prompt, differences, intervals, notes, outcomes, table
+from hapo_lite.evaluate.suites import Suite, chosen, fit, read_problems
+from hapo_lite.model.load import load_policy, resolve_dtype
+from hapo_lite.model.policy import Policy
+from hapo_lite.recipe import Recipe
+from hapo_lite.rollout.engine import BENCHMARK, make_engine
+from hapo_lite.rollout.sampling import AdaptiveTemperature
+from hapo_lite.runs.display import Display
+from hapo_lite.runs.files import file_hash
+from hapo_lite.runs.folder import RunFolder, check_place
+from hapo_lite.runs.interrupt import Interrupted, Interrupts
+from hapo_lite.runs.progress import Progress
+from hapo_lite.runs.status import Status
+from hapo_lite.tasks.rewards import Scorer
+from hapo_lite.train.accelerator import make_accelerator, someone_wants_to_stop
+from hapo_lite.train.collect import Collector
+from hapo_lite.train.memory.room import unpacks
+from hapo_lite.train.verdict import judge
+
+BASE, ADAPTER = "base", "adapter"
+
+
+@dataclass
+class Work:
+    """One model on one suite. seconds: spent on it by this command, by stage; sampled: prompts it did."""
+
+    suite: Suite
+    file: SampleFile
+    seconds: dict[str, float] = field(default_factory=dict)
+    sampled: int = 0
+
+
+def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
+    """Evaluate, and return the summaries by suite. adapter: a folder; None: the run's own, if it has one.
+
+    Raises UserError for what the user can mend, and Interrupted for a signal; what was sampled by then is kept.
+    """
+    if adapter is None and (recipe.run_dir / "adapter").is_dir():
+        adapter = recipe.run_dir / "adapter"
+    # Trackers are for training.
+    recipe = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"report_to": "none"})})
+    accelerator = make_accelerator(recipe)
+    check_place(RunFolder(recipe.run_dir))
+    folder = recipe.run_dir / "evaluations"
+    main = accelerator.is_main_process
+    with (
+        Status(folder / "status.json" if main else None) as status,
+        Display(Progress(status.enter), status, main, recipe.logging.progress) as display,
+    ):
+        with display.progress.within("reading the problems"):
+            problems = [read_problems(settings, recipe) for settings in chosen(recipe)]
+        with display.progress.within(f"loading {recipe.model.name}, base {recipe.model.quantization}"):
+            unpacked = unpacks(recipe, accelerator.device)
+            policy = load_policy(
+                recipe.model, recipe.seed, accelerator.device, adapter, recipe.rollout.engine, unpacked
+            )
+        limit = recipe.benchmark.max_new_tokens or recipe.rollout.max_new_tokens
+        suites = [fit(p, policy, recipe.data.max_prompt_tokens, limit) for p in problems]
+        if main:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            status.claim()
+        reward = recipe.reward.model_copy(update={"function": None, "overlong_buffer": 0})
+        with Scorer(reward, limit) as scorer:
+            with display.progress.within(f"rollout.engine = {recipe.rollout.engine}"):
+                engine = make_engine(recipe, policy, limit)
+            collector = Collector(engine, scorer, accelerator, display.progress)
+            return Evaluation(recipe, policy, adapter, suites, collector, display, folder, limit).run()
+
+
+class Evaluation:
+    """The moving parts of one evaluation."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        policy: Policy,
+        adapter: Path | None,
+        suites: Sequence[Suite],
+        collector: Collector,
+        display: Display,
+        folder: Path,
+        max_new_tokens: int,
+    ) -> None:
+        self.recipe, self.policy, self.adapter, self.suites = recipe, policy, adapter, suites
+        self.collector, self.display, self.folder = collector, display, folder
+        self.accelerator = accelerator = collector.accelerator
+        self.max_new_tokens, self.settings = max_new_tokens, recipe.benchmark
+        self.main = accelerator.is_main_process
+        per_process = max(1, recipe.rollout.batch_size // self.settings.samples)
+        self.at_once = per_process * accelerator.num_processes
+        self.interrupts = Interrupts(deferred=accelerator.num_processes > 1)
+
+    def run(self) -> dict[str, Any]:
+        work = self.plan()
+        self.display.say(self.opening(work))
+        n = self.settings.samples
+        total = sum(len(w.suite.prompts) for w in work) * n
+        done = sum(w.file.done for w in work) * n
+        found: dict[str, dict[str, Any]] = {}
+        values: dict[str, list[Values]] = {}
+        with (
+            self.interrupts.listening(),
+            # The time left is reckoned from the mean pace: suites differ in length.
+            self.display.bar(total, done, "sample", smoothing=0.0) as bar,
+        ):
+            for suite in self.suites:
+                mine = {w.file.label: w for w in work if w.suite is suite}
+                for label, w in mine.items():
+                    with self.display.progress.within(f"{suite.name}, {label}"):
+                        self.sample(w, bar)
+                for label, w in mine.items():
+                    values.setdefault(label, []).append(by_prompt(w.file.samples, n))
+                found[suite.name] = self.report(suite, mine, {label: v[-1] for label, v in values.items()})
+        self.close(found, values)
+        return found
+
+    def plan(self) -> list[Work]:
+        """Every model on every suite, with what earlier commands sampled."""
+        digest = file_hash(self.adapter / "adapter_model.safetensors") if self.adapter else None
+        work = []
+        for suite in self.suites:
+            for label, weights in ((BASE, None), (ADAPTER, digest)):
+                if label == BASE or self.adapter:
+                    ids = [e.prompt.id for e in suite.prompts]
+                    protocol = self.protocol(suite, weights)
+                    file = SampleFile(self.folder / suite.name, label, protocol, ids, self.settings.samples)
+                    work.append(Work(suite, file))
+        # The main process cuts off what is unfinished before the others read.
+        for turn in (True, False):
+            if self.main is turn:
+                for w in work:
+                    w.file.resume(self.at_once)
+            self.accelerator.wait_for_everyone()
+        return work
+
+    def protocol(self, suite: Suite, adapter_sha256: str | None) -> dict[str, Any]:
+        """All that decides what the samples and their grades are, but for the machine's rounding."""
+        model, settings = self.recipe.model, self.settings
+        asked = json.dumps([(e.index, e.prompt.id, e.prompt.answer, e.ids) for e in suite.prompts])
+        return {
+            "hapo_lite": hapo_lite.__version__,
+            "model": {
+                "name": model.name,
+                "origin": self.policy.origin,
+                "quantization": model.quantization,
+                "dtype": str(resolve_dtype(model.dtype, self.accelerator.device)).removeprefix("torch."),
+                "attention": model.attention,
+            },
+            "adapter_sha256": adapter_sha256,
+            "suite": suite.name,
+            "prompts_sha256": hashlib.sha256(asked.encode()).hexdigest(),
+            "samples": settings.samples,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "max_new_tokens": self.max_new_tokens,
+            "seed": self.recipe.seed,
+            "timeout_s": self.recipe.reward.timeout_s,
+        }
+
+    def sample(self, work: Work, bar: tqdm) -> None:
+        """Sample and grade what is missing, a few prompts at a time; a signal stops it between two parts."""
+        settings, prompts = self.settings, work.suite.prompts
+        processor = AdaptiveTemperature(None, settings.temperature, top_p=settings.top_p)
+        switched = self.policy.base_alone() if work.file.label == BASE else contextlib.nullcontext()
+        with switched:
+            while not work.file.complete:
+                part = prompts[work.file.done : work.file.done + self.at_once]
+                completions, scores = self.collector.graded(
+                    part, settings.samples, processor, self.recipe.seed, BENCHMARK, 0, work.seconds
+                )
+                samples = [Sample.of(c, s) for c, s in zip(completions, scores, strict=True)]
+                self.interrupts.shield()
+                work.file.append(samples, write=self.main)
+                self.interrupts.unshield()
+                work.sampled += len(part)
+                bar.update(len(samples))
+                if someone_wants_to_stop(self.accelerator, self.interrupts):
+                    raise Interrupted(self.interrupts.pending or signal.SIGTERM)
+
+    def report(self, suite: Suite, mine: Mapping[str, Work], values: Mapping[str, Values]) -> dict[str, Any]:
+        """Print a suite's table and verdict, write its summary.json, and return that."""
+        counts = {label: outcomes(w.file.samples) for label, w in mine.items()}
+        summary = {
+            "suite": suite.name,
+            "source": suite.problems.source,
+            "origin": suite.problems.origin,
+            "prompts": len(suite.prompts),
+            "too_long": {"more_tokens_than": suite.most, "prompts": list(suite.too_long)},
+            "rows_skipped": dict(suite.problems.skipped),
+            "files": {label: w.file.path.name for label, w in mine.items()},
+            "outcomes": counts,
+            **(numbers := self.numbers({label: [v] for label, v in values.items()}, len(suite.prompts))),
+            # Of this command alone: what an earlier one sampled is not in it.
+            "seconds": {label: {"prompts": w.sampled, **w.seconds} for label, w in mine.items()},
+        }
+        lines = [
+            f"\n{suite.name}: {len(suite.prompts):,} prompts x {self.settings.samples} from {suite.problems.source}"
+        ]
+        lines += [f"{count} rows left out: {reason}" for reason, count in suite.problems.skipped.items()]
+        if suite.too_long:
+            named = ", ".join(suite.too_long[:3]) + (", ..." if len(suite.too_long) > 3 else "")
+            lines.append(f"{len(suite.too_long)} prompts left out: longer than {suite.most} tokens ({named})")
+        lines += self.lines(numbers)
+        for label, kinds in counts.items():
+            lines.append(f"{label}: " + ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count))
+        for label, w in mine.items():
+            if w.sampled:
+                pace = sum(w.seconds.values()) / w.sampled
+                lines.append(f"{label}: {pace:.3g} seconds a prompt, over {w.sampled:,} prompts")
+        self.write(self.folder / suite.name, summary)
+        self.display.say("\n".join(lines))
+        return summary
+
+    def close(self, found: Mapping[str, dict[str, Any]], values: Mapping[str, Sequence[Values]]) -> None:
+        """The mean over the suites, each weighing the same, as the paper reports it."""
+        count = sum(len(suite.prompts) for suite in self.suites)
+        numbers = self.numbers(values, count)
+        self.write(self.folder, {"suites": list(found), "prompts": count, **numbers})
+        if len(found) > 1:
+            text = [f"\nmean of {len(found)} suites, {count:,} prompts", *self.lines(numbers)]
+            self.display.say("\n".join(text))
+        self.display.say(f"\n{self.folder}: summary.json, and the samples of each suite")
+
+    def numbers(self, values: Mapping[str, Sequence[Values]], prompts: int) -> dict[str, Any]:
+        """Figures of each model over some suites, their difference, and the verdict."""
+        figures = {label: intervals(suites) for label, suites in values.items()}
+        out: dict[str, Any] = {"figures": figures}
+        if ADAPTER in values:
+            change = differences(values[BASE], values[ADAPTER])
+            verdict = judge(figures[BASE], change, self.settings.samples, f"{prompts:,} prompts")
+            out |= {"difference": change, "verdict": verdict.word, "sentence": verdict.sentence}
+        return out | {"notes": notes(figures, self.max_new_tokens)}
+
+    def lines(self, numbers: Mapping[str, Any]) -> list[str]:
+        shown = [table(numbers["figures"], numbers.get("difference"), self.settings.samples)]
+        shown += [numbers["sentence"]] if "sentence" in numbers else []
+        return shown + [f"note: {note}" for note in numbers["notes"]]
+
+    def write(self, folder: Path, summary: Mapping[str, Any]) -> None:
+        """summary.json, with the settings it was made under."""
+        if not self.main:
+            return
+        settings = self.settings.model_dump(include={"samples", "temperature", "top_p", "limit"})
+        adapter = {"adapter": str(self.adapter) if self.adapter else None}
+        whole = {**summary, "settings": settings | {"max_new_tokens": self.max_new_tokens, "seed": self.recipe.seed}}
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({**whole, "model": self.recipe.model.name, **adapter}, indent=1, default=asdict)
+            (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+
+    def opening(self, work: Sequence[Work]) -> str:
+        settings = self.settings
+        who = f"{self.recipe.model.name} and {self.adapter}" if self.adapter else f"{self.recipe.model.name} alone"
+        done = sum(w.file.done for w in work) * settings.samples
+        before = f"; {done:,} completions are there from before" if done else ""
+        return (
+            f"{self.recipe.name}: {who} on {', '.join(s.name for s in self.suites)}; {settings.samples} samples at "
+            f"T = {settings.temperature:g}, top_p = {settings.top_p:g}, at most {self.max_new_tokens:,} tokens{before}"
+        )

@@ -1,0 +1,83 @@
+"""What samples say: avg@n, pass@k and maj@k with intervals, base against adapter.
+
+Axes: P prompts, n samples of each. Pure functions; the intervals are hapo_lite.train.intervals'.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hapo_lite.evaluate.samples import Sample
+from hapo_lite.tasks.verify import normal_form
+from hapo_lite.train.intervals import Interval, avg_at_k, macro_interval, maj_at_k, pass_at_k
+from hapo_lite.train.metrics import OUTCOMES
+from hapo_lite.train.verdict import CUT_OFF, percent, signed
+
+Values = Mapping[str, NDArray[np.float64]]
+
+
+def steps(n: int) -> list[int]:
+    """The k of pass@k: 1, 2, 4, ... and n."""
+    return sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
+
+
+def by_prompt(samples: Sequence[Sample], n: int) -> dict[str, NDArray[np.float64]]:
+    """[P] values, one a prompt, of every number that is reported: their means are the suite's."""
+    rows = [samples[i : i + n] for i in range(0, len(samples), n)]
+    correct = np.array([[s.correct for s in row] for row in rows], dtype=np.float64)
+    votes = [[None if s.answer is None else normal_form(s.answer) for s in row] for row in rows]
+    return {
+        f"avg@{n}": avg_at_k(correct),
+        **{f"pass@{k}": pass_at_k(correct, k) for k in steps(n)},
+        **{f"maj@{k}": maj_at_k(correct, votes, k) for k in steps(n) if k > 2 or k == n},
+        "length": np.array([np.mean([s.length for s in row]) for row in rows]),
+        "truncated": np.array([np.mean([s.truncated for s in row]) for row in rows]),
+    }
+
+
+def outcomes(samples: Sequence[Sample]) -> dict[str, int]:
+    counts = Counter(s.outcome for s in samples)
+    return {name: counts[name] for name in OUTCOMES}
+
+
+def intervals(suites: Sequence[Values]) -> dict[str, Interval]:
+    """Each number's mean over the suites, with its interval; one suite is a list of one."""
+    return {name: macro_interval([values[name] for values in suites]) for name in suites[0]}
+
+
+def differences(base: Sequence[Values], adapter: Sequence[Values]) -> dict[str, Interval]:
+    """adapter - base on the same prompts, suite by suite."""
+    return intervals([{name: a[name] - b[name] for name in b} for b, a in zip(base, adapter, strict=True)])
+
+
+def notes(arms: Mapping[str, Mapping[str, Interval]], max_new_tokens: int) -> list[str]:
+    """What a reader must know about the numbers, each with the setting to change."""
+    return [
+        f"{label}: {percent(figures['truncated'].value)} of the completions were cut off at {max_new_tokens:,} tokens; "
+        "raise benchmark.max_new_tokens to see what they would have answered"
+        for label, figures in arms.items()
+        if figures["truncated"].value >= CUT_OFF
+    ]
+
+
+def table(arms: Mapping[str, Mapping[str, Interval]], change: Mapping[str, Interval] | None, n: int) -> str:
+    """The numbers of each model, a column a model, as text."""
+    labels = {f"avg@{n}": f"avg@{n}"} | {f"pass@{k}": f"pass@{k}" for k in steps(n)[1:]}
+    labels |= {f"maj@{n}": f"maj@{n}"} if n > 1 else {}
+    labels |= {"length": "length, tokens", "truncated": "cut off at the limit"}
+    columns = list(arms) + (["difference"] if change else [])
+    rows = [["", *columns]]
+    for name, label in labels.items():
+        digits = 1 if name == "length" else 3
+        cells = [_cell(figures[name], digits) for figures in arms.values()]
+        rows.append([label, *cells, *([signed(change[name], digits)] if change else [])])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _cell(figure: Interval, digits: int) -> str:
+    return f"{figure.value:.{digits}f} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"

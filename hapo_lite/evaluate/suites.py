@@ -1,0 +1,127 @@
+"""Named sets of problems. Each name stands for a public hub data set; NAME=FILE reads a local copy instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hapo_lite.errors import UserError
+from hapo_lite.model.policy import Policy
+from hapo_lite.recipe import DataSettings, Recipe, SuiteSettings
+from hapo_lite.records import EncodedPrompt, Prompt
+from hapo_lite.tasks.data import load_prompts
+from hapo_lite.tasks.store import origin_of
+from hapo_lite.train.prompts import load_data
+
+NAMED: Mapping[str, dict[str, str]] = {
+    "aime24": {"source": "HuggingFaceH4/aime_2024", "split": "train"},
+    "aime25": {"source": "math-ai/aime25", "split": "test"},
+    "amc23": {"source": "AI-MO/aimo-validation-amc", "split": "train"},
+    "math500": {"source": "HuggingFaceH4/MATH-500", "split": "test"},
+    "minerva": {"source": "math-ai/minervamath", "split": "test"},
+    "olympiadbench": {
+        "source": "Hothan/OlympiadBench",
+        "config": "OE_TO_maths_en_COMP",
+        "split": "train",
+        "problem_column": "question",
+        "answer_column": "final_answer",
+    },
+    "gsm8k": {"source": "openai/gsm8k", "config": "main", "split": "test"},
+    "tiny": {"source": "tiny", "split": "test"},
+}
+PAPER = ("aime24", "aime25", "amc23", "math500", "olympiadbench", "minerva")
+"""The six benchmarks of the paper (arXiv 2509.16591)."""
+HELD_OUT = "held_out"
+"""The run's own held-out prompts, those that training evaluates on."""
+
+
+@dataclass(frozen=True)
+class Problems:
+    """A suite as read. source: where from, in words; skipped: rows that could not be used, by reason.
+
+    origin: as in tasks.sources.Table.
+    """
+
+    name: str
+    source: str
+    prompts: Sequence[Prompt]
+    skipped: Mapping[str, int]
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite as asked. prompts: in the data's order; too_long: ids of those that do not fit; most: tokens that do."""
+
+    problems: Problems
+    prompts: tuple[EncodedPrompt, ...]
+    too_long: tuple[str, ...]
+    most: int
+
+    @property
+    def name(self) -> str:
+        return self.problems.name
+
+
+def chosen(recipe: Recipe) -> tuple[SuiteSettings, ...]:
+    """`benchmark.suites`, or its default: the built-in task for a run on it, else the paper's six."""
+    if recipe.benchmark.suites is not None:
+        return recipe.benchmark.suites
+    names = ("tiny",) if recipe.data.source == "tiny" else PAPER
+    return tuple(SuiteSettings(name=name) for name in names)
+
+
+def read_problems(settings: SuiteSettings, recipe: Recipe) -> Problems:
+    """The suite's problems, under the recipe's system prompt. Raises UserError that names the suite."""
+    name, limit = settings.name, recipe.benchmark.limit
+    if settings.source is None and name == HELD_OUT:
+        if recipe.evaluation.prompts == 0:
+            raise UserError(f"suite {name}: evaluation.prompts is 0, so this recipe holds no prompts out")
+        held_out = load_data(recipe, say=lambda text: None)[1]
+        return Problems(name, "the run's held-out prompts", held_out[:limit], {})
+    data = _data(settings, recipe)
+    try:
+        found = load_prompts(data)
+    except UserError as error:
+        copy = f" (a local copy: {name}=FILE)" if settings.source is None else ""
+        raise UserError(f"suite {name}{copy}: {error}") from error
+    where = [data.source] if Path(data.source).is_file() else [data.source, data.config, f"({data.split})"]
+    return Problems(name, " ".join(filter(None, where)), found.prompts, found.skipped, origin_of(found.prompts))
+
+
+def _data(settings: SuiteSettings, recipe: Recipe) -> DataSettings:
+    if settings.source is not None:
+        source = settings.model_dump(exclude={"name"})
+    elif settings.name in NAMED:
+        source = dict(NAMED[settings.name])
+    else:
+        known = [*NAMED, HELD_OUT]
+        close = difflib.get_close_matches(settings.name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(
+            f"there is no suite {settings.name!r}: the names are {', '.join(known)}, and your own is a file or "
+            f"NAME=FILE{hint}"
+        )
+    kept = recipe.data.model_dump(include={"system_prompt", "max_prompt_tokens"})
+    return DataSettings(**source, **kept, limit=recipe.benchmark.limit)
+
+
+def fit(problems: Problems, policy: Policy, max_prompt_tokens: int, max_new_tokens: int) -> Suite:
+    """Tokenise, and leave out the prompts that are too long, or beside which a completion would not fit.
+
+    Raises UserError where none is left.
+    """
+    encoded = [EncodedPrompt(i, p, tuple(policy.encode(p.chat()))) for i, p in enumerate(problems.prompts)]
+    room = policy.context - max_new_tokens
+    most = min(room, max_prompt_tokens)
+    kept = tuple(e for e in encoded if len(e.ids) <= most)
+    if not kept:
+        shortest = min(len(e.ids) for e in encoded)
+        raise UserError(
+            f"suite {problems.name}: no prompt fits: the shortest has {shortest} tokens; data.max_prompt_tokens is "
+            f"{max_prompt_tokens}, and completions of {max_new_tokens} leave {max(room, 0)} of the model's context of "
+            f"{policy.context}: set benchmark.max_new_tokens lower"
+        )
+    return Suite(problems, kept, tuple(e.prompt.id for e in encoded if len(e.ids) > most), most)

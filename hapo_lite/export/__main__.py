@@ -1,0 +1,43 @@
+"""Export a run: `python -m hapo_lite.export RUN --to merged|gguf-ready|adapter [--output FOLDER]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from hapo_lite.cli import run_command
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m hapo_lite.export",
+        description="Write a run's adapter as a model to pass on, with a model card, after comparing what was written "
+        "with the adapter on its 16-bit base (docs/export.md).",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/tiny_cpu")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("merged", "gguf-ready", "adapter"),
+        help="merged: one model, no peft needed; gguf-ready: the same, checked for llama.cpp's converter; "
+        "adapter: the adapter alone",
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where to; without it RUN/export/KIND")
+    parser.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="a checkpoint of the run instead of its last adapter"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="auto",
+        help="of the merged weights; auto: the base's own",
+    )
+    arguments = parser.parse_args(argv)
+    from hapo_lite.export.export import export
+
+    export(arguments.run, arguments.to, arguments.output, arguments.adapter, arguments.dtype)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

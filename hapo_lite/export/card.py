@@ -1,0 +1,154 @@
+"""The model card that lies beside what is passed on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hapo_lite.export.gguf import COMMAND, QUANTISE
+from hapo_lite.export.parity import Drift, QuantisationGap
+from hapo_lite.export.source import Source
+from hapo_lite.train.curves import closing_table
+
+TITLES = {
+    "merged": "merged into its base",
+    "gguf-ready": "merged into its base, for llama.cpp",
+    "adapter": "LoRA adapter",
+}
+
+
+def model_card(source: Source, record: dict[str, Any], output: Path) -> str:
+    """README.md: YAML for the hub, then how to load it, what it was trained on, what came of it, and the recipe."""
+    parts = [
+        f"---\n{yaml.safe_dump(front_matter(source, record), sort_keys=False)}---",
+        f"# {source.recipe.name}: {TITLES[record['kind']]}",
+        f"Trained from {_base(source)} with {source.recipe.method.preset} by hapo_lite, on one LoRA adapter of rank "
+        f"{source.model.lora.rank}.",
+        "## How to load it\n\n" + how_to_load(source, record, output),
+        "## What it is\n\n" + facts(source, record),
+        "## Before and after\n\n" + before_and_after(source),
+        "## Licence\n\nThe base model's licence applies to what is derived from it; so may that of the data. Read both "
+        "before passing this on.",
+        f"## Recipe\n\n```yaml\n{source.recipe.to_yaml().strip()}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(source: Source, record: dict[str, Any]) -> dict[str, Any]:
+    adapter = record["kind"] == "adapter"
+    fields: dict[str, Any] = {}
+    if is_hub_name(source.model.name):
+        fields |= {
+            "base_model": source.model.name,
+            "base_model_relation": "adapter" if adapter else "finetune",
+        }
+    fields |= {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["hapo_lite", source.recipe.method.preset, "lora", "reinforcement-learning"],
+    }
+    if is_hub_name(source.recipe.data.source):
+        fields["datasets"] = [source.recipe.data.source]
+    return fields | {"license": "other", "license_name": "that-of-the-base-model"}
+
+
+def is_hub_name(name: str) -> bool:
+    """OWNER/NAME, and no file or folder here."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def how_to_load(source: Source, record: dict[str, Any], output: Path) -> str:
+    revision = f', revision="{source.revision}"' if source.revision else ""
+    if record["kind"] == "adapter":
+        name = "TINY_MODEL" if source.model.name == "tiny" else f'"{source.base}"'
+        tiny = "from hapo_lite.model.origins import TINY_MODEL\n" if source.model.name == "tiny" else ""
+        lines = (
+            f"from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n{tiny}\n"
+            f'base = AutoModelForCausalLM.from_pretrained({name}{revision}, dtype="auto")\n'
+            'model = PeftModel.from_pretrained(base, ".")\n'
+            'tokenizer = AutoTokenizer.from_pretrained(".")'
+        )
+    else:
+        lines = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")\n'
+            'tokenizer = AutoTokenizer.from_pretrained(".")'
+        )
+    text = [f"In this folder (elsewhere, its path for the dot):\n\n```python\n{lines}\n```", how_to_ask(source)]
+    if record["kind"] == "gguf-ready":
+        names = {"folder": output, "name": source.recipe.name}
+        text.append(
+            "For llama.cpp, in a checkout of it with `requirements/requirements-convert_hf_to_gguf.txt` installed:\n\n"
+            f"```\n{COMMAND.format(**names)}\n{QUANTISE.format(**names)}\n```\n\n"
+            "The converter knows a tokenizer by what it makes of a test text, and refuses one that it does not know."
+        )
+    return "\n\n".join(text)
+
+
+def how_to_ask(source: Source) -> str:
+    prompt = source.recipe.data.system_prompt
+    said = f"the system message\n\n> {prompt}\n\nThat was" if prompt else "no system message, which was"
+    sampled = source.recipe.evaluation.temperature
+    return f"Ask through the chat template with {said} training's too. It was evaluated at temperature {sampled:g}."
+
+
+def facts(source: Source, record: dict[str, Any]) -> str:
+    recipe, summary = source.recipe, source.summary
+    data = recipe.data
+    where = ", ".join(f"{k} {v}" for k in ("config", "split", "revision") if (v := getattr(data, k)) is not None)
+    rows = {
+        "base": _base(source) + (", 4-bit (NF4) in training" if source.model.quantization == "nf4" else ""),
+        "method": recipe.method.preset,
+        "data": "the built-in task" if data.source == "tiny" else f"{data.source} ({where})",
+        **{f"{what} as loaded": origin for what, origin in source.origins.items() if origin},
+        "seed": recipe.seed,
+    }
+    if summary:
+        rows["training"] = (
+            f"{summary['iterations']:,} iterations, {summary['updates']:,} updates, {summary['sampled_tokens']:,} "
+            f"tokens sampled, {summary['training_seconds'] / 3600:.2f} hours on {summary['machine']['device']}"
+        )
+        rows["trained with"] = _versions(summary["versions"])
+    else:
+        rows["training"] = f"a checkpoint of the run, {source.adapter.name}"
+    rows |= {"adapter sha256": source.sha256, "exported with": _versions(record["versions"])}
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    if "drift" in record:
+        drift = Drift(**record["drift"])
+        lines += ["", f"Checked: {drift.sentence()}. Computed in fp32, written in {drift.dtype}."]
+        if record["four_bit"]:
+            lines += ["", f"Note: {QuantisationGap(**record['four_bit']).sentence()}."]
+    elif source.model.quantization == "nf4":
+        lines += ["", "It was trained on the 4-bit base: on the 16-bit base it behaves a little differently."]
+    return "\n".join(lines)
+
+
+def before_and_after(source: Source) -> str:
+    """The run's closing table, of summary.json, and its verdict."""
+    if not source.summary:
+        return "Not known: this is a checkpoint of a run, not what it ended with."
+    evaluation, verdict = source.summary["evaluation"], source.summary["verdict"]
+    # Of the line that ended the run, training's numbers too are in it; there is no "before" to those.
+    ends = [
+        {key: value for key, value in line.items() if key.startswith("eval/")}
+        for line in (evaluation["before"], evaluation["after"])
+        if line
+    ]
+    said = "\n".join([verdict["sentence"], *(f"- {reason}" for reason in verdict["because"])])
+    if not ends:
+        return said
+    asked = f"{evaluation['prompts']} held-out prompts, {evaluation['samples']} samples each."
+    return f"{asked}\n\n```\n{closing_table(ends, evaluation['samples'])}\n```\n\n{said}"
+
+
+def _base(source: Source) -> str:
+    if source.model.name == "tiny":
+        return "hapo_lite's bundled model"
+    return source.model.name + (f" at {source.revision}" if source.revision else "")
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -1,0 +1,160 @@
+"""Merge an adapter into its 16-bit base, write that, and read it back."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM
+
+from hapo_lite.errors import UserError
+from hapo_lite.export.parity import Drift, QuantisationGap, drift, quantisation_gap, refer
+from hapo_lite.export.probes import compute_in_fp32, gather
+from hapo_lite.export.source import TOKENIZER_FILES, Source, base_config, base_files, own_dtype
+from hapo_lite.model.load import load_policy
+from hapo_lite.model.policy import Policy
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SPARE = 1.3
+"""Memory for the weights, and for the widest layer in fp32 and activations beside them, as a factor."""
+
+
+def merge(source: Source, folder: Path, dtype: str, say: Callable[[str], None]) -> tuple[Drift, QuantisationGap | None]:
+    """Write the merged model into `folder`, and compare what is read back with the adapter on its base.
+
+    dtype: of the weights, by its name; auto: the base's own. Both sides are computed in fp32, so that what differs is
+    the weights. Raises UserError where they differ by more than rounding.
+    """
+    config = base_config(source)
+    own = own_dtype(config)
+    written = own if dtype == "auto" else DTYPES[dtype]
+    loaded = torch.promote_types(own, written)
+    parameters = count_parameters(config)
+    need_disk(folder, parameters * written.itemsize)
+    device = placement(parameters * loaded.itemsize)
+    say(f"merging {source.adapter} into {source.model.name} on {device}, to {NAMES[written]}")
+    policy = _load(source, source.base, device, loaded, source.adapter)
+    trained_on = source.origins.get("model", policy.origin)
+    if policy.origin != trained_on:
+        raise UserError(
+            f"model.name = {source.model.name} is not the model that the run was trained on ({trained_on}; now "
+            f"{policy.origin}): put that back, or use --to adapter"
+        )
+    probes = gather(source, policy, say)
+    reference, effect = refer(policy, probes)
+    _write(source, policy, folder, written)
+    del policy
+    _free()
+    merged = _load(source, str(folder), device, written, None)
+    with merged.base_alone():
+        found = drift(merged, probes, reference, effect, written)
+    del merged
+    _free()
+    if problem := found.problem():
+        raise UserError(f"the merged model is {problem}")
+    say(found.sentence())
+    if source.model.quantization != "nf4":
+        return found, None
+    gap = quantisation_gap(_load_four_bit(source, device), probes, reference)
+    say(gap.sentence())
+    _free()
+    return found, gap
+
+
+def count_parameters(config: Any) -> int:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def need_disk(folder: Path, size: int) -> None:
+    """Raises UserError where `size` bytes do not fit beside what is there."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(
+            f"{folder.parent} has {free / 1e9:.2g} GB left and the merged model takes {size / 1e9:.2g} GB: free some "
+            "space, or give --output on another disk"
+        )
+
+
+def placement(size: int) -> torch.device:
+    """Where to hold `size` bytes of weights and compare: on a GPU if they fit, else on the CPU. Raises UserError."""
+    free = {"cuda": torch.cuda.mem_get_info()[0]} if torch.cuda.is_available() else {}
+    free |= {"cpu": psutil.virtual_memory().available}
+    for device, left in free.items():
+        if SPARE * size <= left:
+            return torch.device(device)
+    raise UserError(
+        f"merging takes {SPARE * size / 1e9:.2g} GB of memory and {free['cpu'] / 1e9:.2g} GB are free: close other "
+        "programs, or use --to adapter"
+    )
+
+
+def _load(source: Source, name: str, device: torch.device, dtype: torch.dtype, adapter: Path | None) -> Policy:
+    changes = {"name": name, "quantization": "none", "dtype": NAMES[dtype], "gradient_checkpointing": False}
+    changes["attention"] = "sdpa"  # flash attention takes no fp32
+    changes |= {"revision": source.revision if name == source.base else None}
+    policy = load_policy(source.model.model_copy(update=changes), source.recipe.seed, device, adapter)
+    return compute_in_fp32(policy)
+
+
+def _load_four_bit(source: Source, device: torch.device) -> Policy:
+    """As the run trained it."""
+    settings = source.model.model_copy(update={"revision": source.revision, "gradient_checkpointing": False})
+    return load_policy(settings, source.recipe.seed, device, source.adapter)
+
+
+def _write(source: Source, policy: Policy, folder: Path, dtype: torch.dtype) -> None:
+    """Weights, configuration, generation settings with every token that ended a completion, and the tokenizer."""
+    try:
+        model = policy.model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise UserError(f"{source.adapter} cannot be merged: {error}") from error
+    model.to(dtype).save_pretrained(folder)
+    for name, path in base_files(source, (*TOKENIZER_FILES, "config.json")).items():
+        shutil.copyfile(path, folder / name)
+    rewrite(folder / "config.json", lambda config: readable_config(config, dtype))
+    if (folder / "tokenizer_config.json").is_file():
+        rewrite(folder / "tokenizer_config.json", readable_tokenizer)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    fields = change(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def readable_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The base's configuration in words that transformers 4 knows as well as 5: llama.cpp's converter uses 4.57.
+
+    To version 4, which does not know rope_parameters, the model would have the default rope_theta.
+    """
+    name = str(dtype).removeprefix("torch.")
+    rope = config.get("rope_parameters")
+    older = {}
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        older["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            older["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {**older, **config, "dtype": name, "torch_dtype": name}
+
+
+def readable_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
+    """The same for tokenizer_config.json: version 4 knows no TokenizersBackend, and has another word for a list."""
+    config = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,71 @@
+"""The LoRA adapter: made fresh, read from a folder, written as plain peft reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import (
+    PreTrainedModel,
+)
+
+from hapo_lite.errors import UserError, first_line
+from hapo_lite.model.policy import Policy
+from hapo_lite.recipe import ModelSettings
+
+
+def fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> PeftModel:
+    torch.manual_seed(seed)
+    lora = settings.lora
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    try:
+        model = get_peft_model(
+            base,
+            LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                lora_dropout=0.0,  # with dropout the ratio would differ from 1 before anything has been learned
+                target_modules=targets,
+                task_type="CAUSAL_LM",
+            ),
+        )
+        if isinstance(base.get_output_embeddings(), BaseTunerLayer):
+            raise ValueError("the head is among them, and training reads its frozen weight")
+        return model
+    except ValueError as error:
+        raise UserError(f"model.lora.targets = {targets!r} does not fit {settings.name}: {error}") from error
+
+
+def check_adapter(folder: Path) -> None:
+    """Raises UserError where a folder is no saved adapter."""
+    # Looked for first: without them peft would read a pickle, or ask the hub for a name that looks like the folder's.
+    for needed in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / needed).is_file():
+            raise UserError(f"adapter {folder} has no {needed}: give a folder like runs/NAME/adapter")
+
+
+def saved_adapter(base: PreTrainedModel, settings: ModelSettings, folder: Path) -> PeftModel:
+    check_adapter(folder)
+    try:
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"adapter {folder} does not fit {settings.name}: {first_line(error)}") from error
+
+
+def save_adapter(policy: Policy, folder: Path) -> None:
+    """The adapter as plain peft reads it."""
+    # Without this, peft asks the hub whether the base's embedding was resized.
+    policy.model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def load_adapter(policy: Policy, folder: Path) -> None:
+    """Read adapter weights that `save_adapter` wrote into the policy."""
+    outcome = set_peft_model_state_dict(policy.model, load_file(folder / "adapter_model.safetensors"))
+    missing = [key for key in outcome.missing_keys if "lora_" in key]
+    if missing or outcome.unexpected_keys:
+        raise UserError(f"the adapter in {folder} does not fit this model and these model.lora settings")

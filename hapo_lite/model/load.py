@@ -1,0 +1,156 @@
+"""From a hub name or a folder to a policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hapo_lite.errors import UserError, first_line
+from hapo_lite.model.adapter import fresh_adapter, saved_adapter
+from hapo_lite.model.origins import may_run_code, model_origin
+from hapo_lite.model.policy import Policy, templated
+from hapo_lite.model.unpacked import UnpackedBase
+from hapo_lite.recipe import ModelSettings
+
+
+def load_policy(
+    settings: ModelSettings,
+    seed: int,
+    device: torch.device | str,
+    adapter: Path | None = None,
+    engine: str = "transformers",
+    unpacked: bool | None = None,
+) -> Policy:
+    """Load the base from a hub name or folder, quantise it, and put a fresh adapter on it.
+
+    Only safetensors weights are read, and no code of the model's repository is run but with model.trust_remote_code.
+    The adapter's initial weights depend on `seed` alone. adapter: a folder with a trained one instead, to sample from
+    and not to train. engine: rollout.engine; `unsloth` loads the model itself. unpacked: whether a 4-bit base
+    is unpacked once a rollout; None: where memory is free then. Raises UserError if there is no such model or it does
+    not fit the settings.
+    """
+    device = torch.device(device)
+    dtype = resolve_dtype(settings.dtype, device)
+    try:
+        origin = model_origin(settings)
+        trust = may_run_code(settings, origin)
+        source = {"revision": origin.commit, "trust_remote_code": trust}
+        tokenizer = AutoTokenizer.from_pretrained(origin.name, padding_side="left", **source)
+        if engine == "unsloth":
+            from hapo_lite.model import unsloth
+
+            model, fast = unsloth.load(settings, origin, dtype, seed, adapter)
+            base = model.get_base_model()
+        else:
+            base = AutoModelForCausalLM.from_pretrained(
+                origin.name,
+                dtype=dtype,
+                device_map={"": device},
+                attn_implementation=settings.attention,
+                quantization_config=_nf4(dtype) if settings.quantization == "nf4" else None,
+                use_safetensors=True,
+                **source,
+            )
+    except UserError:
+        raise
+    except Exception as error:
+        # With its own code, a model may raise anything.
+        known = (OSError, ValueError, ImportError, KeyError, SafetensorError)
+        if not settings.trust_remote_code and not isinstance(error, known):
+            raise
+        raise UserError(_loading_problem(settings.name, error)) from error
+    keep_weights_unpacked(base)
+    stop_ids = find_stop_ids(base, tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = stop_ids[0]
+    # A model's own generation settings (top_k, repetition_penalty, ...) would silently change the sampled distribution.
+    base.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=list(stop_ids))
+    context = int(getattr(base.config, "max_position_embeddings", None) or tokenizer.model_max_length)
+    if engine == "unsloth":
+        return unsloth.UnslothPolicy(model, tokenizer, stop_ids, context, dtype, str(origin), fast=fast)
+    if settings.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = fresh_adapter(base, settings, seed).train() if adapter is None else saved_adapter(base, settings, adapter)
+    dense = UnpackedBase(base, unpacked) if settings.quantization == "nf4" else None
+    return Policy(model, tokenizer, stop_ids, context, dtype, str(origin), settings.activation_offload, dense)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bf16 where the GPU computes in it, else fp16; fp32 on CPU."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    if device.type != "cuda":
+        return torch.float32
+    # A T4 emulates bf16 and reports it as supported unless emulation is left out.
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token id that ends a completion: of the model, its generation settings, its tokenizer and its chat
+    template.
+
+    Qwen2.5's base models name <|endoftext|> as their end, while their chat template closes a turn with <|im_end|>.
+    """
+    found: list[int] = []
+    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        found += ids if isinstance(ids, list) else [ids]
+    if tokenizer.chat_template is not None:
+        answer = "answer"
+        chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+        text = templated(tokenizer, chat)
+        after = tokenizer.encode(text.rpartition(answer)[2] if answer in text else "", add_special_tokens=False)
+        found += [i for i in after[:1] if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]
+    stop_ids = tuple(dict.fromkeys(i for i in found if i is not None))
+    if not stop_ids:
+        raise UserError("the model names no end-of-sequence token: set eos_token_id in its generation_config.json")
+    return stop_ids
+
+
+def keep_weights_unpacked(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
+
+    Its first forward in evaluation mode repacks a Linear4bit for inference and never undoes it; training on the
+    repacked weights then fails or, in layers without a bias, gives wrong gradients (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _loading_problem(name: str, error: Exception) -> str:
+    folder = Path(name)
+    if "trust_remote_code=True" in str(error):
+        return (
+            f"model.name = {name} brings Python code that it needs, which is not run: read it, and set "
+            "model.trust_remote_code=true if it may run on this machine with your rights (docs/security.md)"
+        )
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            return f"model.name = {name} is a folder without a config.json: give a folder that save_pretrained wrote"
+        return f"model.name = {name} cannot be loaded: {first_line(error)}"
+    if folder.is_absolute() or name.startswith((".", "~")):
+        return f"model.name = {name} is not a folder: give a folder that save_pretrained wrote, or a hub name"
+    return (
+        f"model.name = {name} is neither a folder here nor a model that the hub gives: check the name and the network "
+        f"({first_line(error)})"
+    )

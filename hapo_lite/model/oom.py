@@ -1,0 +1,18 @@
+"""Memory that ran out: how the error is told from others."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+
+class OutOfMemory(MemoryError):
+    """Memory ran out in at least one process; the message says how much was asked for."""
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error is an allocation that failed: on a GPU, in torch on a CPU, or in Python."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    known = ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: not enough memory")
+    return isinstance(error, RuntimeError) and (should_reduce_batch_size(error) or any(k in str(error) for k in known))

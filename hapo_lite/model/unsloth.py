@@ -1,0 +1,126 @@
+"""A policy whose model Unsloth loads. Only here is Unsloth imported, and only when a recipe names it.
+
+Importing it and loading a model with it change classes of transformers and peft for the whole process. Axes: B
+sequences, L tokens of a sequence, D hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from hapo_lite.errors import UserError
+from hapo_lite.model.adapter import check_adapter
+from hapo_lite.model.origins import Origin
+from hapo_lite.model.policy import Policy
+from hapo_lite.recipe import ModelSettings
+
+HIDDEN_STATES = "UNSLOTH_RETURN_HIDDEN_STATES"
+"""Where this is 1, which Unsloth looks up in every forward, `.logits` are the states that the head would read."""
+
+
+@dataclass(frozen=True)
+class UnslothPolicy(Policy):
+    """A policy whose model was loaded by Unsloth. fast: the class that switches it between its two modes."""
+
+    fast: Any = None
+    steps: ClassVar[bool] = False
+
+    def hidden_states(self, ids: Tensor) -> Tensor:
+        # Its decoder alone is not what Unsloth's own forward calls it as.
+        with variable(HIDDEN_STATES, "1"):
+            states = self.model(input_ids=ids, use_cache=False).logits
+        if states.shape[-1] != self.model.get_output_embeddings().weight.shape[1]:
+            raise UserError(
+                f"this version of Unsloth does not know {HIDDEN_STATES} for this model: use rollout.engine=transformers"
+            )
+        return states
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[PreTrainedModel]:
+        """In Unsloth's inference mode, which also pads on the left; its training mode comes back if it was in that."""
+        was_training = self.model.training
+        self.fast.for_inference(self.model)
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            if was_training:
+                self.fast.for_training(self.model)
+
+
+@contextlib.contextmanager
+def variable(name: str, value: str) -> Iterator[None]:
+    """An environment variable, and afterwards what it was."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def load(
+    settings: ModelSettings, origin: Origin, dtype: torch.dtype, seed: int, adapter: Path | None
+) -> tuple[PeftModel, Any]:
+    """Base and adapter as Unsloth loads them, and the class that switches modes. Arguments as of `load_policy`.
+
+    Raises UserError without a GPU or without Unsloth.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("rollout.engine = unsloth needs a GPU: use rollout.engine=transformers on a CPU")
+    try:
+        from unsloth import FastLanguageModel
+    except (ImportError, NotImplementedError) as error:
+        raise UserError(f"rollout.engine = unsloth cannot be imported ({error}): pip install -e .[unsloth]") from error
+    config = AutoConfig.from_pretrained(
+        origin.name, revision=origin.commit, trust_remote_code=settings.trust_remote_code
+    )
+    rank, alpha, targets = settings.lora.rank, settings.lora.alpha, settings.lora.targets
+    if adapter is not None:
+        check_adapter(adapter)
+        saved = LoraConfig.from_pretrained(str(adapter))  # it keeps the scale that it was trained at
+        rank, alpha, targets = saved.r, saved.lora_alpha, saved.target_modules
+    # "unsloth" keeps what the backward needs in main memory.
+    checkpointing = "unsloth" if settings.gradient_checkpointing else False
+    base, _ = FastLanguageModel.from_pretrained(
+        origin.name,
+        revision=origin.commit,
+        max_seq_length=config.max_position_embeddings,
+        dtype=dtype,
+        load_in_4bit=settings.quantization == "nf4",
+        use_exact_model_name=True,  # not a copy of its own that was quantised in advance
+        use_gradient_checkpointing=checkpointing,
+        max_lora_rank=rank,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    model = FastLanguageModel.get_peft_model(
+        base,
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=targets if isinstance(targets, str) else sorted(targets),
+        use_gradient_checkpointing=checkpointing,
+        random_state=seed,
+    )
+    if adapter is not None:
+        weights = load_file(adapter / "adapter_model.safetensors")
+        try:
+            left_over = set_peft_model_state_dict(model, weights).unexpected_keys
+        except RuntimeError as error:
+            left_over = [str(error).splitlines()[0]]
+        if left_over:
+            raise UserError(f"adapter {adapter} does not fit {settings.name}: {left_over[0]}")
+    return model, FastLanguageModel

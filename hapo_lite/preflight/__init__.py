@@ -1,0 +1,1 @@
+"""`python -m hapo_lite.preflight`: a recipe's memory, predicted and measured, and settings that fit."""

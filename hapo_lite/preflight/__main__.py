@@ -1,0 +1,35 @@
+"""What a recipe takes of memory: `python -m hapo_lite.preflight RECIPE [section.key=value ...] [--shape-only]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from hapo_lite.cli import recipe_from, recipe_parser, run_command
+from hapo_lite.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = recipe_parser(
+        "preflight",
+        "Run a recipe's worst iteration, show where memory and time go, and suggest settings that fit the card.",
+    )
+    parser.add_argument(
+        "--shape-only", action="store_true", help="predict from the model's config.json: no weights, no GPU needed"
+    )
+    parser.add_argument("--card", type=float, metavar="GIB", help="memory to fit, GiB; default: this machine's")
+    parser.add_argument("--write", action="store_true", help="put the suggested settings into the recipe file")
+    arguments = parser.parse_args(argv)
+    if arguments.card is not None and not arguments.card > 0:
+        raise UserError(f"--card {arguments.card:g} must be above 0 GiB")
+    if arguments.write and arguments.overrides:
+        raise UserError("--write writes what fits the recipe file as it is: put the overrides into the file first")
+    recipe = recipe_from(arguments)
+    from hapo_lite.preflight.preflight import preflight
+
+    card = None if arguments.card is None else int(arguments.card * 2**30)
+    preflight(recipe, card, arguments.shape_only, Path(arguments.recipe) if arguments.write else None)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,52 @@
+"""Predictions and measurements as a table, and what they mean for a card, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hapo_lite.preflight.advise import Advice, usable
+from hapo_lite.preflight.measure import Measured
+from hapo_lite.recipe import Recipe
+from hapo_lite.train.memory.predict import PARTS, Stage
+
+MIB, GIB = 2**20, 2**30
+
+
+def memory_table(stages: Sequence[Stage], measured: Measured | None) -> str:
+    """Parts in rows, stages in columns, MiB; below them what was measured, and the seconds of an iteration."""
+    names = [stage.name for stage in stages]
+    rows = [("MiB at the peak", *names)]
+    for part in PARTS:
+        values = [stage.parts.get(part, 0) for stage in stages]
+        if any(values):
+            rows.append((part, *(f"{value / MIB:,.1f}" if value else "" for value in values)))
+    rows.append(("predicted", *(f"{stage.total / MIB:,.1f}" for stage in stages)))
+    if measured is not None:
+        rows.append(("measured", *(f"{measured.allocated[name] / MIB:,.1f}" for name in names)))
+        if measured.reserved is not None:
+            rows.append(("reserved by torch", *(f"{measured.reserved[name] / MIB:,.1f}" for name in names)))
+        rows.append(("seconds an iteration", *(f"{measured.seconds[name]:,.2f}" for name in names)))
+    return "\n".join(f"{row[0]:<22}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows)
+
+
+def verdict(stages: Sequence[Stage], measured: Measured | None, card: int) -> str:
+    """Whether it fits: one sentence."""
+    peaks = {stage.name: measured.allocated[stage.name] if measured else stage.total for stage in stages}
+    worst = max(peaks, key=peaks.get)
+    word = "fits" if peaks[worst] <= usable(card) else "does not fit"
+    return (
+        f"{word}: the {worst} takes {peaks[worst] / GIB:.2f} GiB of the {usable(card) / GIB:.2f} that a memory of "
+        f"{card / GIB:.3g} GiB leaves for tensors"
+    )
+
+
+def suggestion(advice: Advice, recipe: Recipe) -> str:
+    """The settings that fit, with what the recipe has now, and the longest completion that would."""
+    now = {
+        "training.micro_batch_tokens": recipe.training.micro_batch_tokens,
+        "rollout.batch_size": recipe.rollout.batch_size,
+        "rollout.max_new_tokens": recipe.rollout.max_new_tokens,
+    }
+    lines = [f"  {name}={value}    (now {now[name]})" for name, value in advice.settings().items()]
+    longest = f"one sequence and one group at a time, completions of up to {advice.longest:,} tokens would fit"
+    return "\n".join(["largest settings that fit:", *lines, longest])

@@ -1,0 +1,1 @@
+"""`python -m hapo_lite.replay`: a skipped step once more, to find where its first non-finite number arises."""

@@ -1,0 +1,110 @@
+"""A run's folder: where everything is, whether it holds the same run, and where that goes on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from hapo_lite.errors import UserError, writing
+from hapo_lite.recipe import Recipe, departure
+from hapo_lite.runs.checkpoint import list_checkpoints
+from hapo_lite.runs.files import inside, replace_text
+from hapo_lite.runs.lines import MetricsFile
+from hapo_lite.runs.status import Status
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def metrics(self) -> MetricsFile:
+        return MetricsFile(self.path / "metrics.jsonl")
+
+    @property
+    def traces(self) -> Path:
+        return self.path / "traces"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def replay(self) -> Path:
+        return self.path / "replay"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+
+OURS = ("recipe.yaml", "status.json", "metrics.jsonl", "traces", "checkpoints", "adapter", "evaluations")
+"""What tells a run's folder from another one."""
+
+
+def check_place(folder: RunFolder) -> None:
+    """Before anything is written: refuse a folder that is not a run's, and one with links that lead out of it.
+
+    A run replaces files in its folder and deletes old ones; through a link, it would do so somewhere else.
+    """
+    path = folder.path
+    inside(path.parent, path)
+    if not path.is_dir():
+        return
+    with writing(path):
+        names = {entry.name for entry in path.iterdir()}
+    if names and names.isdisjoint(OURS):
+        raise UserError(f"{path} holds other things than a run: choose another name= or output_dir=")
+    for place, folders, files in os.walk(path):
+        for name in folders + files:
+            if os.path.islink(os.path.join(place, name)):
+                inside(path, Path(place, name))
+
+
+def open_folder(folder: RunFolder, recipe: Recipe, status: Status) -> None:
+    """Make the folder, lock it and write the recipe. Raises UserError if it is in use or cannot be written."""
+    with writing(folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        status.claim()
+        replace_text(folder.recipe, recipe.to_yaml())
+
+
+def check_same_run(folder: RunFolder, recipe: Recipe) -> None:
+    """Refuse to continue a run under a recipe that would have made another one of it."""
+    if not list_checkpoints(folder.checkpoints):
+        return
+    if recipe.checkpoint.resume == "never":
+        raise UserError(f"{folder.path} holds a run already: choose another name=, or checkpoint.resume=auto")
+    if changed := changed_setting(folder, recipe):
+        raise UserError(f"{folder.path} was made with {changed}: choose another name= to start a new run")
+
+
+def changed_setting(folder: RunFolder, recipe: Recipe) -> str | None:
+    """The first setting that makes another run of `recipe` than the folder holds; None: the same run.
+
+    Raises UserError if the folder's recipe cannot be read.
+    """
+    try:
+        before = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{folder.recipe}, which the run is to be continued from, cannot be read: {error}") from None
+    return departure(before, recipe)

@@ -1,0 +1,158 @@
+"""Per-token records of a few completions: written by the loop, read by the inspector, known to nobody else.
+
+One JSON object a line, one line a completion, in `traces/000010.jsonl`. Every list under "tokens" has one entry a
+token.
+"""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from hapo_lite.algo.signal import EntropySignal
+from hapo_lite.errors import UserError
+from hapo_lite.runs.files import replace_text
+
+VERSION = 1
+ALWAYS = ("id", "text", "logp_sampling", "logp_base", "entropy", "temperature")
+"""Lists that every trace has."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One completion. stage: train or eval. signal: this iteration's; sampling_signal: what set the temperatures.
+
+    tokens: id, text, logp_sampling, logp_base (the sampler's, at the base temperature), entropy (nats), temperature;
+    and in training also logp_old, logp_new, h, ratio, advantage (the completion's), credit (the token's), lower, upper,
+    clipped ("", "low" or "high"), and kl_base where the method has it, all at the moment of the update that used the
+    completion.
+    """
+
+    stage: str
+    iteration: int
+    prompt_id: str
+    sample: int
+    messages: list[tuple[str, str]]
+    gold: str
+    text: str
+    reward: float
+    outcome: str
+    truncated: bool
+    tokens: dict[str, list[Any]]
+    signal: EntropySignal | None = None
+    sampling_signal: EntropySignal | None = None
+    version: int = VERSION
+
+
+def write_traces(folder: Path, iteration: int, traces: Sequence[Trace]) -> None:
+    """Write an iteration's file in one go; it is whole or absent."""
+    if not traces:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(dataclasses.asdict(t), ensure_ascii=False) + "\n" for t in traces)
+    replace_text(folder / f"{iteration:06d}.jsonl", "".join(lines))
+
+
+def read_traces(path: Path, problems: list[str] | None = None) -> list[Trace]:
+    """All traces of one file. Raises UserError naming file and line of the first that is broken or foreign.
+
+    problems: a list that takes such sentences instead, so that the other lines are still read.
+    """
+    traces = []
+    try:
+        # As bytes: a line that is no UTF-8 is named like any other broken line, and those after it are still read.
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    traces.append(_parse(line, f"{path}:{number}"))
+                except UserError as error:
+                    if problems is None:
+                        raise
+                    problems.append(str(error))
+    except OSError as error:
+        if problems is None:
+            raise UserError(f"{path} cannot be read: {error}") from None
+        problems.append(f"{path} cannot be read: {error}")
+    return traces
+
+
+def drop_traces_after(folder: Path, iteration: int) -> None:
+    """Remove what a resumed run will write again."""
+    for file in folder.glob("[0-9]*.jsonl"):
+        if file.stem.isdigit() and int(file.stem) > iteration:
+            file.unlink()
+
+
+_FIELDS = TypeAdapter(Trace)
+
+
+def _parse(line: bytes, where: str) -> Trace:
+    try:
+        fields = from_json(line)
+        if isinstance(fields, dict) and "version" in fields and fields["version"] != VERSION:
+            raise UserError(f"{where}: trace version {str(fields['version'])[:40]}; this program reads {VERSION}")
+        trace = _FIELDS.validate_python(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])[:80] or "line"
+        raise UserError(f"{where}: not a trace of hapo_lite ({place}: {first['msg']})") from None
+    except ValueError as error:
+        raise UserError(f"{where}: not a trace of hapo_lite ({error})") from None
+    problem = _token_problem(trace.tokens)
+    if not all(signal is None or _plausible(signal) for signal in (trace.signal, trace.sampling_signal)):
+        problem = "its signal is out of range"
+    if problem:
+        raise UserError(f"{where}: not a trace of hapo_lite ({problem})")
+    return trace
+
+
+def _token_problem(tokens: dict[str, list[Any]]) -> str:
+    """What is wrong with a completion's lists, as a clause; "" if nothing is."""
+    if missing := [name for name in ALWAYS if not tokens.get(name)]:
+        return f"its tokens have no {missing[0]}"
+    if len({len(values) for values in tokens.values()}) > 1:
+        return "its token lists differ in length"
+    for name, values in tokens.items():
+        if not _COLUMNS.get(name, _numbers)(values):
+            return f"tokens.{name[:40]} holds something that does not belong there"
+    return ""
+
+
+def _numbers(values: list[Any]) -> bool:
+    try:
+        # An array takes nothing but numbers, in a tenth of the time it takes to ask each for its type.
+        return bool((np.abs(np.frombuffer(array.array("d", values))) < 1e30).all())
+    except (TypeError, OverflowError):
+        return False
+
+
+def _alternatives(values: list[Any]) -> bool:
+    return all(
+        isinstance(row, list)
+        and all(isinstance(a, list) and len(a) == 3 and isinstance(a[0], str) and _numbers(a[1:]) for a in row)
+        for row in values
+    )
+
+
+_COLUMNS: dict[str, Callable[[list[Any]], bool]] = {
+    "id": lambda values: all(type(v) is int and 0 <= v < 1 << 31 for v in values),
+    "text": lambda values: all(isinstance(v, str) for v in values),
+    "clipped": lambda values: all(v in ("", "low", "high") for v in values),
+    "entropy": lambda values: _numbers(values) and min(values) >= 0.0,
+    "alternatives": _alternatives,
+}
+"""What the lists that hold something else than any numbers must hold."""
+
+
+def _plausible(signal: EntropySignal) -> bool:
+    reach = 0.0 <= signal.high < 1e3 and 0.0 <= signal.low < 1e3
+    return -700.0 < signal.pivot < 100.0 and reach and 0.0 < signal.floor < 1.0

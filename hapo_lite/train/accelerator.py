@@ -1,0 +1,46 @@
+"""Devices and processes of a run."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from hapo_lite.errors import UserError
+from hapo_lite.model.load import resolve_dtype
+from hapo_lite.recipe import Recipe
+from hapo_lite.runs.interrupt import Interrupts
+
+
+def someone_wants_to_stop(accelerator: Accelerator, interrupts: Interrupts) -> bool:
+    """Whether any process has a signal pending; asked at the same place by all of them."""
+    if accelerator.num_processes == 1:
+        return interrupts.pending is not None
+    flag = torch.tensor(float(interrupts.pending is not None), device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum") > 0)
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Devices, mixed precision and trackers. Raises UserError where the machine or a package is lacking."""
+    tracker = recipe.logging.report_to
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise UserError(f"logging.report_to = {tracker} needs a package that is not installed: pip install {tracker}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    if dtype == torch.float16 and device.type == "cpu":
+        raise UserError("model.dtype = fp16 needs a GPU; use auto, fp32 or bf16 on a CPU")
+    precision = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "no"}[dtype]
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=device.type == "cpu",
+        log_with=None if tracker == "none" else tracker,
+        project_dir=str(recipe.run_dir),
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError(
+            f"{accelerator.distributed_type.value} is not supported here: launch it with recipes/accelerate/ddp.yaml, "
+            "or hapo_lite.train with recipes/accelerate/fsdp.yaml"
+        )
+    return accelerator

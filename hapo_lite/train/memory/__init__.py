@@ -1,0 +1,1 @@
+"""What an iteration takes of memory, predicted from the model's config.json."""

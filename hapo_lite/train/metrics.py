@@ -1,0 +1,156 @@
+"""The numbers of an iteration, each defined in docs/metrics.md, and the file they are kept in.
+
+Axes: B completions, N all completion tokens of the iteration, flattened.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hapo_lite.algo.methods import Method
+from hapo_lite.algo.signal import EntropySignal
+from hapo_lite.algo.tokens import trained_tokens
+from hapo_lite.records import Completion, TokenOutcome
+from hapo_lite.tasks.rewards import Score
+from hapo_lite.train.collect import Collected
+
+OUTCOMES = ("correct", "wrong", "unparseable", "timeout", "error")
+QUANTILES = (0.2, 0.5, 0.8, 0.95)
+
+
+def rollout_metrics(collected: Collected) -> dict[str, float]:
+    """Rewards, grades, lengths and groups of what was sampled and kept."""
+    completions, scores = collected.completions, collected.scores
+    rewards = torch.tensor([s.reward for s in scores], dtype=torch.float64)
+    rewards = rewards[rewards.isfinite()]
+    lengths = torch.tensor([c.length for c in completions], dtype=torch.float64)
+    correct = torch.tensor([s.correct for s in scores], dtype=torch.bool)
+    counts = Counter(s.outcome for s in scores)
+    out = {
+        "reward/mean": _mean(rewards),
+        "reward/std": float(rewards.std(correction=0)) if len(rewards) else 0.0,
+        "reward/correct_share": _mean(correct.double()),
+        "length/mean": _mean(lengths),
+        "length/max": float(lengths.max()) if len(lengths) else 0.0,
+        "length/truncated_share": _mean(torch.tensor([c.truncated for c in completions], dtype=torch.float64)),
+        "groups/sampled": collected.groups_sampled,
+        "groups/equal_share": collected.groups_equal / max(collected.groups_sampled, 1),
+        "groups/discarded": collected.groups_discarded,
+        "groups/too_long": collected.prompts_used - collected.groups_sampled,
+    }
+    for name, chosen in (("correct", correct), ("wrong", ~correct)):
+        if bool(chosen.any()):
+            out[f"length/{name}_mean"] = _mean(lengths[chosen])
+    out |= {f"grade/{name}_share": counts[name] / max(len(scores), 1) for name in OUTCOMES}
+    temperatures = _flat([c.temperature for c in completions])
+    if temperatures.numel():
+        out |= {
+            "temperature/min": float(temperatures.min()),
+            "temperature/mean": _mean(temperatures),
+            "temperature/max": float(temperatures.max()),
+        }
+    return out
+
+
+def entropy_metrics(
+    entropies: Sequence[Tensor], scores: Sequence[Score], signal: EntropySignal, uncertain: Sequence[Tensor]
+) -> dict[str, float]:
+    """Entropy of the old policy over all N tokens, and apart for correct and other completions; the signal."""
+    out: dict[str, float] = {}
+    correct = [e for e, s in zip(entropies, scores, strict=True) if s.correct]
+    wrong = [e for e, s in zip(entropies, scores, strict=True) if not s.correct]
+    for name, rows in (("all", list(entropies)), ("correct", correct), ("wrong", wrong)):
+        values = _flat(rows)
+        if values.numel():
+            out[f"entropy/{name}_mean"] = _mean(values)
+            levels = torch.quantile(_thinned(values), torch.tensor(QUANTILES, dtype=torch.float64))
+            out |= {f"entropy/{name}_q{round(100 * q)}": float(v) for q, v in zip(QUANTILES, levels, strict=True)}
+    return out | {
+        "signal/pivot": signal.pivot,
+        "signal/sigma": signal.sigma,
+        "signal/high": signal.high,
+        "signal/low": signal.low,
+        "signal/above_share": _mean(_flat(uncertain)),
+    }
+
+
+def update_metrics(outcomes: Sequence[TokenOutcome], method: Method) -> dict[str, float]:
+    """What clipping and credit did, over the tokens of completions with an advantage; the divergence, over all."""
+    distances = [(o.kl_base, o.uncertain) for o in outcomes if o.kl_base is not None]
+    out = {}
+    for name, chosen in (("certain", False), ("uncertain", True)):
+        values = _flat([kl[uncertain == chosen] for kl, uncertain in distances])
+        if values.numel():
+            out[f"kl_base/{name}_mean"] = _mean(values)
+    live = [o for o in outcomes if o.advantage != 0.0]
+    if not live:
+        return out
+    ratio, uncertain = _flat([o.ratio for o in live]), _flat([o.uncertain for o in live]).bool()
+    low, high = _flat([o.clipped_low for o in live]), _flat([o.clipped_high for o in live])
+    before = torch.cat([torch.full_like(o.credit, o.advantage, dtype=torch.float64) for o in live])
+    credit = _flat([o.credit for o in live])
+    change = credit.abs() - before.abs()
+    count = ratio.numel()
+    # A redistributed token differs by a factor 1 + h; rounding alone stays far below this.
+    moved = 1e-6 * before.abs()
+    return out | {
+        "ratio/mean": _mean(ratio),
+        "ratio/min": float(ratio.min()),
+        "ratio/max": float(ratio.max()),
+        "ratio/kl_old": _mean(ratio - 1.0 - ratio.log()),
+        "clip/low_certain_share": float((low.bool() & ~uncertain).sum()) / count,
+        "clip/low_uncertain_share": float((low.bool() & uncertain).sum()) / count,
+        "clip/high_certain_share": float((high.bool() & ~uncertain).sum()) / count,
+        "clip/high_uncertain_share": float((high.bool() & uncertain).sum()) / count,
+        "credit/amplified_share": float((change > moved).sum()) / count,
+        "credit/suppressed_share": float((change < -moved).sum()) / count,
+        # From the method: what redistribution leaves of a token may be 0 on one CPU and next to nothing on another.
+        "credit/zero_share": float((~trained_tokens(method, uncertain)).sum()) / count,
+    }
+
+
+def gap_metrics(completions: Sequence[Completion], old_logp: Sequence[Tensor]) -> dict[str, float]:
+    """Distance between the sampler's log-probabilities and the trainer's, at the base temperature."""
+    gap = (_flat([c.base_logp for c in completions]) - _flat(list(old_logp))).abs()
+    return {"sampler/gap_mean": _mean(gap), "sampler/gap_max": float(gap.max())}
+
+
+class Stopwatch:
+    """Seconds by stage, of one iteration."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory allocated so far: on the GPU, or of this process on a CPU; MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _flat(rows: Sequence[Tensor]) -> Tensor:
+    return torch.cat([row.double() for row in rows]) if rows else torch.empty(0, dtype=torch.float64)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean()) if values.numel() else 0.0
+
+
+def _thinned(values: Tensor, limit: int = 1_000_000) -> Tensor:
+    """Every k-th value: torch.quantile takes at most 16 million."""
+    return values[:: max(1, -(-values.numel() // limit))]

@@ -1,0 +1,234 @@
+"""What numbers say in plain words: base against adapter, and what became of a training run and why.
+
+Pure functions. A sentence about what is amiss ends with the setting to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from hapo_lite.recipe import Recipe
+from hapo_lite.train.intervals import Interval, bootstrap_interval, paired_interval, pass_at_k, unpaired_interval
+
+Lines = Sequence[Mapping[str, Any]]
+
+CEILING = 0.95
+"""From this pass@n before training on, few problems are left on which anything new could be found."""
+CUT_OFF = 0.2
+"""Share of completions cut off at the limit from which on the numbers are about the limit too."""
+EQUAL = 0.7
+"""Share of groups with equal rewards from which on most of what is sampled teaches nothing."""
+UNPARSED = 0.5
+UNGRADED = 0.05
+COLLAPSED, SCATTERED = 0.1, 3.0
+"""Entropy as a multiple of the first iteration's: below the one, or above the other."""
+JUMPED = 0.1
+"""KL divergence from the old policy within an iteration, nats, that is ten times what is normal."""
+STILL = 1e-8
+"""KL divergence from the old policy within an iteration, nats, below which hundreds of iterations lead nowhere."""
+SHORT_RUN = 10
+"""Iterations below which a run without a visible difference has not been given a chance."""
+SOLVED = 0.9
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """word: learned (avg@n and pass@n rose), sharpened (avg@n rose, pass@n did not), worse (avg@n fell), no difference;
+    of a run also too short and not measured. By 95 % intervals. because: a sentence for each thing worth mending.
+    """
+
+    word: str
+    sentence: str
+    because: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join([self.sentence, *(f"- {reason}" for reason in self.because)])
+
+
+def judge(before: Mapping[str, Interval], change: Mapping[str, Interval], n: int, on: str) -> Verdict:
+    """The verdict on a change of avg@n and pass@n. on: what they rest on, such as "64 held-out prompts"."""
+    avg, best = change[f"avg@{n}"], change[f"pass@{n}"]
+    if avg.below_zero:
+        return Verdict("worse", f"worse: avg@{n} fell by {_plain(avg, -1)} on {on}")
+    if not avg.above_zero:
+        width = max(avg.high - avg.value, avg.value - avg.low)
+        limit = f"less than about {width:.3f} would not show" if width else "as many were right on each"
+        return Verdict("no difference", f"no difference: avg@{n} changed by {signed(avg)} on {on}; {limit}")
+    if n == 1 or best.above_zero:
+        both = "" if n == 1 else f", pass@{n} by {_plain(best)}"
+        return Verdict("learned", f"learned: avg@{n} rose by {_plain(avg)}{both} on {on}")
+    why = "the same ones are solved, more often"
+    if (level := before[f"pass@{n}"].value) >= CEILING:
+        why = f"{percent(level)} of them were solved in {n} attempts before, so there was hardly anything new to find"
+    return Verdict(
+        "sharpened", f"sharpened: avg@{n} rose by {_plain(avg)} on {on}, pass@{n} did not ({signed(best)}): {why}"
+    )
+
+
+def judge_run(lines: Lines, recipe: Recipe) -> Verdict:
+    """The verdict on a finished run. lines: of metrics.jsonl, from iteration 0 on."""
+    trained = [line for line in lines if line["iteration"] > 0]
+    verdict = _held_out(lines, recipe) or _training_reward(trained)
+    if verdict.word in ("learned", "sharpened"):
+        return replace(verdict, because=(*_obstacles(trained, recipe), *_done(trained)))
+    astray = list(_astray(trained, recipe))
+    # A policy that has come apart gives equal groups too; easier problems would not mend that.
+    stuck = [] if astray else list(_no_signal(trained, recipe)) or list(_still(trained, recipe))
+    causes = [*astray, *_obstacles(trained, recipe), *stuck]
+    count, updates = len(trained), trained[-1]["updates"] if trained else 0
+    warmup = recipe.training.warmup_updates
+    if verdict.word == "no difference" and (count < SHORT_RUN or updates <= warmup):
+        changed = verdict.sentence.removeprefix("no difference: ").split(";")[0]
+        told = f"{count} iterations ({updates} updates, {min(updates, warmup)} of them warm-up)"
+        verdict = Verdict("too short", f"too few iterations to tell: {changed} in {told}: raise training.iterations")
+    elif verdict.word == "worse" and not causes:
+        causes = [f"nothing else is amiss: lower training.learning_rate ({recipe.training.learning_rate:g})"]
+    elif verdict.word == "no difference" and not causes:
+        causes = [
+            f"nothing else is amiss: raise training.iterations ({count}), training.learning_rate "
+            f"({recipe.training.learning_rate:g}), or evaluation.prompts ({recipe.evaluation.prompts}) to see smaller "
+            "differences"
+        ]
+    return replace(verdict, because=tuple(causes))
+
+
+def _held_out(lines: Lines, recipe: Recipe) -> Verdict | None:
+    """By the first and the last evaluation, prompt by prompt; None where there are not two."""
+    n = recipe.evaluation.samples
+    evaluated = [line for line in lines if "eval/solved" in line]
+    if len(evaluated) < 2 or evaluated[0]["iteration"] != 0:
+        return None
+    grids = [np.array([[i < solved for i in range(n)] for solved in evaluated[end]["eval/solved"]]) for end in (0, -1)]
+    values = [{f"avg@{n}": grid.mean(axis=1), f"pass@{n}": pass_at_k(grid, n)} for grid in grids]
+    before = {name: bootstrap_interval(v) for name, v in values[0].items()}
+    change = {name: paired_interval(v, values[1][name]) for name, v in values[0].items()}
+    return judge(before, change, n, f"{len(grids[0]):,} held-out prompts")
+
+
+def _training_reward(trained: Lines) -> Verdict:
+    """What can be said without evaluations."""
+    ask = "set evaluation.prompts to measure on prompts that it is not trained on"
+    rewards, third = [line["reward/mean"] for line in trained], len(trained) // 3
+    if third < 3:
+        return Verdict("not measured", f"not measured: there are no evaluations to compare; {ask}")
+    change = unpaired_interval(rewards[:third], rewards[-third:])
+    way = "rose" if change.above_zero else "fell" if change.below_zero else "did not change for certain"
+    return Verdict(
+        "not measured",
+        f"not measured: the training reward {way} from the first third of the iterations to the last "
+        f"({signed(change)}); {ask}",
+    )
+
+
+def _obstacles(trained: Lines, recipe: Recipe) -> Iterator[str]:
+    """What kept answers from being given or graded, at the end of the run."""
+    cut, unparsed = _late(trained, "length/truncated_share"), _late(trained, "grade/unparseable_share")
+    ungraded = _late(trained, "grade/timeout_share") + _late(trained, "grade/error_share")
+    if cut >= CUT_OFF:
+        at_first = _mean(trained[:1], "length/truncated_share")
+        grown = f", {percent(at_first)} in the first iteration" if at_first < CUT_OFF / 2 else ""
+        yield (
+            f"{percent(cut)} of the completions were cut off at {recipe.rollout.max_new_tokens:,} tokens{grown}: raise "
+            "rollout.max_new_tokens"
+        )
+    # A completion that is cut off seldom has an answer; that is said above.
+    if unparsed >= UNPARSED and unparsed - cut >= CUT_OFF:
+        yield (
+            f"no answer was found in {percent(unparsed)} of the completions: ask for a \\boxed{{}} in "
+            "data.system_prompt, or start from a model that writes one"
+        )
+    if ungraded >= UNGRADED:
+        yield (
+            f"grading gave up on {percent(ungraded)} of the completions: raise reward.timeout_s "
+            f"({recipe.reward.timeout_s:g}), or lower reward.workers ({recipe.reward.workers}) if memory is short"
+        )
+
+
+def _no_signal(trained: Lines, recipe: Recipe) -> Iterator[str]:
+    """Groups with equal rewards, over the whole run."""
+    equal = _mean(trained, "groups/equal_share")
+    if equal < EQUAL:
+        return
+    if any(line["groups/discarded"] for line in trained):
+        # Of the groups that were kept nothing follows about those that were not.
+        advice = "choose problems that this model solves now and then (data.source), or raise rollout.token_budget"
+    elif (right := _mean(trained, "reward/correct_share")) < 0.5:
+        size = recipe.rollout.completions_per_prompt
+        advice = (
+            f"{percent(right)} of the answers were right: choose easier problems (data.source), or larger groups "
+            f"(rollout.completions_per_prompt, {size})"
+        )
+    else:
+        advice = (
+            f"{percent(right)} of the answers were right: choose harder problems (data.source), or switch "
+            "rollout.dynamic_sampling on"
+        )
+    yield f"no signal: {percent(equal)} of the groups had equal rewards, which teach nothing; {advice}"
+
+
+def _astray(trained: Lines, recipe: Recipe) -> Iterator[str]:
+    """Entropy that is gone or out of hand, or steps that were too large."""
+    rate = f"training.learning_rate ({recipe.training.learning_rate:g})"
+    entropies = [(line["iteration"], line["entropy/all_mean"]) for line in trained if "entropy/all_mean" in line]
+    if len(entropies) > 3:
+        # The first iteration's is that of the policy before training.
+        start, last = entropies[0][1], [value for _, value in entropies[-3:]]
+        if max(last) < COLLAPSED * start and _late(trained, "reward/correct_share") < SOLVED:
+            stays = max(i for i, (_, value) in enumerate(entropies) if value >= COLLAPSED * start) + 1
+            when, value = entropies[stays]
+            yield (
+                f"entropy collapsed at iteration {when}, from {start:.2g} to {value:.2g} nats: lower {rate}, or raise "
+                f"method.eps_high ({recipe.method.eps_high:g})"
+            )
+        if min(last) > SCATTERED * start:
+            yield f"entropy rose from {start:.2g} to {last[-1]:.2g} nats, towards random text: lower {rate}"
+    jumps = [(line["ratio/kl_old"], line["iteration"]) for line in trained if line.get("ratio/kl_old", 0.0) > JUMPED]
+    if jumps:
+        size, when = max(jumps)
+        yield f"the policy jumped {size:.2g} nats away from itself within iteration {when}: lower {rate}"
+
+
+def _still(trained: Lines, recipe: Recipe) -> Iterator[str]:
+    """With one update an iteration every ratio is 1, and nothing can be seen."""
+    moved = [line["ratio/kl_old"] for line in trained if "ratio/kl_old" in line]
+    if moved and max(moved) < STILL and recipe.training.updates_per_iteration > 1:
+        yield (
+            f"the policy hardly moved, at most {max(moved):.1g} nats within an iteration: raise "
+            f"training.learning_rate ({recipe.training.learning_rate:g})"
+        )
+
+
+def _done(trained: Lines) -> Iterator[str]:
+    equal, right = _late(trained, "groups/equal_share"), _late(trained, "reward/correct_share")
+    if equal >= EQUAL and right >= SOLVED:
+        yield (
+            f"the problems are nearly used up: at the end {percent(right)} of the answers were right and "
+            f"{percent(equal)} of the groups had equal rewards; harder ones (data.source) would teach more"
+        )
+
+
+def _mean(lines: Lines, key: str) -> float:
+    values = [line[key] for line in lines if key in line]
+    return float(np.mean(values)) if values else 0.0
+
+
+def _late(trained: Lines, key: str) -> float:
+    """Mean over the last third of the iterations."""
+    return _mean(trained[-max(1, len(trained) // 3) :], key)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def signed(change: Interval, digits: int = 3) -> str:
+    return f"{change.value:+.{digits}f} [{change.low:+.{digits}f}, {change.high:+.{digits}f}]"
+
+
+def _plain(change: Interval, sign: int = 1) -> str:
+    low, high = sorted((sign * change.low, sign * change.high))
+    return f"{sign * change.value:.3f} [{low:.3f}, {high:.3f}]"

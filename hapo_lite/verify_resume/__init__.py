@@ -1,0 +1,1 @@
+"""`python -m hapo_lite.verify_resume`: proof that a killed run resumes to the same bytes."""
