@@ -19,7 +19,7 @@ from hapo_lite.model.load import load_policy
 from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.model.policy import Policy
 from hapo_lite.preflight import __main__ as preflight
-from hapo_lite.preflight.advise import usable, write_back
+from hapo_lite.preflight.advise import Advice, usable, write_back
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.records import EncodedPrompt, Prompt, Sequences
 from hapo_lite.rollout.engine import Request, make_engine
@@ -236,12 +236,46 @@ def test_a_card_that_is_too_small_is_one_sentence(tmp_path, capsys):
     assert "code of its own, which preflight does not run" in capsys.readouterr().err
 
 
-def test_what_cannot_be_edited_line_by_line_is_left_alone(tmp_path):
+def test_every_recipe_is_the_same_again_once_its_own_settings_are_put_back(tmp_path):
+    recipes = [path for path in TINY.parent.glob("*.yaml") if "\nrollout:" in path.read_text()]
+    assert len(recipes) >= 7
+    for recipe in recipes:
+        file, before = tmp_path / recipe.name, load_recipe(recipe)
+        file.write_text(recipe.read_text())
+        settings = dict.fromkeys(Advice(7, 7, 7, 7).settings(), 7)
+        write_back(file, settings)
+        after = load_recipe(file)
+        assert (after.training.micro_batch_tokens, after.rollout.batch_size, after.rollout.max_new_tokens) == (7, 7, 7)
+        assert len(file.read_text().splitlines()) == len(recipe.read_text().splitlines())
+        own = (before.training.micro_batch_tokens, before.rollout.batch_size, before.rollout.max_new_tokens)
+        write_back(file, dict(zip(settings, own, strict=True)))
+        assert file.read_bytes() == recipe.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ('"training": {iterations: 1}\n', '"training": {micro_batch_tokens: 5, iterations: 1}\n'),
+        ("training:   # here\n    seed:   1\n", "training:   # here\n    micro_batch_tokens: 5\n    seed:   1\n"),
+        ("training: { a: 1,\n  micro_batch_tokens: 64 }  # b\n", "training: { a: 1,\n  micro_batch_tokens: 5 }  # b\n"),
+        ("# training:\nname: 'ä'\n", "# training:\nname: 'ä'\n\ntraining:\n  micro_batch_tokens: 5\n"),
+        ("training:\n  'micro_batch_tokens': '64'\n", "training:\n  'micro_batch_tokens': 5\n"),
+    ],
+)
+def test_a_setting_is_written_where_it_belongs_and_all_else_stays(tmp_path, text, written):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    write_back(file, {"training.micro_batch_tokens": 5})
+    assert file.read_text() == written
+
+
+@pytest.mark.parametrize("text", ["training: {}\n", "{name: x}\n"])
+def test_what_cannot_be_edited_is_left_alone(tmp_path, text):
     file = tmp_path / "odd.yaml"
-    file.write_text('"training": {iterations: 1}\n')
+    file.write_text(text)
     with pytest.raises(UserError, match="put the settings in by hand"):
         write_back(file, {"training.micro_batch_tokens": 5})
-    assert file.read_text() == '"training": {iterations: 1}\n'
+    assert file.read_text() == text
 
 
 def test_nothing_of_the_cache_is_alive_when_scoring_begins(make_recipe, make_loop):

@@ -196,7 +196,11 @@ def check_machine(workers: int) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Hold the comparison's folder, this process and its runs. Raises UserError if another one does not let go."""
+    """Hold the comparison's folder, this process and its runs. Raises UserError if another one does not let go.
+
+    Runs inherit the lock and keep it until the last of them has ended. The package filelock would end it with
+    this process.
+    """
     with writing(folder), (folder / ".lock").open("w") as file:
         deadline = time.monotonic() + PATIENCE_S
         told = False

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from hapo_lite.export.gguf import COMMAND, QUANTISE
 from hapo_lite.export.parity import Drift, QuantisationGap
@@ -23,7 +23,7 @@ TITLES = {
 def model_card(source: Source, record: dict[str, Any], output: Path) -> str:
     """README.md: YAML for the hub, then how to load it, what it was trained on, what came of it, and the recipe."""
     parts = [
-        f"---\n{yaml.safe_dump(front_matter(source, record), sort_keys=False)}---",
+        f"---\n{front_matter(source, record).to_yaml()}\n---",
         f"# {source.recipe.name}: {TITLES[record['kind']]}",
         f"Trained from {_base(source)} with {source.recipe.method.preset} by hapo_lite, on one LoRA adapter of rank "
         f"{source.model.lora.rank}.",
@@ -37,22 +37,21 @@ def model_card(source: Source, record: dict[str, Any], output: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def front_matter(source: Source, record: dict[str, Any]) -> dict[str, Any]:
+def front_matter(source: Source, record: dict[str, Any]) -> ModelCardData:
+    """What the hub sorts models by. A base or data that is on no hub is left out."""
     adapter = record["kind"] == "adapter"
-    fields: dict[str, Any] = {}
-    if is_hub_name(source.model.name):
-        fields |= {
-            "base_model": source.model.name,
-            "base_model_relation": "adapter" if adapter else "finetune",
-        }
-    fields |= {
-        "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["hapo_lite", source.recipe.method.preset, "lora", "reinforcement-learning"],
-    }
-    if is_hub_name(source.recipe.data.source):
-        fields["datasets"] = [source.recipe.data.source]
-    return fields | {"license": "other", "license_name": "that-of-the-base-model"}
+    base = source.model.name if is_hub_name(source.model.name) else None
+    data = source.recipe.data.source
+    return ModelCardData(
+        base_model=base,
+        base_model_relation=("adapter" if adapter else "finetune") if base else None,
+        datasets=[data] if is_hub_name(data) else None,
+        library_name="peft" if adapter else "transformers",
+        license="other",
+        license_name="that-of-the-base-model",
+        pipeline_tag="text-generation",
+        tags=["hapo_lite", source.recipe.method.preset, "lora", "reinforcement-learning"],
+    )
 
 
 def is_hub_name(name: str) -> bool:

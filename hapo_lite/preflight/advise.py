@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,17 +80,20 @@ def _largest(room: float, first: float, slope: float, start: int, step: int, mos
 
 
 def write_back(path: Path, settings: dict[str, int]) -> None:
-    """Put `section.key` settings into a recipe file, line by line: comments and order stay. Whole or not at all.
+    """Put `section.key` settings into a recipe file: all else in it stays as it is. Whole or not at all.
+
+    PyYAML says where a value stands. A round trip through ruamel.yaml would lay out the rest anew (`null`, aligned
+    columns, indents other than 2, flow mappings of several lines).
 
     Raises UserError if the file cannot be written or is laid out in a way that this cannot edit.
     """
     text = path.read_text(encoding="utf-8")
     wanted = yaml.safe_load(text)
-    for dotted, value in settings.items():
-        section, key = dotted.split(".")
-        wanted.setdefault(section, {})[key] = value
-        text = _with_setting(text, section, key, value)
     try:
+        for dotted, value in settings.items():
+            section, key = dotted.split(".")
+            wanted.setdefault(section, {})[key] = value
+            text = _with_setting(text, section, key, value)
         same = yaml.safe_load(text) == wanted
     except yaml.YAMLError:
         same = False
@@ -102,13 +104,16 @@ def write_back(path: Path, settings: dict[str, int]) -> None:
 
 
 def _with_setting(text: str, section: str, key: str, value: int) -> str:
-    head = re.search(rf"^{section}:[ \t]*(?P<flow>\{{)?", text, re.MULTILINE)
-    if head is None:
+    """`text` with the setting in it; unchanged where its section is empty."""
+    sections = {name.value: node for name, node in yaml.compose(text, Loader=yaml.SafeLoader).value}
+    if section not in sections:
         return f"{text.rstrip()}\n\n{section}:\n  {key}: {value}\n"
-    after = text[head.end() :]
-    end = re.search(r"\}", after) if head["flow"] else re.search(r"^\S", after, re.MULTILINE)
-    body, rest = (after[: end.start()], after[end.start() :]) if end else (after, "")
-    new, count = re.subn(rf"(?P<before>(?:^|[\s,]){key}:[ \t]*)[^\s,}}#]+", rf"\g<before>{value}", body, count=1)
-    if not count:
-        new = f"{body.rstrip()}, {key}: {value}" if head["flow"] else f"\n  {key}: {value}{body}"
-    return text[: head.end()] + new + rest
+    entries = sections[section].value
+    for name, old in entries:
+        if name.value == key:
+            return text[: old.start_mark.index] + str(value) + text[old.end_mark.index :]
+    if not entries:
+        return text
+    first = entries[0][0].start_mark
+    gap = ", " if sections[section].flow_style else "\n" + " " * first.column
+    return f"{text[: first.index]}{key}: {value}{gap}{text[first.index :]}"

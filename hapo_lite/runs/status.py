@@ -1,6 +1,8 @@
 """`status.json`: what a run is doing at this moment, and the lock that keeps a second run out of its folder.
 
 The lock is the system's (flock): it ends with the process that holds it, however that ends, so none is ever left over.
+It is held by the handle that writes the record. The package filelock shares no handle, and ends with an error on a file
+system without locks.
 """
 
 from __future__ import annotations

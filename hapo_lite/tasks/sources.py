@@ -1,7 +1,7 @@
 """Where rows come from: a local file, a hub data set or the built-in task, read a piece at a time.
 
-Local files are read with pyarrow and the standard library, which keep no cache that could go stale. Only a .json file
-with one list has to be read whole.
+Local files are read with pyarrow and the standard library, which keep no cache that could go stale: that of datasets
+knows a file by its path and time alone. Only a .json file with one list has to be read whole.
 """
 
 from __future__ import annotations

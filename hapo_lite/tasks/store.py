@@ -1,4 +1,7 @@
-"""Prompts by the million: kept in a temporary file that has no name, and read back one at a time."""
+"""Prompts by the million: kept in a temporary file that has no name, and read back one at a time.
+
+An Arrow file would need a name, by which a kill would leave it behind, and takes twice as long to read a prompt from.
+"""
 
 from __future__ import annotations
 
