@@ -7,7 +7,9 @@ with the run, so that `runs/NAME/recipe.yaml` is all that is needed to repeat it
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -375,8 +377,11 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe file and apply `section.key=value` overrides. Raises UserError with one sentence."""
-    path = Path(path)
+    """Read a recipe file and apply `section.key=value` overrides. Raises UserError with one sentence.
+
+    path: a file, or the name of a shipped recipe, such as `tiny_cpu`.
+    """
+    path = find_recipe(path)
     settings = read_mapping(path, "recipe")
     if "arms" in settings:
         raise UserError(f"{path} compares several runs: use python -m hapo_lite.compare {path}")
@@ -384,6 +389,26 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         apply_override(settings, override)
     settings.setdefault("name", path.stem)
     return parse_recipe(settings, str(path))
+
+
+def find_recipe(path: str | Path) -> Path:
+    """`path` itself, or the shipped recipe or comparison of that name where `path` is a plain name without a file.
+
+    A plain name has neither a folder nor a suffix. Raises UserError if nothing shipped has that name.
+    """
+    path = Path(path)
+    # os.path.isfile has no error for a name that is too long.
+    if path.suffix or len(path.parts) != 1 or os.path.isfile(path):
+        return path
+    package = Path(str(files("hapo_lite")))
+    # The wheel has the recipes within the package; a checkout has them beside it.
+    folder = package / "recipes"
+    if not folder.is_dir():
+        folder = package.parent / "recipes"
+    shipped = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    if path.name not in shipped:
+        raise UserError(f"there is no recipe at {path}; those that come with hapo_lite are {', '.join(shipped)}")
+    return shipped[path.name]
 
 
 def parse_recipe(settings: dict[str, Any], where: str = "recipe") -> Recipe:

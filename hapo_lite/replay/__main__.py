@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hapo_lite.cli import run_command
+from hapo_lite.cli import program_name, run_command
 from hapo_lite.errors import UserError
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
@@ -30,7 +30,7 @@ HERE = "every number is finite here: what it was does not repeat on this machine
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m hapo_lite.replay", description=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser(prog=program_name("replay"), description=__doc__.split("\n\n")[1])
     parser.add_argument("file", type=Path, help="a file of runs/NAME/replay/")
     replay(parser.parse_args(argv).file)
 
@@ -155,5 +155,10 @@ def put_adapter(policy: Policy, adapter: dict[str, Tensor], path: Path) -> None:
             p.copy_(adapter[name])
 
 
+def command() -> int:
+    """Entry point of `hapo-replay`; returns the exit code."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())

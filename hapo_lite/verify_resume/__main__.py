@@ -281,5 +281,10 @@ def table(findings: Findings, pace: Pace) -> str:
     return "\n".join(lines)
 
 
+def command() -> int:
+    """Entry point of `hapo-verify-resume`; returns the exit code."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())
