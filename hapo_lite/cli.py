@@ -1,4 +1,4 @@
-"""What the command lines share: quiet libraries, and errors as one sentence with an exit code."""
+"""Shared by the command lines: the parser of a recipe, exit codes, and libraries that print less."""
 
 from __future__ import annotations
 
@@ -8,31 +8,53 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from hapo_lite.errors import UserError
+from hapo_lite.errors import UserError, first_line
 from hapo_lite.recipe import Recipe, describe_fields, load_recipe
 from hapo_lite.runs.interrupt import Interrupted
 
 
-def recipe_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """RECIPE [section.key=value ...], with every field of the recipe in --help."""
+def program_name(room: str) -> str:
+    """The command that the user typed, for --help: `hapo-train`, `python app.py` or `python -m hapo_lite.train`.
+
+    room: the folder of the command in hapo_lite/, such as `train`.
+    """
+    script = Path(sys.argv[0])
+    if script.stem == f"hapo-{room.replace('_', '-')}":
+        return script.stem
+    if script.name == "app.py":
+        return "python app.py"
+    return f"python -m hapo_lite.{room}"
+
+
+def recipe_parser(room: str, description: str) -> argparse.ArgumentParser:
+    """A parser of RECIPE [section.key=value ...]. Its --help lists every field of a recipe."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m hapo_lite.{program}",
+        prog=program_name(room),
         description=description,
         epilog=describe_fields(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, such as recipes/tiny_cpu.yaml")
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="a recipe file, such as recipes/tiny_cpu.yaml, or the name of a shipped one, such as tiny_cpu",
+    )
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings to change for this run")
     return parser
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
+    """The recipe that the arguments of a `recipe_parser` name. Raises UserError."""
     return load_recipe(arguments.recipe, arguments.overrides)
 
 
 def run_command(command: Callable[[list[str] | None], object], argv: list[str] | None = None) -> int:
-    """Run a command line and return its exit code: 2 for a UserError, 128 + n after signal n."""
+    """Run a command line and return its exit code: 0, 2 after a UserError, 128 + n after signal n.
+
+    Memory that ran out counts as a UserError. argv: None: the arguments of this process.
+    """
     keep_freed_memory()
     quiet_libraries()
     try:
@@ -52,9 +74,8 @@ def run_command(command: Callable[[list[str] | None], object], argv: list[str] |
 
         if not is_out_of_memory(error):
             raise
-        first = str(error).strip().partition("\n")[0]
         print(
-            f"error: memory ran out ({first}): lower rollout.batch_size, rollout.max_new_tokens or "
+            f"error: memory ran out ({first_line(error)}): lower rollout.batch_size, rollout.max_new_tokens or "
             "training.micro_batch_tokens, or set model.gradient_checkpointing=true",
             file=sys.stderr,
         )
@@ -62,7 +83,7 @@ def run_command(command: Callable[[list[str] | None], object], argv: list[str] |
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' progress bars and hints off the terminal; their errors stay."""
+    """Keep the progress bars and hints of libraries off the terminal. Their errors still appear."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import datasets
@@ -75,9 +96,10 @@ def quiet_libraries() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse freed tensors instead of handing their pages back, to be faulted in again at the next layer.
+    """Let glibc keep the memory of freed tensors: each layer would otherwise fault the same pages in again.
 
-    On a CPU this takes a tenth off an iteration of the bundled recipe (docs/measurements.md). Elsewhere a no-op.
+    An iteration of the bundled recipe takes a tenth less time on a CPU (docs/measurements.md). Without glibc, this does
+    nothing.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -85,6 +107,6 @@ def keep_freed_memory() -> None:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
-        return  # musl and others have no mallopt.
+        return  # Other C libraries, such as musl, have no mallopt.
     mallopt(m_mmap_threshold, gibibyte)
     mallopt(m_trim_threshold, gibibyte)

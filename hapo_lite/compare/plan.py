@@ -22,7 +22,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from hapo_lite.errors import UserError
-from hapo_lite.recipe import FOLDER_NAME, NonNegative, Positive, Recipe, parse_recipe, read_recipe_file
+from hapo_lite.recipe import FOLDER_NAME, NonNegative, Positive, Recipe, find_recipe, parse_recipe, read_recipe_file
 from hapo_lite.recipe.settings import Section, nearest, parse_override, put, read_mapping, validate
 
 CAP = 4
@@ -122,10 +122,11 @@ class PlannedRun:
 def load_comparison(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Comparison:
     """Read a comparison file, with the recipe it names. Raises UserError with one sentence.
 
+    path: a file, or the name of a shipped comparison, such as `compare_tiny`.
     overrides: `key=value` of the comparison (`seeds=[0,1]`, `arms.hapo.method.tau=0.1`) or, for all arms, of the recipe
     (`training.learning_rate=1e-4`).
     """
-    path = Path(path)
+    path = find_recipe(path)
     fields = read_mapping(path, "comparison", "`recipe:` and `arms:`")
     if "model" in fields and "arms" not in fields:
         raise UserError(f"{path} is the recipe of one run: use python -m hapo_lite.train {path}, or give it arms")

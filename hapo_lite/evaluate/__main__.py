@@ -35,5 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     evaluate(recipe, arguments.adapter)
 
 
+def command() -> int:
+    """Entry point of `hapo-evaluate`; returns the exit code."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())

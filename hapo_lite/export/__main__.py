@@ -6,12 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from hapo_lite.cli import run_command
+from hapo_lite.cli import program_name, run_command
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m hapo_lite.export",
+        prog=program_name("export"),
         description="Write a run's adapter as a model to pass on, with a model card, after comparing what was written "
         "with the adapter on its 16-bit base (docs/export.md).",
     )
@@ -39,5 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     export(arguments.run, arguments.to, arguments.output, arguments.adapter, arguments.dtype)
 
 
+def command() -> int:
+    """Entry point of `hapo-export`; returns the exit code."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())

@@ -10,12 +10,12 @@ import os
 import sys
 from pathlib import Path
 
-from hapo_lite.cli import run_command
+from hapo_lite.cli import program_name, run_command
 
 
 def serve(argv: list[str] | None = None, block: bool = True):
     """Start the inspector; returns its gradio page and its address. block: until Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python app.py", description="See what HAPO does to every token.")
+    parser = argparse.ArgumentParser(prog=program_name("inspect"), description="See what HAPO does to every token.")
     parser.add_argument("--run", type=Path, metavar="DIR", help="a run to open, such as runs/tiny_cpu")
     parser.add_argument("--model", default="", metavar="NAME_OR_PATH", help="hub name, folder, or tiny (bundled)")
     parser.add_argument("--adapter", default="", metavar="DIR", help="a trained adapter, such as runs/tiny_cpu/adapter")
@@ -31,5 +31,10 @@ def serve(argv: list[str] | None = None, block: bool = True):
     return launch(Desk(arguments.model, arguments.adapter, arguments.run), arguments.host, arguments.port, block)
 
 
+def command() -> int:
+    """Entry point of `hapo-inspect`; returns the exit code."""
+    return run_command(serve)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(serve))
+    sys.exit(command())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hapo_lite.cli import recipe_from, recipe_parser, run_command
 from hapo_lite.errors import UserError
+from hapo_lite.recipe import find_recipe
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,11 +26,19 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.write and arguments.overrides:
         raise UserError("--write writes what fits the recipe file as it is: put the overrides into the file first")
     recipe = recipe_from(arguments)
+    path = Path(arguments.recipe)
+    if arguments.write and not path.is_file():
+        raise UserError(f"--write changes a file of your own: copy the shipped {find_recipe(path)} and name the copy")
     from hapo_lite.preflight.preflight import preflight
 
     card = None if arguments.card is None else int(arguments.card * 2**30)
-    preflight(recipe, card, arguments.shape_only, Path(arguments.recipe) if arguments.write else None)
+    preflight(recipe, card, arguments.shape_only, path if arguments.write else None)
+
+
+def command() -> int:
+    """Entry point of `hapo-preflight`; returns the exit code."""
+    return run_command(main)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())

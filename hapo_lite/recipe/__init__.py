@@ -1,7 +1,7 @@
 """The recipe of a run: its settings, the rules between them, and the files that they come from."""
 
 from hapo_lite.recipe.changes import first_incompatible_setting, flatten
-from hapo_lite.recipe.load import describe_fields, load_recipe, parse_recipe, read_recipe_file
+from hapo_lite.recipe.load import describe_fields, find_recipe, load_recipe, parse_recipe, read_recipe_file
 from hapo_lite.recipe.schema import Recipe
 from hapo_lite.recipe.sections import (
     FOLDER_NAME,
@@ -37,6 +37,7 @@ __all__ = [
     "SuiteSettings",
     "TrainingSettings",
     "describe_fields",
+    "find_recipe",
     "first_incompatible_setting",
     "flatten",
     "load_recipe",

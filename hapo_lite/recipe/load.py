@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hapo_lite.recipe.settings import apply_override, read_mapping, validate
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file and apply `section.key=value` overrides. Raises UserError with one sentence."""
-    path = Path(path)
+    path = find_recipe(path)
     settings = read_recipe_file(path)
     if "arms" in settings:
         raise UserError(f"{path} compares several runs: use python -m hapo_lite.compare {path}")
@@ -22,6 +24,26 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         apply_override(Recipe, settings, override)
     settings.setdefault("name", path.stem)
     return parse_recipe(settings, str(path))
+
+
+def find_recipe(path: str | Path) -> Path:
+    """`path` itself, or the shipped recipe or comparison of that name where `path` is a plain name without a file.
+
+    A plain name has neither a folder nor a suffix. Raises UserError if nothing shipped has that name.
+    """
+    path = Path(path)
+    # os.path.isfile has no error for a name that is too long.
+    if path.suffix or len(path.parts) != 1 or os.path.isfile(path):
+        return path
+    package = Path(str(files("hapo_lite")))
+    # The wheel has the recipes within the package; a checkout has them beside it.
+    folder = package / "recipes"
+    if not folder.is_dir():
+        folder = package.parent / "recipes"
+    shipped = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    if path.name not in shipped:
+        raise UserError(f"there is no recipe at {path}; those that come with hapo_lite are {', '.join(shipped)}")
+    return shipped[path.name]
 
 
 def read_recipe_file(path: Path) -> dict[str, Any]:

@@ -6,12 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from hapo_lite.cli import run_command
+from hapo_lite.cli import program_name, run_command
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m hapo_lite.replay",
+        prog=program_name("replay"),
         description="Look at what a skipped step was given, run its forward and backward again, micro-batch by "
         "micro-batch, and say where the first non-finite number arises.",
     )
@@ -22,5 +22,10 @@ def main(argv: list[str] | None = None) -> None:
     replay(arguments.file)
 
 
+def command() -> int:
+    """Entry point of `hapo-replay`; returns the exit code."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())

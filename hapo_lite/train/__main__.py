@@ -16,5 +16,10 @@ def main(argv: list[str] | None = None) -> None:
     train(recipe)
 
 
+def command() -> int:
+    """Entry point of `hapo-train`; returns the exit code."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())

@@ -48,5 +48,10 @@ def main(argv: list[str] | None = None) -> None:
     shutil.rmtree(folder)
 
 
+def command() -> int:
+    """Entry point of `hapo-verify-resume`; returns the exit code."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(command())
