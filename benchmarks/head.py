@@ -31,7 +31,8 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hapo_lite.head import TILES, token_logprobs  # noqa: E402
+from hapo_lite.head import token_logprobs  # noqa: E402
+from hapo_lite.head.shape import TILES  # noqa: E402
 
 REPEATS = 5
 MODELS = {"Qwen2.5-Math-1.5B": (1536, 151_936), "Qwen2.5-Math-7B": (3584, 152_064)}

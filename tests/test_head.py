@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hapo_lite import head
 from hapo_lite.head import logits_statistics, next_token_logits, token_logprobs
+from hapo_lite.head.shape import TILES
+from hapo_lite.head.tiles import Tiles
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +32,7 @@ def inputs(n=37, d=24, v=301, dtype=torch.float32, scale=1.0):
 @pytest.fixture(params=[(512, 4096), (3, 64), (7, 50)])
 def tiles(request, monkeypatch):
     """One tile for everything; many, whose width the blocks of the maximum divide; many, where they don't."""
-    monkeypatch.setitem(head.TILES, "cpu", request.param)
+    monkeypatch.setitem(TILES, "cpu", request.param)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -166,7 +167,7 @@ def test_rounding_bf16_products_keeps_the_gradient_within_2e_3():
 def test_no_gradient_no_second_product(tiles, monkeypatch):
     hidden, weight, targets = inputs()
     expected = token_logprobs(hidden.clone().requires_grad_(), weight, targets)
-    monkeypatch.setattr(head._Tiles, "add_product", None)
+    monkeypatch.setattr(Tiles, "add_product", None)
     with torch.no_grad():
         logp, entropy = token_logprobs(hidden.clone().requires_grad_(), weight, targets)
     assert torch.equal(logp, expected[0]) and torch.equal(entropy, expected[1])

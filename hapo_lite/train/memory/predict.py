@@ -231,7 +231,7 @@ class Predictor:
 
 
 class _Head(torch.autograd.Function):
-    """The sizes of head.py's: tiles for its forward, and a row of the Jacobian a token, in fp32, for its backward."""
+    """The sizes of `token_logprobs`: tiles for its forward; for its backward a row of the Jacobian a token, in fp32."""
 
     @staticmethod
     def forward(ctx, states: Tensor, tiles: int) -> Tensor:

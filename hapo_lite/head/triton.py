@@ -1,23 +1,20 @@
 """The fold of a tile into an online softmax as one Triton kernel: each logit is read once and written once.
 
-The same sums as `head._Softmax.fold`, which runs where there is no Triton. Axes: n tokens, v entries of the vocabulary.
+The sums are those of `Softmax.fold`, which runs where there is no Triton.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hapo_lite.head import _Softmax
+from hapo_lite.head.softmax import Folded, Softmax
 
 
-@triton.jit
-def _fold(
+@triton.jit  # type: ignore[untyped-decorator]
+def _fold(  # type: ignore[no-untyped-def]
     logits,
     exponentials,
     place,
@@ -60,14 +57,26 @@ def _fold(
     tl.store(exponentials + offset, tl.where(target, 0.0, exponential), mask=valid)
 
 
-def fold(softmax: _Softmax, logits: Tensor, exponentials: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-    """Take a contiguous tile [n, v] into `softmax`: `exponentials` becomes exp(z - m) in its own dtype, `logits`
-    exp(z - m) (z - m), and both 0 at place [n] (-1: nowhere). Returns by how much m rose and exp(-rise), [n] each.
+def fold(softmax: Softmax, logits: Tensor, exponentials: Tensor, place: Tensor) -> Folded:
+    """`Softmax.fold` of a contiguous tile `logits` [n, v], which is overwritten.
+
+    exponentials: a contiguous buffer [n, v] of any floating dtype; place: [n], the column whose entry is then set to 0
+    in both tiles of the result, -1 for none.
     """
     n, v = logits.shape
-    old = softmax.top, softmax.others, softmax.weighted
-    new = tuple(torch.empty_like(statistic) for statistic in old)
-    _fold[(n,)](logits, exponentials, place, *old, *new, v, BLOCK=triton.next_power_of_2(v), num_warps=8)
-    softmax.top, softmax.others, softmax.weighted = new
-    rise = new[0] - old[0]
-    return rise, rise.neg().exp_()
+    old = (softmax.top, softmax.others, softmax.weighted)
+    new = Softmax(*(torch.empty_like(statistic) for statistic in old))
+    _fold[(n,)](
+        logits,
+        exponentials,
+        place,
+        *old,
+        new.top,
+        new.others,
+        new.weighted,
+        v,
+        BLOCK=triton.next_power_of_2(v),
+        num_warps=8,
+    )
+    rise = new.top - softmax.top
+    return Folded(new, rise, rise.neg().exp_(), exponentials, products=logits)
