@@ -25,7 +25,8 @@ from hapo_lite.evaluate.suites import Suite, chosen, fit, read_problems
 from hapo_lite.model.load import load_policy, resolve_dtype
 from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import Recipe
-from hapo_lite.rollout.engine import BENCHMARK, make_engine
+from hapo_lite.rollout.draws import DrawKey, Stage
+from hapo_lite.rollout.engine import make_engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.display import Display
 from hapo_lite.runs.files import file_hash
@@ -184,13 +185,12 @@ class Evaluation:
         """Sample and grade what is missing, a few prompts at a time; a signal stops it between two parts."""
         settings, prompts = self.settings, work.suite.prompts
         processor = AdaptiveTemperature(None, settings.temperature, top_p=settings.top_p)
+        key = DrawKey(self.recipe.seed, Stage.BENCHMARK, iteration=0)
         switched = self.policy.base_alone() if work.file.label == BASE else contextlib.nullcontext()
         with switched:
             while not work.file.complete:
                 part = prompts[work.file.done : work.file.done + self.at_once]
-                completions, scores = self.collector.graded(
-                    part, settings.samples, processor, self.recipe.seed, BENCHMARK, 0, work.seconds
-                )
+                completions, scores = self.collector.graded(part, settings.samples, processor, key, work.seconds)
                 samples = [Sample.of(c, s) for c, s in zip(completions, scores, strict=True)]
                 self.interrupts.shield()
                 work.file.append(samples, write=self.main)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from hapo_lite.records import Completion, EncodedPrompt
-from hapo_lite.rollout.engine import TRAINING, Engine, Request
+from hapo_lite.records import Completion, EncodedPrompt, Request
+from hapo_lite.rollout.draws import DrawKey, Stage
+from hapo_lite.rollout.engine import Engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.progress import Progress
 from hapo_lite.tasks.rewards import Score, Scorer
@@ -63,21 +64,19 @@ class Collector:
         prompts: Sequence[EncodedPrompt],
         samples: int,
         processor: AdaptiveTemperature,
-        seed: int,
-        stage: int,
-        iteration: int,
+        key: DrawKey,
         seconds: dict[str, float],
     ) -> tuple[list[Completion], list[Score]]:
         """`samples` completions of each prompt, in the prompts' order, whichever process wrote them."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         started = time.perf_counter()
-        self.progress.enter("rollout" if stage == TRAINING else "evaluation")
+        self.progress.enter("rollout" if key.stage == Stage.TRAINING else "evaluation")
         requests = [Request(prompt, sample) for prompt in prompts[rank::world] for sample in range(samples)]
         mine = self.shortage.fit_rollout(
             self.engine,
             -(-len(prompts) // world) * samples,  # the most that any process writes, as all halve together
-            lambda: self.engine.sample(requests, processor, seed, stage, iteration),
-            whole=stage == TRAINING,
+            lambda: self.engine.sample(requests, processor, key),
+            whole=key.stage == Stage.TRAINING,
         )
         rolled = time.perf_counter()
         self.progress.enter("grading")
@@ -119,7 +118,8 @@ class Collector:
             prompts = stream.take(cursor + out.prompts_used, missing)
             kept = f"{groups - missing} of {groups} groups kept" if token_budget is not None else ""
             with self.progress.within(kept):
-                completions, scores = self.graded(prompts, samples, processor, seed, 0, iteration, out.seconds)
+                key = DrawKey(seed, Stage.TRAINING, iteration)
+                completions, scores = self.graded(prompts, samples, processor, key, out.seconds)
             out.prompts_used = prompts[-1].index + 1 - cursor
             out.groups_sampled += len(prompts)
             out.tokens_sampled += sum(c.length for c in completions)

@@ -24,6 +24,7 @@ from hapo_lite.model.policy import Policy
 from hapo_lite.model.sharding import sharded_modules
 from hapo_lite.recipe import Recipe
 from hapo_lite.records import Completion, EncodedPrompt, Scored, Sequences, TokenOutcome, pad
+from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.runs.skipped import SkippedStep
@@ -365,10 +366,8 @@ class Loop:
             self.held_out,
             settings.samples,
             AdaptiveTemperature(None, settings.temperature),
-            seed=self.recipe.seed,
-            stage=1,
-            iteration=0,
-            seconds=seconds,
+            DrawKey(self.recipe.seed, Stage.EVALUATION, iteration=0),
+            seconds,
         )
         count = len(scores)
         metrics = {

@@ -115,7 +115,7 @@ def _train(
         state = resume(folder, recipe, loop, say)
         if not is_over(recipe, state):
             progress.enter("engine check")
-            checked = check_engine(engine, policy, encoded, recipe, accelerator)
+            checked = check_engine(engine, policy, encoded, recipe.rollout, recipe.seed, accelerator)
             say(f"rollout.engine = {recipe.rollout.engine}: its log-probabilities are {checked}")
         summary = run_iterations(folder, recipe, loop, state, display)
     if recipe.logging.report_to != "none":
