@@ -162,8 +162,7 @@ def main() -> None:
     print(f"{arguments.model}, {arguments.quantization}, {arguments.dtype}, torch {torch.__version__}", flush=True)
 
     def check(engine: Engine, seed: int) -> canary.Canary:
-        seeded = recipe.model_copy(update={"seed": seed})
-        return canary.compare(engine, policy, prompts_for(seed, prompts, policy), seeded)
+        return canary.compare(engine, policy, prompts_for(seed, prompts, policy), recipe.rollout, seed)
 
     started, found = time.perf_counter(), []
     for seed in range(arguments.seeds):

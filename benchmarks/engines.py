@@ -24,7 +24,9 @@ from hapo_lite.cli import quiet_libraries  # noqa: E402
 from hapo_lite.model.load import load_policy  # noqa: E402
 from hapo_lite.model.policy import Policy  # noqa: E402
 from hapo_lite.recipe import Recipe, load_recipe  # noqa: E402
-from hapo_lite.rollout.engine import TRAINING, Engine, Request, make_engine  # noqa: E402
+from hapo_lite.records import Request  # noqa: E402
+from hapo_lite.rollout.draws import DrawKey, Stage  # noqa: E402
+from hapo_lite.rollout.engine import Engine, make_engine  # noqa: E402
 from hapo_lite.rollout.generate_engine import GenerateEngine  # noqa: E402
 from hapo_lite.rollout.sampling import AdaptiveTemperature  # noqa: E402
 from hapo_lite.train.prompts import encode_prompts, load_data  # noqa: E402
@@ -32,7 +34,7 @@ from hapo_lite.train.prompts import encode_prompts, load_data  # noqa: E402
 
 def engine(name: str, recipe: Recipe, policy: Policy) -> Engine:
     if name == "generate":
-        return GenerateEngine.make(recipe, policy, recipe.rollout.max_new_tokens)
+        return GenerateEngine(policy, recipe.rollout.batch_size, recipe.rollout.max_new_tokens)
     return make_engine(
         recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"engine": name})}), policy
     )
@@ -60,7 +62,7 @@ def main() -> None:
     for turn in range(args.repeats + 1):
         for name, each in engines.items():
             started = time.perf_counter()
-            written[name] = each.sample(requests, AdaptiveTemperature(None), recipe.seed, TRAINING, turn)
+            written[name] = each.sample(requests, AdaptiveTemperature(None), DrawKey(recipe.seed, Stage.TRAINING, turn))
             if turn:  # the first turn warms up
                 tokens = sum(c.length for c in written[name])
                 speeds[name].append(tokens / (time.perf_counter() - started))

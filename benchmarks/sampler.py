@@ -28,9 +28,9 @@ from hapo_lite.cli import keep_freed_memory, quiet_libraries  # noqa: E402
 from hapo_lite.model.load import load_policy  # noqa: E402
 from hapo_lite.model.policy import Policy  # noqa: E402
 from hapo_lite.recipe import load_recipe  # noqa: E402
-from hapo_lite.records import Completion, EncodedPrompt  # noqa: E402
+from hapo_lite.records import Completion, EncodedPrompt, Request  # noqa: E402
 from hapo_lite.rollout.canary import engine_logp, stepwise_logp, trainer_logp  # noqa: E402
-from hapo_lite.rollout.engine import BENCHMARK, Request  # noqa: E402
+from hapo_lite.rollout.draws import DrawKey, Stage  # noqa: E402
 from hapo_lite.rollout.sampling import AdaptiveTemperature  # noqa: E402
 from hapo_lite.rollout.transformers_engine import TransformersEngine  # noqa: E402
 from hapo_lite.tasks.data import load_prompts  # noqa: E402
@@ -76,7 +76,7 @@ def main() -> None:
 
     def sample(policy: Policy, limit: int) -> list[Completion]:
         engine = TransformersEngine(replace(policy, stop_ids=(-1,)), arguments.rows, limit)
-        return engine.sample(requests, AdaptiveTemperature(None), 0, BENCHMARK, 0)
+        return engine.sample(requests, AdaptiveTemperature(None), DrawKey(0, Stage.BENCHMARK, 0))
 
     rates: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(arguments.repeats):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hapo_lite.recipe import load_recipe as load_recipe
     from hapo_lite.records import EncodedPrompt as EncodedPrompt
     from hapo_lite.records import Prompt as Prompt
-    from hapo_lite.rollout.engine import Request as Request
+    from hapo_lite.records import Request as Request
     from hapo_lite.rollout.engine import make_engine as make_engine
     from hapo_lite.rollout.sampling import AdaptiveTemperature as AdaptiveTemperature
     from hapo_lite.tasks.verify import GraderPool as GraderPool
@@ -30,7 +30,7 @@ _ROOMS = {
     "EncodedPrompt": "records",
     "GraderPool": "tasks.verify",
     "Prompt": "records",
-    "Request": "rollout.engine",
+    "Request": "records",
     "evaluate": "evaluate",
     "grade": "tasks.verify",
     "load_policy": "model.load",

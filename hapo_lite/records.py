@@ -39,6 +39,14 @@ class EncodedPrompt:
 
 
 @dataclass(frozen=True)
+class Request:
+    """One completion to sample. sample: its number among the completions of its prompt."""
+
+    prompt: EncodedPrompt
+    sample: int
+
+
+@dataclass(frozen=True)
 class Completion:
     """One sampled completion; the tensors are on the CPU, [T] each, T being its own length, stop token included.
 

@@ -33,8 +33,7 @@ def loop(make_loop, recipe):
 
 
 def check(loop, engine, seed=0):
-    recipe = loop.recipe.model_copy(update={"seed": seed})
-    return check_engine(engine, loop.policy, loop.stream.take(8 * seed, 8), recipe, loop.accelerator)
+    return check_engine(engine, loop.policy, loop.stream.take(8 * seed, 8), loop.recipe.rollout, seed, loop.accelerator)
 
 
 def computing(loop, dtype, quantization="none"):

@@ -21,8 +21,9 @@ from hapo_lite.model.policy import Policy
 from hapo_lite.preflight import __main__ as preflight
 from hapo_lite.preflight.advise import Advice, usable, write_back
 from hapo_lite.recipe import Recipe, load_recipe
-from hapo_lite.records import EncodedPrompt, Prompt, Sequences
-from hapo_lite.rollout.engine import Request, make_engine
+from hapo_lite.records import EncodedPrompt, Prompt, Request, Sequences
+from hapo_lite.rollout import draws
+from hapo_lite.rollout.engine import make_engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.train.memory.live import tensors_of, total_bytes
@@ -129,7 +130,8 @@ def check_stages(recipe: Recipe, policy: Policy, rollout: bool) -> None:
     prompts = [EncodedPrompt(i, Prompt(str(i), (), ""), tuple(range(sizes.prompt - i))) for i in range(sizes.prompts)]
     requests = [Request(prompt, sample) for prompt in prompts for sample in range(sizes.rows // sizes.prompts)]
     engine = make_engine(recipe, endless)
-    check(sampling, lambda: engine.sample(requests, AdaptiveTemperature(None), 0, 0, 1))
+    key = draws.DrawKey(0, draws.Stage.TRAINING, 1)
+    check(sampling, lambda: engine.sample(requests, AdaptiveTemperature(None), key))
 
 
 def check(stage: Stage, work) -> None:

@@ -16,10 +16,11 @@ from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.errors import UserError
 from hapo_lite.model.load import load_policy
 from hapo_lite.recipe import load_recipe
-from hapo_lite.records import Sequences
+from hapo_lite.records import Request, Sequences
 from hapo_lite.rollout import paged_engine
 from hapo_lite.rollout.canary import check_engine
-from hapo_lite.rollout.engine import Request, make_engine
+from hapo_lite.rollout.draws import DrawKey, Stage
+from hapo_lite.rollout.engine import make_engine
 from hapo_lite.rollout.paged_engine import PagedEngine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transformers_engine import TransformersEngine
@@ -41,7 +42,7 @@ def requests(loop):
 
 
 def sample(engine, requests, processor=None):
-    return engine.sample(requests, processor or AdaptiveTemperature(SIGNAL), seed=1, stage=0, iteration=2)
+    return engine.sample(requests, processor or AdaptiveTemperature(SIGNAL), DrawKey(1, Stage.TRAINING, 2))
 
 
 def paged(loop, batch_size=6):
@@ -108,13 +109,15 @@ def test_a_request_that_lost_its_blocks_goes_on_where_it_was(loop, requests, mon
 def test_the_recipe_chooses_it_and_it_follows_the_adapter(loop):
     engine = loop.collector.engine
     assert isinstance(engine, PagedEngine)
-    found = check_engine(engine, loop.policy, loop.stream.take(0, 2), loop.recipe, loop.accelerator)
+    found = check_engine(
+        engine, loop.policy, loop.stream.take(0, 2), loop.recipe.rollout, loop.recipe.seed, loop.accelerator
+    )
     assert max(found.at_rest.engine, found.perturbed.engine) < 1e-5 < found.followed
 
 
 def test_the_model_is_as_it_was_after_sampling_and_after_a_failure(loop, requests):
     class Broken(AdaptiveTemperature):
-        def __call__(self, input_ids, scores):
+        def adapted(self, logits):
             raise ArithmeticError("out of range")
 
     before = state(loop.policy)
@@ -143,7 +146,7 @@ def test_a_shortage_of_memory_is_told_as_one(loop, requests):
     processor = AdaptiveTemperature(SIGNAL)
 
     class Short(AdaptiveTemperature):
-        def __call__(self, input_ids, scores):
+        def adapted(self, logits):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
@@ -155,11 +158,11 @@ def test_a_signal_stops_it_at_once_and_is_not_swallowed(loop, requests):
     class Signalling(AdaptiveTemperature):
         steps = 0
 
-        def __call__(self, input_ids, scores):
+        def adapted(self, logits):
             self.steps += 1
             if self.steps == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return super().__call__(input_ids, scores)
+            return super().adapted(logits)
 
     before, processor = state(loop.policy), Signalling(None)
     endless = replace(loop.policy, stop_ids=(len(loop.policy.tokenizer) - 1,))

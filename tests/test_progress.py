@@ -16,7 +16,8 @@ import time
 
 import pytest
 
-from hapo_lite.rollout.engine import Request
+from hapo_lite.records import Request
+from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.runs.display import FIRST_S, INTERVAL_S, Display
@@ -179,7 +180,7 @@ def test_what_an_engine_reports_is_what_it_writes(make_recipe, make_loop, monkey
     counted = []
     monkeypatch.setattr(Writing, "part_ended", lambda self, tokens: counted.append((self.tokens, tokens)))
     requests = [Request(prompt, sample) for prompt in loop.stream.take(0, 3) for sample in range(4)]
-    collector.engine.sample(requests, AdaptiveTemperature(None, 1.0), 0, 0, 1)
+    collector.engine.sample(requests, AdaptiveTemperature(None, 1.0), DrawKey(0, Stage.TRAINING, 1))
     assert [seen for seen, _ in counted] == list(itertools.accumulate(tokens for _, tokens in counted))
     assert counted[-1][0] > 12 == collector.engine.writing.total
     assert collector.engine.writing is collector.progress.work

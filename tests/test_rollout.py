@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
@@ -11,11 +12,12 @@ from hapo_lite.algo.temperature import adaptive_temperature
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import LoraSettings, ModelSettings
-from hapo_lite.records import EncodedPrompt, Prompt, Sequences
-from hapo_lite.rollout.engine import Request
+from hapo_lite.records import EncodedPrompt, Prompt, Request, Sequences
+from hapo_lite.rollout.draws import DrawKey, Stage, draws_of, uniforms
 from hapo_lite.rollout.generate_engine import GenerateEngine
-from hapo_lite.rollout.sampling import AdaptiveTemperature, inverse_cdf, uniforms
+from hapo_lite.rollout.sampling import AdaptiveTemperature, draw, inverse_cdf
 from hapo_lite.rollout.transformers_engine import TransformersEngine
+from hapo_lite.rollout.whole_base import WholeBaseEngine
 from hapo_lite.tiny.task import problems
 
 SIGNAL = EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)
@@ -37,7 +39,8 @@ def prompts(policy):
 
 def sample(policy, requests, batch_size=64, signal=SIGNAL, base=1.0, top_p=1.0, limit=24, seed=0, iteration=1):
     engine = TransformersEngine(policy, batch_size, limit)
-    return engine.sample(requests, AdaptiveTemperature(signal, base, top_p=top_p), seed, 0, iteration)
+    key = DrawKey(seed, Stage.TRAINING, iteration)
+    return engine.sample(requests, AdaptiveTemperature(signal, base, top_p=top_p), key)
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +110,22 @@ def test_the_signal_widens_uncertain_tokens_and_narrows_certain_ones(policy, req
 
 def test_the_processor_works_with_plain_generate(policy, prompts):
     """It is a logits processor like any other: any batch, any decoding loop."""
-    processor = AdaptiveTemperature(SIGNAL)
+    seen = []
+
+    class Watched(AdaptiveTemperature):
+        def adapted(self, logits):
+            seen.append(super().adapted(logits))
+            return seen[-1]
+
     ids = torch.tensor(prompts[0].ids)[None].repeat(3, 1)
     with policy.sampling() as model:
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=GenerationConfig(max_new_tokens=5, do_sample=True, top_k=0, pad_token_id=0),
-            logits_processor=LogitsProcessorList([processor]),
+            logits_processor=LogitsProcessorList([Watched(SIGNAL)]),
         )
-    assert out.shape[0] == 3 and processor.temperature.shape == (3,)
+    assert out.shape[0] == 3 and seen[-1].temperature.shape == (3,)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +155,7 @@ def test_top_p_is_that_of_transformers():
     assert 1 < ours.isfinite().sum(1).float().mean() < 300
     # What it says it saw is the whole distribution, not the nucleus.
     whole = torch.distributions.Categorical(logits=logits.double() / 0.5)
-    assert torch.allclose(processor.entropy.double(), whole.entropy(), atol=1e-5)
+    assert torch.allclose(processor.adapted(logits).entropy.double(), whole.entropy(), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +178,7 @@ def test_plain_generate_writes_the_same_completions(policy, requests):
     """Rows that have ended stay in its batch, and each reads its prompt for itself."""
     theirs = sample(policy, requests)
     engine = GenerateEngine(policy, 64, 24)
-    ours = engine.sample(requests, AdaptiveTemperature(SIGNAL), 0, 0, 1)
+    ours = engine.sample(requests, AdaptiveTemperature(SIGNAL), DrawKey(0, Stage.TRAINING, 1))
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a.ids, b.ids) and (a.text, a.truncated) == (b.text, b.truncated)
         for name in ("sampling_logp", "base_logp", "entropy", "temperature"):
@@ -177,7 +186,7 @@ def test_plain_generate_writes_the_same_completions(policy, requests):
     assert {c.truncated for c in ours} == {True, False} and policy.model.training
 
 
-def test_a_sampler_that_does_not_take_the_scribes_choice_is_caught(policy, requests):
+def test_a_sampler_that_does_not_take_the_forced_token_is_caught(policy, requests):
     class Headstrong(GenerateEngine):
         def generator(self, model):
             def generate(**arguments):
@@ -186,7 +195,7 @@ def test_a_sampler_that_does_not_take_the_scribes_choice_is_caught(policy, reque
             return generate
 
     with pytest.raises(RuntimeError, match="returned other tokens than were drawn"):
-        Headstrong(policy, 64, 24).sample(requests[:2], AdaptiveTemperature(None), 0, 0, 1)
+        Headstrong(policy, 64, 24).sample(requests[:2], AdaptiveTemperature(None), DrawKey(0, Stage.TRAINING, 1))
 
 
 def test_top_p_records_the_log_probability_in_the_nucleus(policy, requests):
@@ -221,10 +230,58 @@ def test_inverse_cdf_never_draws_an_impossible_token(u):
 
 
 def test_uniforms_differ_in_every_argument():
-    reference = uniforms(0, 0, 1, 2, 3, 8)
-    assert torch.equal(reference, uniforms(0, 0, 1, 2, 3, 8))
-    assert torch.equal(reference[:5], uniforms(0, 0, 1, 2, 3, 5))
+    key = DrawKey(0, Stage.TRAINING, 1)
+    reference = uniforms(key, 2, 3, 8)
+    assert torch.equal(reference, uniforms(key, 2, 3, 8))
+    assert torch.equal(reference[:5], uniforms(key, 2, 3, 5))
     for change in range(5):
         arguments = [0, 0, 1, 2, 3, 8]
         arguments[change] += 1
-        assert not torch.equal(reference, uniforms(*arguments))
+        assert not torch.equal(reference, uniforms(DrawKey(*arguments[:3]), *arguments[3:]))
+
+
+@pytest.mark.parametrize(("stage", "number"), [("TRAINING", 0), ("EVALUATION", 1), ("BENCHMARK", 2), ("CANARY", 3)])
+def test_the_random_numbers_of_a_stage_are_fixed(stage, number, requests):
+    """To the bit: a run that was begun with an earlier version goes on as it would have."""
+    key = DrawKey(7, Stage[stage], 2)
+    for prompt, chosen in ((0, 0), (5, 3)):
+        expected = np.random.default_rng((7, number, 2, prompt, chosen)).random(6)
+        assert uniforms(key, prompt, chosen, 6).tolist() == expected.tolist()
+    rows = [uniforms(key, r.prompt.index, r.sample, 6) for r in requests]
+    assert torch.equal(draws_of(requests, key, 6), torch.stack(rows, dim=1))
+
+
+def test_the_three_numbers_of_a_key_may_be_given_by_position(policy, requests):
+    engine, processor = TransformersEngine(policy, 64, 24), AdaptiveTemperature(SIGNAL)
+    key = DrawKey(3, Stage.CANARY, 1)
+    whole = engine.sample(requests, processor, key)
+    same_ids(whole, engine.sample(requests, processor, 3, 3, 1))
+    cut = engine.sample(requests, processor, key, limit=6)
+    assert max(c.length for c in cut) == 6 < max(c.length for c in whole)
+    same_ids(cut, engine.sample(requests, processor, key, 6))
+    same_ids(cut, engine.sample(requests, processor, key=key, limit=6))
+    same_ids(cut, engine.sample(requests, processor, 3, 3, 1, limit=6))
+    same_ids(cut, engine.sample(requests, processor, 3, 3, 1, 6))
+    same_ids(cut, WholeBaseEngine(engine, policy).sample(requests, processor, 3, 3, 1, 6))
+    for wrong in ((3,), (3, 3), (3, 3, 1, 6, 6), (key, 3, 1)):
+        with pytest.raises(TypeError, match="sample takes"):
+            engine.sample(requests, processor, *wrong)
+    with pytest.raises(TypeError, match="one limit"):
+        engine.sample(requests, processor, key, 6, limit=6)
+
+
+def same_ids(ours, theirs):
+    assert len(ours) == len(theirs)
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_an_adaptive_temperature_keeps_nothing_between_calls():
+    processor = AdaptiveTemperature(SIGNAL, 0.9, top_p=0.8, top_k=20)
+    before = dict(vars(processor))
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    uniform = torch.tensor([0.1, 0.4, 0.7, 0.9], dtype=torch.float64)
+    first, other, again = (draw(processor, z, uniform) for z in (logits, logits[:, :30], logits))
+    assert vars(processor) == before
+    for name in ("ids", "sampling_logp", "base_logp", "entropy", "temperature", "scores"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    assert torch.equal(first.scores, processor(None, logits)) and other.scores.shape == (4, 30)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.recipe import LoraSettings, ModelSettings
-from hapo_lite.records import EncodedPrompt, Prompt
-from hapo_lite.rollout.engine import Request
+from hapo_lite.records import EncodedPrompt, Prompt, Request
+from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.tiny import build
@@ -59,7 +59,9 @@ def test_the_bundled_model_mixes_strategies_of_which_the_careful_one_is_right():
         for i, p in enumerate(chosen)
     ]
     requests = [Request(prompt, g) for prompt in prompts for g in range(4)]
-    completions = TransformersEngine(policy, 512, 32).sample(requests, AdaptiveTemperature(None), 0, 0, 0)
+    completions = TransformersEngine(policy, 512, 32).sample(
+        requests, AdaptiveTemperature(None), DrawKey(0, Stage.TRAINING, 0)
+    )
     right = [boxed(c.text) == c.prompt.prompt.answer for c in completions]
     careful = [
         ok

@@ -14,8 +14,8 @@ from hapo_lite.inspect.generate import GenerationSettings, generate
 from hapo_lite.model import unpacked
 from hapo_lite.model.load import load_policy
 from hapo_lite.recipe import ModelSettings, load_recipe
-from hapo_lite.records import EncodedPrompt, Prompt, Sequences
-from hapo_lite.rollout.engine import Request
+from hapo_lite.records import EncodedPrompt, Prompt, Request, Sequences
+from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.runs.checkpoint import TrainState
@@ -36,7 +36,7 @@ def load(dtype="fp32", wanted=None):
 
 
 def written(policy):
-    return TransformersEngine(policy, 4, 12).sample(REQUESTS, AdaptiveTemperature(None), 1, 0, 0)
+    return TransformersEngine(policy, 4, 12).sample(REQUESTS, AdaptiveTemperature(None), DrawKey(1, Stage.TRAINING, 0))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -17,8 +17,8 @@ from hapo_lite.errors import UserError
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.unsloth import HIDDEN_STATES, UnslothPolicy
 from hapo_lite.recipe import load_recipe
-from hapo_lite.records import EncodedPrompt, Prompt, Sequences
-from hapo_lite.rollout.engine import Request
+from hapo_lite.records import EncodedPrompt, Prompt, Request, Sequences
+from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.rollout.unsloth_engine import UnslothEngine
@@ -67,8 +67,8 @@ def requests(plain):
 
 
 def test_it_samples_and_scores_as_the_plain_policy_does(plain, unsloth, requests, monkeypatch):
-    theirs = TransformersEngine(plain, 8, 24).sample(requests, AdaptiveTemperature(None), 1, 0, 2)
-    ours = UnslothEngine(unsloth, 8, 24).sample(requests, AdaptiveTemperature(None), 1, 0, 2)
+    theirs = TransformersEngine(plain, 8, 24).sample(requests, AdaptiveTemperature(None), DrawKey(1, Stage.TRAINING, 2))
+    ours = UnslothEngine(unsloth, 8, 24).sample(requests, AdaptiveTemperature(None), DrawKey(1, Stage.TRAINING, 2))
     assert all(torch.equal(a.ids, b.ids) for a, b in zip(ours, theirs, strict=True))
     assert unsloth.fast.calls == ["inference", "training"] and unsloth.model.training
     batch = Sequences.of(ours)

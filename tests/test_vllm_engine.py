@@ -16,12 +16,13 @@ from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.errors import UserError
 from hapo_lite.model.load import load_policy
 from hapo_lite.recipe import load_recipe
-from hapo_lite.records import EncodedPrompt, Prompt
+from hapo_lite.records import EncodedPrompt, Prompt, Request
 from hapo_lite.rollout import vllm_engine
 from hapo_lite.rollout.canary import check_engine
-from hapo_lite.rollout.engine import Request, make_engine
+from hapo_lite.rollout.draws import DrawKey, Stage, draws_of
+from hapo_lite.rollout.engine import EngineSettings, make_engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.rollout.transcript import Scribe, draws_of
+from hapo_lite.rollout.transcript import ForcedSampler
 from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.rollout.vllm_processor import NOBODY, NUMBER, BatchRows, Desk, SlotRows, batch_processor, slot_processor
 from hapo_lite.runs.interrupt import Interrupted, Interrupts, signals_held
@@ -29,6 +30,7 @@ from hapo_lite.tiny.task import problems
 from tests.conftest import TINY, noisy_adapter
 
 SIGNAL = EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)
+KEY = DrawKey(1, Stage.TRAINING, 2)
 LIMIT, ROWS = 14, 3
 SETTINGS = ["rollout.engine=vllm", "model.quantization=none", "data.max_prompt_tokens=64", "rollout.batch_size=4"]
 
@@ -48,13 +50,13 @@ def requests(policy):
 
 @pytest.fixture(scope="module")
 def expected(policy, requests):
-    return TransformersEngine(policy, 64, LIMIT).sample(requests, AdaptiveTemperature(SIGNAL, 1.1), 1, 0, 2)
+    return TransformersEngine(policy, 64, LIMIT).sample(requests, AdaptiveTemperature(SIGNAL, 1.1), KEY)
 
 
 @pytest.fixture
 def desk(policy, requests):
     desk = Desk()
-    desk.scribe = Scribe(AdaptiveTemperature(SIGNAL, 1.1), draws_of(requests, 1, 0, 2, LIMIT))
+    desk.forced = ForcedSampler(AdaptiveTemperature(SIGNAL, 1.1), draws_of(requests, KEY, LIMIT))
     desk.prompt_lengths = torch.tensor([len(r.prompt.ids) for r in requests])
     return desk
 
@@ -81,7 +83,7 @@ class Writing:
 
 
 def same(desk, requests, expected, policy, written):
-    ours = desk.scribe.completions(requests, written, policy)
+    ours = desk.forced.completions(requests, written, policy)
     for a, b in zip(ours, expected, strict=True):
         assert torch.equal(a.ids, b.ids) and (a.text, a.truncated) == (b.text, b.truncated)
         for name in ("sampling_logp", "base_logp", "entropy", "temperature"):
@@ -204,12 +206,12 @@ def test_an_engine_that_is_not_installed_names_its_extra(policy, monkeypatch):
     quantised = load_policy(recipe.model, 0, "cpu")
     monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="vllm-bnb-plugin"):
-        vllm_engine.engine_arguments(recipe, quantised, 10)
+        vllm_engine.engine_arguments(EngineSettings.of(recipe, 10), quantised)
 
 
 def test_what_vllm_is_started_with(policy):
     recipe = load_recipe(TINY, [*SETTINGS, "model.lora.rank=20"])
-    found = vllm_engine.engine_arguments(recipe, policy, 100)
+    found = vllm_engine.engine_arguments(EngineSettings.of(recipe, 100), policy)
     assert found["max_lora_rank"] == 32 and found["max_model_len"] == 164 and found["dtype"] == "float32"
     assert "quantization" not in found and "enable_sleep_mode" not in found
     for override, message in (
@@ -217,7 +219,7 @@ def test_what_vllm_is_started_with(policy):
         ("model.quantization=nf4", "no 4-bit base"),
     ):
         with pytest.raises(UserError, match=message):
-            vllm_engine.engine_arguments(load_recipe(TINY, [*SETTINGS, override]), policy, 100)
+            vllm_engine.engine_arguments(EngineSettings.of(load_recipe(TINY, [*SETTINGS, override]), 100), policy)
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +234,8 @@ def test_vllm_writes_what_the_default_engine_writes(engine, policy, requests):
     default = TransformersEngine(policy, 64, LIMIT)
 
     def check(processor):
-        theirs = default.sample(requests, processor, 1, 0, 2)
-        for a, b in zip(engine.sample(requests, processor, 1, 0, 2, LIMIT), theirs, strict=True):
+        theirs = default.sample(requests, processor, KEY)
+        for a, b in zip(engine.sample(requests, processor, KEY, LIMIT), theirs, strict=True):
             assert torch.equal(a.ids, b.ids) and (a.text, a.truncated) == (b.text, b.truncated)
             for name in ("sampling_logp", "base_logp", "entropy", "temperature"):
                 assert torch.allclose(getattr(a, name), getattr(b, name), atol=1e-4), name
@@ -250,21 +252,24 @@ def test_vllm_writes_what_the_default_engine_writes(engine, policy, requests):
 def test_vllm_passes_the_check_before_training(engine, policy, requests, make_loop):
     recipe = load_recipe(TINY, ["model.quantization=none", "data.limit=32", "evaluation.prompts=0"])
     accelerator = make_loop(recipe).accelerator
-    found = check_engine(engine, policy, [r.prompt for r in requests[::2]], recipe, accelerator)
+    found = check_engine(engine, policy, [r.prompt for r in requests[::2]], recipe.rollout, recipe.seed, accelerator)
     assert max(found.at_rest.engine, found.perturbed.engine) < 1e-4 < found.followed
 
 
 def test_vllm_is_ready_again_after_a_signal(engine, policy, requests):
     class Signalling(AdaptiveTemperature):
-        def __call__(self, input_ids, scores):
-            if not self.entropy.numel():
+        called = False
+
+        def adapted(self, logits):
+            if not self.called:
+                self.called = True
                 os.kill(os.getpid(), signal.SIGTERM)
-            return super().__call__(input_ids, scores)
+            return super().adapted(logits)
 
     with pytest.raises(Interrupted), Interrupts().listening():
-        engine.sample(requests, Signalling(None), 1, 0, 2, LIMIT)
-    theirs = TransformersEngine(policy, 64, LIMIT).sample(requests, AdaptiveTemperature(SIGNAL), 1, 0, 2)
-    ours = engine.sample(requests, AdaptiveTemperature(SIGNAL), 1, 0, 2, LIMIT)
+        engine.sample(requests, Signalling(None), KEY, LIMIT)
+    theirs = TransformersEngine(policy, 64, LIMIT).sample(requests, AdaptiveTemperature(SIGNAL), KEY)
+    ours = engine.sample(requests, AdaptiveTemperature(SIGNAL), KEY, LIMIT)
     assert all(torch.equal(a.ids, b.ids) for a, b in zip(ours, theirs, strict=True))
 
 

@@ -25,8 +25,9 @@ from hapo_lite.evaluate.suites import Suite, chosen, fit, read_problems
 from hapo_lite.model.load import load_policy, resolve_dtype
 from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import Recipe
+from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.engine import make_engine
-from hapo_lite.rollout.sampling import AdaptiveTemperature, DrawKey, Stage
+from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.display import Display
 from hapo_lite.runs.files import file_hash
 from hapo_lite.runs.folder import RunFolder, check_place

@@ -22,7 +22,8 @@ from hapo_lite.errors import UserError
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import ModelSettings
-from hapo_lite.rollout.sampling import AdaptiveTemperature, inverse_cdf, uniforms
+from hapo_lite.rollout.draws import DrawKey, Stage, uniforms
+from hapo_lite.rollout.sampling import AdaptiveTemperature, Drawn, draw
 from hapo_lite.runs.trace import Trace
 
 ALTERNATIVES = 10
@@ -84,7 +85,7 @@ def generate(policy: Policy, settings: GenerationSettings) -> Iterator[Progress]
     if room < 1:
         raise UserError(f"the problem has {len(prompt):,} tokens; the model takes {policy.context:,} in all")
     limit = min(settings.max_new_tokens, room)
-    draws = uniforms(settings.seed, 0, 0, 0, 0, limit)
+    draws = uniforms(DrawKey(settings.seed, Stage.TRAINING, iteration=0), prompt=0, sample=0, count=limit)
     deadline = time.monotonic() + settings.seconds
     with policy.unpacked():
         yield from _passes(policy, settings, prompt, draws, deadline)
@@ -128,11 +129,10 @@ def _one_pass(
         with policy.sampling() as model:
             out = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits, cache = out.logits[:, -1], out.past_key_values
-            scores = processor(None, logits)
-            chosen = inverse_cdf(scores, draws[step : step + 1].to(scores.device))
-            _record(tokens, policy, processor, logits.float() / settings.temperature, scores, int(chosen))
-        inputs = chosen[:, None]
-        if int(chosen) in policy.stop_ids:
+            drawn = draw(processor, logits, draws[step : step + 1].to(logits.device))
+            _record(tokens, policy, drawn, logits.float() / settings.temperature)
+        inputs = drawn.ids[:, None]
+        if int(drawn.ids) in policy.stop_ids:
             ended = "ended by itself"
         elif step + 1 == len(draws):
             ended = "cut off at the token limit"
@@ -143,19 +143,18 @@ def _one_pass(
             return
 
 
-def _record(
-    tokens: dict[str, list], policy: Policy, processor: AdaptiveTemperature, base: Tensor, scores: Tensor, chosen: int
-) -> None:
-    """Add one token. base, scores: [1, V], logits at the base temperature and at the token's own."""
-    base_logp, own_logp = (torch.log_softmax(z[0].double(), dim=-1) for z in (base, scores))
+def _record(tokens: dict[str, list], policy: Policy, drawn: Drawn, base: Tensor) -> None:
+    """Add one token and its alternatives. drawn: one row; base: [1, V], the logits at the base temperature."""
+    chosen = int(drawn.ids)
+    base_logp, own_logp = (torch.log_softmax(z[0].double(), dim=-1) for z in (base, drawn.scores))
     best = base_logp.topk(min(ALTERNATIVES, base_logp.shape[0])).indices
     texts = policy.tokenizer.batch_decode([[i] for i in [chosen, *best.tolist()]], skip_special_tokens=False)
     tokens["id"].append(chosen)
     tokens["text"].append(texts[0])
     tokens["logp_sampling"].append(float(own_logp[chosen]))
     tokens["logp_base"].append(float(base_logp[chosen]))
-    tokens["entropy"].append(float(processor.entropy[0]))
-    tokens["temperature"].append(float(processor.temperature[0]))
+    tokens["entropy"].append(float(drawn.entropy))
+    tokens["temperature"].append(float(drawn.temperature))
     tokens["alternatives"].append(
         list(zip(texts[1:], base_logp[best].exp().tolist(), own_logp[best].exp().tolist(), strict=True))
     )

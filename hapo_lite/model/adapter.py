@@ -1,17 +1,16 @@
-"""The LoRA adapter: made fresh, read from a folder, written as plain peft reads it."""
+"""The LoRA adapter: created, read from a folder, and written so that plain peft reads it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from hapo_lite.errors import UserError, first_line
 from hapo_lite.model.policy import Policy
@@ -19,6 +18,10 @@ from hapo_lite.recipe import ModelSettings
 
 
 def fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> PeftModel:
+    """Put a new adapter on the base, with weights that depend on the seed alone.
+
+    Raises UserError if model.lora.targets does not fit the model.
+    """
     torch.manual_seed(seed)
     lora = settings.lora
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
@@ -27,8 +30,8 @@ def fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> 
             base,
             LoraConfig(
                 r=lora.rank,
-                lora_alpha=lora.alpha,
-                lora_dropout=0.0,  # with dropout the ratio would differ from 1 before anything has been learned
+                lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it by the rank: a fraction will do
+                lora_dropout=0.0,  # with dropout the ratio would differ from 1 before the first update
                 target_modules=targets,
                 task_type="CAUSAL_LM",
             ),
@@ -41,14 +44,15 @@ def fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> 
 
 
 def check_adapter(folder: Path) -> None:
-    """Raises UserError where a folder is no saved adapter."""
-    # Looked for first: without them peft would read a pickle, or ask the hub for a name that looks like the folder's.
+    """Raise UserError if a folder is not a saved adapter."""
+    # Without these files peft would read a pickle, or ask the hub for a repository of the folder's name.
     for needed in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / needed).is_file():
             raise UserError(f"adapter {folder} has no {needed}: give a folder like runs/NAME/adapter")
 
 
 def saved_adapter(base: PreTrainedModel, settings: ModelSettings, folder: Path) -> PeftModel:
+    """Put a saved adapter on the base, to sample from and not to train. Raises UserError if it does not fit."""
     check_adapter(folder)
     try:
         return PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
@@ -57,15 +61,16 @@ def saved_adapter(base: PreTrainedModel, settings: ModelSettings, folder: Path) 
 
 
 def save_adapter(policy: Policy, folder: Path) -> None:
-    """The adapter as plain peft reads it."""
+    """Write the adapter so that plain peft reads it."""
     # Without this, peft asks the hub whether the base's embedding was resized.
-    policy.model.save_pretrained(folder, save_embedding_layers=False)
+    policy.model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
 
 
 def load_adapter(policy: Policy, folder: Path) -> None:
-    """Read adapter weights that `save_adapter` wrote into the policy."""
-    outcome = set_peft_model_state_dict(policy.model, load_file(folder / "adapter_model.safetensors"))
+    """Read adapter weights that `save_adapter` wrote into the policy. Raises UserError if they do not fit."""
+    # peft's annotation of the result names no fields.
+    outcome: Any = set_peft_model_state_dict(policy.model, load_file(folder / "adapter_model.safetensors"))
     missing = [key for key in outcome.missing_keys if "lora_" in key]
     if missing or outcome.unexpected_keys:
         raise UserError(f"the adapter in {folder} does not fit this model and these model.lora settings")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -32,13 +33,13 @@ def load_policy(
     engine: str = "transformers",
     unpacked: bool | None = None,
 ) -> Policy:
-    """Load the base from a hub name or folder, quantise it, and put a fresh adapter on it.
+    """Load the base from a hub name or folder, quantise it if asked to, and put an adapter on it.
 
-    Only safetensors weights are read, and no code of the model's repository is run but with model.trust_remote_code.
-    The adapter's initial weights depend on `seed` alone. adapter: a folder with a trained one instead, to sample from
-    and not to train. engine: rollout.engine; `unsloth` loads the model itself. unpacked: whether a 4-bit base
-    is unpacked once a rollout; None: where memory is free then. Raises UserError if there is no such model or it does
-    not fit the settings.
+    Only safetensors weights are read. Code from the model's repository is run only with model.trust_remote_code.
+    adapter: a folder with a trained adapter, to sample from and not to train; None: a new one, whose weights depend on
+    `seed` alone. engine: rollout.engine; with `unsloth`, Unsloth loads the model. unpacked: whether a 4-bit base is
+    unpacked once in each rollout; None: if there is memory for it then. Raises UserError if there is no such model or
+    it does not fit the settings.
     """
     device = torch.device(device)
     dtype = resolve_dtype(settings.dtype, device)
@@ -51,7 +52,7 @@ def load_policy(
             from hapo_lite.model import unsloth
 
             model, fast = unsloth.load(settings, origin, dtype, seed, adapter)
-            base = model.get_base_model()
+            base: PreTrainedModel = cast(PreTrainedModel, model.get_base_model())  # peft says Module
         else:
             base = AutoModelForCausalLM.from_pretrained(
                 origin.name,
@@ -65,7 +66,7 @@ def load_policy(
     except UserError:
         raise
     except Exception as error:
-        # With its own code, a model may raise anything.
+        # A model that comes with code may raise any error.
         known = (OSError, ValueError, ImportError, KeyError, SafetensorError)
         if not settings.trust_remote_code and not isinstance(error, known):
             raise
@@ -74,7 +75,7 @@ def load_policy(
     stop_ids = find_stop_ids(base, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = stop_ids[0]
-    # A model's own generation settings (top_k, repetition_penalty, ...) would silently change the sampled distribution.
+    # The model's generation settings (top_k, repetition_penalty, ...) would silently change the sampled distribution.
     base.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=list(stop_ids))
     context = int(getattr(base.config, "max_position_embeddings", None) or tokenizer.model_max_length)
     if engine == "unsloth":
@@ -87,20 +88,20 @@ def load_policy(
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bf16 where the GPU computes in it, else fp16; fp32 on CPU."""
+    """The dtype of a name. `auto`: bf16 on a GPU that computes in it, fp16 on another GPU, fp32 on a CPU."""
     if name != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
     if device.type != "cuda":
         return torch.float32
-    # A T4 emulates bf16 and reports it as supported unless emulation is left out.
+    # A T4 emulates bf16, and reports support unless emulation is excluded.
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every token id that ends a completion: of the model, its generation settings, its tokenizer and its chat
-    template.
+    """Every token id that ends a completion, from the model, its generation settings, tokenizer and chat template.
 
-    Qwen2.5's base models name <|endoftext|> as their end, while their chat template closes a turn with <|im_end|>.
+    They can differ: Qwen2.5's base models name <|endoftext|>, but their chat template ends a turn with <|im_end|>.
+    Raises UserError if there is none.
     """
     found: list[int] = []
     for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
@@ -120,12 +121,12 @@ def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def keep_weights_unpacked(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 
-    Its first forward in evaluation mode repacks a Linear4bit for inference and never undoes it; training on the
-    repacked weights then fails or, in layers without a bias, gives wrong gradients (bitsandbytes 0.50).
+    The first forward pass in evaluation mode repacks a Linear4bit for inference and never undoes it. Training on the
+    repacked weights fails or, in layers without a bias, gives wrong gradients (bitsandbytes 0.50).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # torch types it as a Module
 
 
 def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -138,6 +139,7 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def _loading_problem(name: str, error: Exception) -> str:
+    """The message for a model that was not loaded."""
     folder = Path(name)
     if "trust_remote_code=True" in str(error):
         return (

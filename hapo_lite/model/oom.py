@@ -1,4 +1,4 @@
-"""Memory that ran out: how the error is told from others."""
+"""Errors that mean that memory ran out."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 
 class OutOfMemory(MemoryError):
-    """Memory ran out in at least one process; the message says how much was asked for."""
+    """Memory ran out in at least one process. The message says how much was requested."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is an allocation that failed: on a GPU, in torch on a CPU, or in Python."""
+    """Whether an error is a failed allocation: on a GPU, in torch on a CPU, or in Python."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     known = ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: not enough memory")

@@ -1,6 +1,6 @@
-"""Where a model or data set comes from: which commit or which files, and whether code that it brings may run.
+"""Where a model or data set comes from: its commit or its files, and whether code that comes with it may run.
 
-A hub name can stand for something else tomorrow, so it is resolved to a commit once, and all is loaded from that.
+The contents behind a hub name can change, so the name is resolved to a commit once and everything is loaded from that.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from hapo_lite.errors import UserError
 from hapo_lite.recipe import ModelSettings
 
 TINY_MODEL = Path(__file__).parents[1] / "tiny" / "model"
-"""The bundled model's folder, which `model.name: tiny` stands for."""
+"""The folder of the bundled model, which is named by `model.name: tiny`."""
 HASHED_WHOLE = 64 << 20
-"""Bytes of a file up to which all of it is hashed; of a larger one its size and `SAMPLES` pieces."""
+"""Largest file, bytes, that is hashed whole. Of a larger file the size and SAMPLES pieces of PIECE bytes are hashed."""
 LOADED = (".json", ".safetensors", ".txt", ".model", ".tiktoken", ".jinja", ".py")
 SAMPLES, PIECE = 64, 1 << 16
 
 
 @dataclass(frozen=True)
 class Origin:
-    """name: hub name or folder, as transformers takes it; commit: of a hub name; digest: of a folder's files."""
+    """The exact contents that a name stands for.
+
+    name: hub name or folder, as transformers takes it. commit: for a hub name. digest: for a folder, of its files.
+    """
 
     name: str
     commit: str | None = None
@@ -40,9 +43,10 @@ class Origin:
 
 
 def model_origin(settings: ModelSettings) -> Origin:
-    """What `model.name` and `model.revision` stand for now.
+    """The contents that `model.name` and `model.revision` stand for at this moment.
 
-    Raises UserError where it is no model, and what transformers raises where there is none or no hub.
+    Raises UserError if they are not a model, and the error of transformers if nothing is found or the hub is not
+    reached.
     """
     if settings.name == "tiny":
         return Origin(str(TINY_MODEL), digest=folder_digest(TINY_MODEL))
@@ -56,16 +60,17 @@ def model_origin(settings: ModelSettings) -> Origin:
     else:
         config = cached_file(settings.name, "config.json", revision=settings.revision)
         origin = Origin(settings.name, commit=extract_commit_hash(config, None))
-    # transformers would load the base that its adapter_config.json names instead, whatever that is.
+    # For an adapter transformers would load the base that its adapter_config.json names.
     if _read(origin, "adapter_config.json"):
         raise UserError(f"model.name = {origin.name} is an adapter: give the model that it belongs to")
     return origin
 
 
 def may_run_code(settings: ModelSettings, origin: Origin) -> bool:
-    """Whether code that the model brings is run; if so, a warning on standard error.
+    """Whether code that comes with the model is run. If so, a warning is printed to standard error.
 
-    Raises UserError where model.trust_remote_code is set and it is open whose code that would be.
+    Raises UserError if model.trust_remote_code is set but the code is not fixed: the revision is no commit, or the code
+    comes from another repository.
     """
     if not settings.trust_remote_code:
         return False
@@ -90,9 +95,9 @@ def may_run_code(settings: ModelSettings, origin: Origin) -> bool:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of those files of a folder that a model is loaded from.
+    """SHA-256 over the names, sizes and contents of the files in a folder that a model is loaded from.
 
-    Tells weights from other weights, not from ones that were made to look alike: of large files it reads a part.
+    Only a part of each large file is read. The digest tells different weights apart, but not a deliberate forgery.
     """
     together = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in LOADED and p.is_file()):
@@ -103,6 +108,7 @@ def folder_digest(folder: Path) -> str:
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
+    """The bytes of a file that are hashed."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= HASHED_WHOLE:
@@ -114,13 +120,13 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 
 def _code_references(origin: Origin) -> Iterator[str]:
-    """Classes that the model's files name as their own, as `module.Class` or `repository--module.Class`."""
+    """Classes that the model's files ask to be loaded: `module.Class` or `repository--module.Class`."""
     for name in ("config.json", "tokenizer_config.json"):
         yield from re.findall(r'"([^"]*)"', json.dumps(_read(origin, name).get("auto_map")))
 
 
 def _read(origin: Origin, name: str) -> dict[str, Any]:
-    """A JSON file of the model; empty where there is none."""
+    """The object in a JSON file of the model; empty if there is no such file."""
     path = cached_file(origin.name, name, revision=origin.commit, _raise_exceptions_for_missing_entries=False)
     fields = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     return fields if isinstance(fields, dict) else {}

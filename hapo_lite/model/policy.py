@@ -8,16 +8,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hapo_lite.errors import UserError, first_line
 from hapo_lite.head import next_token_logits, token_logprobs
@@ -27,11 +24,12 @@ from hapo_lite.records import Sequences
 
 @dataclass(frozen=True)
 class Policy:
-    """model: the base with its adapter; stop_ids: any of them ends a completion; context: longest sequence, tokens.
+    """A language model with its adapter and tokenizer, ready for training and sampling.
 
-    dtype: of the model's products; bf16 and fp16 by autocast, which leaves the adapter's weights in fp32.
-    origin: what the base was when it was loaded, as in origins.Origin.
-    offload: what is kept for the backward waits in main memory. dense: a 4-bit base's unpacked copy; None: it has none.
+    model: the base with its adapter. stop_ids: each of them ends a completion. context: longest sequence, tokens.
+    dtype: of the model's products; bf16 and fp16 by autocast, which leaves the adapter's weights in fp32. origin: the
+    commit or the digest of the base, as a string of `origins.Origin`. offload: whether activations wait for the
+    backward in main memory. dense: makes the unpacked copy of a 4-bit base; None for another base.
     """
 
     model: PeftModel
@@ -50,12 +48,17 @@ class Policy:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def base(self) -> PreTrainedModel:
+        """The base model, with the adapter's layers in it."""
+        return cast(PreTrainedModel, self.model.get_base_model())  # peft says Module
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by name, in a fixed order."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def encode(self, chat: list[dict[str, str]]) -> list[int]:
-        """Token ids of a chat up to where the assistant begins to write."""
+        """Token ids of a chat, up to the place where the assistant's answer begins."""
         if self.tokenizer.chat_template is None:
             text = "\n\n".join(message["content"] for message in chat) + "\n\n"
             return self.tokenizer.encode(text)
@@ -63,12 +66,12 @@ class Policy:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))  # a list of str for nested lists
 
     def completion_logprobs(self, batch: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of every completion token, [B, T] each, fp32; 0 beyond a completion's length.
+        """Log-probability and entropy of every completion token, nats: [B, T] each, fp32, 0 where the mask is false.
 
-        Right padding needs no attention mask: under causal attention no real token sees what comes after it.
+        Right padding needs no attention mask, because under causal attention no real token sees what comes after it.
         """
         with self.autocast():
             hidden = self.hidden_states(batch.ids)
@@ -81,15 +84,13 @@ class Policy:
         return blank.index_put((rows, columns), logp), blank.index_put((rows, columns), entropy)
 
     def token_logprobs(self, states: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of each target, [N] each, from what the head reads, [N, D]."""
-        base = self.model.get_base_model()
-        weight = base.get_output_embeddings().weight
-        return token_logprobs(states, weight, targets, temperature, **head_options(base))
+        """Log-probability and entropy of each target, nats, [N] each. states: the head's input, [N, D]."""
+        weight = self.base.get_output_embeddings().weight
+        return token_logprobs(states, weight, targets, temperature, **head_options(self.base))
 
     def rounded_logprobs(self, states: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        """The log-probabilities alone, of logits that the head's own layer makes in the policy's dtype. No gradient."""
-        base = self.model.get_base_model()
-        head, options = base.get_output_embeddings(), head_options(base)
+        """Log-probabilities, [N], from logits that the head's layer computes in the policy's dtype. No gradient."""
+        head, options = self.base.get_output_embeddings(), head_options(self.base)
         with torch.no_grad(), self.autocast():
             logits = nn.functional.linear(states, head.weight, options["bias"]).float() * options["logit_scale"]
         if cap := options["soft_cap"]:
@@ -97,33 +98,33 @@ class Policy:
         return torch.log_softmax(logits / temperature, dim=-1).gather(1, targets[:, None]).squeeze(1)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The precision that the policy computes in, for training and sampling alike."""
+        """A context with the precision that the policy computes in, for training and sampling alike."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     def hidden_states(self, ids: Tensor) -> Tensor:
-        """What the head reads, [B, L, D]. ids: [B, L]."""
-        with self._keeping():
-            return self.model.get_base_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        """The head's input, [B, L, D]. ids: [B, L]."""
+        with self._offloading():
+            return self.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
 
-    def _keeping(self) -> contextlib.AbstractContextManager:
-        """Where tensors wait for the backward; the same bits come back."""
+    def _offloading(self) -> contextlib.AbstractContextManager:
+        """A context that keeps activations in main memory until the backward if `offload` is set. No bit changes."""
         if not self.offload:
             return contextlib.nullcontext()
         return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
 
     @contextlib.contextmanager
     def base_alone(self) -> Iterator[None]:
-        """The base model without its adapter, whose weights and place in the optimiser stay as they are."""
+        """A context within which the adapter is disabled. Its weights and its place in the optimiser stay."""
         with self.model.disable_adapter():
             yield
 
     def unpacked(self, exact: bool = False) -> contextlib.AbstractContextManager:
-        """Within, a 4-bit base is unpacked once, if memory allows, instead of in every forward.
+        """A context within which a 4-bit base is unpacked once, if memory allows, instead of in every forward pass.
 
-        exact: only where that gives the packed layers' numbers to the last bit, as scoring needs it: on a CPU. A GPU
-        has kernels of its own for packed layers.
+        exact: unpack only where the results equal those of the packed layers to the last bit, as scoring needs. That is
+        so on a CPU; on a GPU, packed layers have kernels that round differently.
         """
         if self.dense is None or (exact and self.device.type != "cpu"):
             return contextlib.nullcontext()
@@ -131,24 +132,27 @@ class Policy:
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[PreTrainedModel]:
-        """The model as a sampler calls it; training mode comes back whatever happens inside.
+        """A context with the model as a sampler calls it. Training mode is restored at the end, after an error too.
 
-        It is in evaluation mode, without gradients, computes what the trainer computes, and its head makes fp32 logits
-        without a copy of its weight: a linear layer that is given one position of a longer sequence makes one for each
-        row, and rounds its logits to the weight's dtype.
+        The model is in evaluation mode, without gradients, in the trainer's precision, and its head gives fp32 logits
+        (see `trainers_head`).
         """
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), self.autocast(), self.unpacked(), trainers_head(self.model.get_base_model()):
-                yield self.model
+            with torch.no_grad(), self.autocast(), self.unpacked(), trainers_head(self.base):
+                yield cast(PreTrainedModel, self.model)  # a PeftModel passes on the base's methods
         finally:
             self.model.train(was_training)
 
 
 @contextlib.contextmanager
 def trainers_head(model: PreTrainedModel) -> Iterator[None]:
-    """Within, the head's forward is `next_token_logits`; one with an adapter keeps its own, to which that belongs."""
+    """A context within which the head's forward is `next_token_logits`, which gives fp32 logits.
+
+    The head's linear layer rounds its logits to the weight's dtype, and copies its weight for each row when it is given
+    one position of a longer sequence. A head with an adapter keeps its forward, of which the adapter is a part.
+    """
     head = model.get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
         yield
@@ -165,20 +169,23 @@ def trainers_head(model: PreTrainedModel) -> Iterator[None]:
         del head.forward
 
 
-def templated(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], **options: bool) -> str:
-    """A chat as the model's template writes it. Raises UserError where the template fails.
+def templated(
+    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], add_generation_prompt: bool = False
+) -> str:
+    """A chat as text, written by the model's chat template. Raises UserError if the template fails.
 
-    A template is a program that the model brings; transformers runs it in jinja's sandbox, which reaches no Python.
+    A template is a program that comes with the model. transformers runs it in jinja's sandbox, out of reach of Python.
     """
     try:
-        return tokenizer.apply_chat_template(chat, tokenize=False, **options)
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return cast(str, text)  # other types only with tokenize=True
     except Exception as error:
         problem = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"the chat template of {tokenizer.name_or_path} cannot be applied ({problem})") from error
 
 
 def head_options(model: PreTrainedModel) -> dict[str, Any]:
-    """What a model does to its logits after the product with its head, as options of `token_logprobs`.
+    """What a model does to its logits after the product with its head's weight, as options of `token_logprobs`.
 
     Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma 2 and 3 cap, Phi adds a bias.
     """

@@ -1,9 +1,9 @@
-"""FSDP: each process keeps a part of the frozen base's layers, and the adapter whole.
+"""FSDP: each process keeps a part of the frozen base's layers, and the whole adapter.
 
-torch's fully_shard gathers a layer as it is run, in all processes at once, so that they have to run equally often
-(`Processes.idle`). The adapter is left out: its gradients are shared as without FSDP. Sampling runs as often as each
-process has tokens to write, and a gather for every token would send the base over the wire again and again: there the
-base is gathered once.
+torch's fully_shard gathers a layer when it runs, in all processes at once, so all processes must run the model equally
+often (`Processes.idle`). The adapter is not split; its gradients are reduced as without FSDP. In sampling the processes
+run the model as often as each has tokens to write, and a gather for every token would be slow, so the base is gathered
+once for each rollout.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -25,17 +24,20 @@ SWITCH = "ACCELERATE_USE_FSDP"
 
 
 def fsdp_requested() -> bool:
-    """Whether FSDP was asked for. It is switched off for accelerate and transformers, which would split all weights."""
+    """Whether `accelerate launch` asked for FSDP.
+
+    The variable is removed, because accelerate and transformers would otherwise split all weights, the adapter's too.
+    """
     return os.environ.pop(SWITCH, "false").lower() == "true"
 
 
 def shard_base(policy: Policy) -> tuple[int, int]:
-    """Split every decoder layer's frozen weights over the processes. Embeddings, head and adapter stay whole.
+    """Split the frozen weights of every decoder layer over the processes. Embeddings, head and adapter stay whole.
 
-    Returns the model's bytes in this process, before and after.
+    Returns the bytes of the model's weights in this process, before and after.
     """
     before = local_bytes(policy)
-    decoder = policy.model.get_base_model().get_decoder()
+    decoder = policy.base.get_decoder()
     adapter = set(policy.trainable().values())
     for layer in decoder.layers:
         fully_shard(layer, ignored_params=adapter & set(layer.parameters()))
@@ -50,13 +52,17 @@ def local_bytes(policy: Policy) -> int:
     return sum(p.numel() * p.element_size() for p in kept)
 
 
-def sharded_modules(policy: Policy) -> list[nn.Module]:
+def sharded_modules(policy: Policy) -> list[FSDPModule]:
+    """The modules whose weights are split: the decoder and its layers."""
     return [module for module in policy.model.modules() if isinstance(module, FSDPModule)]
 
 
 @contextlib.contextmanager
 def whole_base(policy: Policy) -> Iterator[None]:
-    """Within, each process has the whole base and may run it as often as it likes. All have to enter together."""
+    """A context within which each process has the whole base and may run it any number of times.
+
+    All processes must enter it together. Raises UserError if the whole base does not fit into memory.
+    """
     modules = sharded_modules(policy)
     try:
         try:
@@ -66,7 +72,7 @@ def whole_base(policy: Policy) -> Iterator[None]:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            # The others wait for this process's part, so there is no going on.
+            # The other processes wait for this one's part of the weights, so the run cannot go on.
             raise UserError(
                 "the whole base does not fit into this card for sampling: FSDP saves no memory there"
             ) from error

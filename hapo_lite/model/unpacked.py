@@ -1,7 +1,8 @@
-"""A dense copy of a 4-bit base for as long as it is only read: without it, each layer is unpacked at every step.
+"""A dense copy of a 4-bit base while it is only read. Without the copy, every layer is unpacked at every step.
 
-The copy holds what bitsandbytes unpacks, in the dtype that the layer computes in. On a CPU its products are the packed
-layer's to the last bit; on a GPU, where bitsandbytes has kernels of its own for few rows, they are the trainer's.
+The copy holds what bitsandbytes unpacks, in the layer's compute dtype. On a CPU its products equal the packed layer's
+to the last bit. On a GPU bitsandbytes has other kernels for few rows, and the copy's products equal the trainer's
+instead.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import contextlib
 import copy
 import threading
 from collections.abc import Iterator
+from typing import cast
 
 import psutil
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 from hapo_lite.errors import UserError
@@ -22,9 +24,9 @@ from hapo_lite.model.oom import is_out_of_memory
 
 
 class UnpackedBase:
-    """Makes the copy layer by layer as the layers are first called, and drops it at the end of the outermost `held`.
+    """Makes the copy layer by layer, each at its first call, and frees it at the end of the outermost `held`.
 
-    wanted: True makes it, False never does; None does where twice the memory that it takes is free when `held` begins.
+    wanted: True makes the copy, False does not, None makes it if twice its bytes are free when `held` begins.
     """
 
     def __init__(self, model: nn.Module, wanted: bool | None) -> None:
@@ -39,7 +41,7 @@ class UnpackedBase:
 
     @property
     def fits(self) -> bool:
-        """Whether twice the copy's bytes are free: as much again is left for caches."""
+        """Whether twice the copy's bytes are free: one half for the copy, the other for caches."""
         if not self._layers:
             return False
         device = self._layers[0].weight.device
@@ -48,14 +50,14 @@ class UnpackedBase:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Within, the layers use the copy. It may be entered again inside, and by several threads.
+        """A context within which the layers use the copy. It may be nested, and entered by several threads.
 
-        Raises UserError if it is wanted and memory runs out while it is made.
+        A layer's first call raises UserError if `wanted` is True and memory runs out while its copy is made.
         """
         with self._lock:
             if self._holders == 0 and (self.fits if self.wanted is None else self.wanted):
                 for layer in self._layers:
-                    layer.forward = _Dense(layer, self)
+                    vars(layer)["forward"] = _Dense(layer, self)
             self._holders += 1
         try:
             yield
@@ -66,13 +68,13 @@ class UnpackedBase:
                     self.drop()
 
     def drop(self) -> None:
-        """Give the memory back; the layers use their packed weights again."""
+        """Free the copy; the layers use their packed weights again."""
         for layer in self._layers:
             vars(layer).pop("forward", None)
 
 
 class _Dense:
-    """The forward of a `Linear4bit`, as bitsandbytes has it, but for a weight that is unpacked once."""
+    """The forward of a `Linear4bit` as bitsandbytes computes it, with a weight that is unpacked once."""
 
     def __init__(self, layer: Linear4bit, owner: UnpackedBase) -> None:
         self.layer, self.owner = layer, owner
@@ -104,6 +106,6 @@ class _Dense:
 @torch.no_grad()
 def unpack(layer: Linear4bit, dtype: torch.dtype) -> Tensor:
     """The weight of a 4-bit layer, [out, in], as bitsandbytes unpacks it for a product in `dtype`."""
-    state = copy.copy(layer.weight.quant_state)
+    state = copy.copy(cast(Params4bit, layer.weight).quant_state)
     state.dtype = dtype
     return dequantize_4bit(layer.weight, state)

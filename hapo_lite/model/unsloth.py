@@ -1,6 +1,6 @@
-"""A policy whose model Unsloth loads. Only here is Unsloth imported, and only when a recipe names it.
+"""A policy whose model Unsloth loads. Unsloth is imported here alone, when a recipe names it.
 
-Importing it and loading a model with it change classes of transformers and peft for the whole process. Axes: B
+Importing Unsloth, and loading a model with it, changes classes of transformers and peft for the whole process. Axes: B
 sequences, L tokens of a sequence, D hidden.
 """
 
@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
@@ -26,18 +26,18 @@ from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import ModelSettings
 
 HIDDEN_STATES = "UNSLOTH_RETURN_HIDDEN_STATES"
-"""Where this is 1, which Unsloth looks up in every forward, `.logits` are the states that the head would read."""
+"""An environment variable that Unsloth reads in every forward. If it is 1, `.logits` holds the head's input."""
 
 
 @dataclass(frozen=True)
 class UnslothPolicy(Policy):
-    """A policy whose model was loaded by Unsloth. fast: the class that switches it between its two modes."""
+    """A policy whose model Unsloth loaded. fast: Unsloth's class, which switches the model between its two modes."""
 
     fast: Any = None
     steps: ClassVar[bool] = False
 
     def hidden_states(self, ids: Tensor) -> Tensor:
-        # Its decoder alone is not what Unsloth's own forward calls it as.
+        # Unsloth's forward calls the decoder with other arguments than transformers does, so the whole model is called.
         with variable(HIDDEN_STATES, "1"):
             states = self.model(input_ids=ids, use_cache=False).logits
         if states.shape[-1] != self.model.get_output_embeddings().weight.shape[1]:
@@ -48,12 +48,15 @@ class UnslothPolicy(Policy):
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[PreTrainedModel]:
-        """In Unsloth's inference mode, which also pads on the left; its training mode comes back if it was in that."""
+        """A context with the model in Unsloth's inference mode, which also pads on the left.
+
+        Training mode is restored at the end if the model was in it before.
+        """
         was_training = self.model.training
         self.fast.for_inference(self.model)
         try:
             with torch.no_grad():
-                yield self.model
+                yield cast(PreTrainedModel, self.model)  # a PeftModel passes on the base's methods
         finally:
             if was_training:
                 self.fast.for_training(self.model)
@@ -61,7 +64,7 @@ class UnslothPolicy(Policy):
 
 @contextlib.contextmanager
 def variable(name: str, value: str) -> Iterator[None]:
-    """An environment variable, and afterwards what it was."""
+    """A context within which an environment variable has a value. Afterwards it is restored."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -76,9 +79,10 @@ def variable(name: str, value: str) -> Iterator[None]:
 def load(
     settings: ModelSettings, origin: Origin, dtype: torch.dtype, seed: int, adapter: Path | None
 ) -> tuple[PeftModel, Any]:
-    """Base and adapter as Unsloth loads them, and the class that switches modes. Arguments as of `load_policy`.
+    """Base and adapter as Unsloth loads them, and the class that switches modes.
 
-    Raises UserError without a GPU or without Unsloth.
+    settings, seed, adapter: as in `load_policy`. Raises UserError without a GPU, without Unsloth, or if the saved
+    adapter does not fit.
     """
     if not torch.cuda.is_available():
         raise UserError("rollout.engine = unsloth needs a GPU: use rollout.engine=transformers on a CPU")
@@ -92,9 +96,9 @@ def load(
     rank, alpha, targets = settings.lora.rank, settings.lora.alpha, settings.lora.targets
     if adapter is not None:
         check_adapter(adapter)
-        saved = LoraConfig.from_pretrained(str(adapter))  # it keeps the scale that it was trained at
+        saved = LoraConfig.from_pretrained(str(adapter))  # its scale is the one that it was trained with
         rank, alpha, targets = saved.r, saved.lora_alpha, saved.target_modules
-    # "unsloth" keeps what the backward needs in main memory.
+    # With "unsloth", activations wait for the backward in main memory.
     checkpointing = "unsloth" if settings.gradient_checkpointing else False
     base, _ = FastLanguageModel.from_pretrained(
         origin.name,
@@ -102,7 +106,7 @@ def load(
         max_seq_length=config.max_position_embeddings,
         dtype=dtype,
         load_in_4bit=settings.quantization == "nf4",
-        use_exact_model_name=True,  # not a copy of its own that was quantised in advance
+        use_exact_model_name=True,  # else Unsloth may load its own copy, quantised in advance
         use_gradient_checkpointing=checkpointing,
         max_lora_rank=rank,
         trust_remote_code=settings.trust_remote_code,
@@ -118,7 +122,8 @@ def load(
     if adapter is not None:
         weights = load_file(adapter / "adapter_model.safetensors")
         try:
-            left_over = set_peft_model_state_dict(model, weights).unexpected_keys
+            outcome: Any = set_peft_model_state_dict(model, weights)  # peft's annotation names no fields
+            left_over = outcome.unexpected_keys
         except RuntimeError as error:
             left_over = [str(error).splitlines()[0]]
         if left_over:

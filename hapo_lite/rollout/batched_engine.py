@@ -1,66 +1,78 @@
-"""What the engines share: requests are worked through part by part, each with its random numbers fixed in advance."""
+"""What the engines share: requests are sampled part by part, with random numbers that are fixed before.
+
+Axes: B requests of a part.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 from torch import Tensor
 
 from hapo_lite.model.policy import Policy
-from hapo_lite.recipe import Recipe
-from hapo_lite.records import Completion
-from hapo_lite.rollout.engine import Request
+from hapo_lite.records import Completion, Request
+from hapo_lite.rollout.draws import DrawKey, draws_of, key_and_limit
+from hapo_lite.rollout.engine import Engine, EngineSettings
 from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.rollout.transcript import draws_of
 from hapo_lite.runs.progress import Progress
 
 WAVE = 8
-"""Batches that an engine which refills its rows is given at once: bounds the memory of random numbers and records."""
+"""Batches in a part, for an engine that refills its rows. A limit bounds the memory of random numbers and records."""
 
 
-class BatchedEngine:
-    """An `Engine` but for how it writes one part. While it does, it tells `self.writing` what it knows at no cost."""
+class BatchedEngine(Engine):
+    """An engine without its decoding: a subclass writes `_sample_part`, and reports its steps to `self.writing`."""
 
     def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int) -> None:
-        self.policy, self.batch_size, self.max_new_tokens = policy, batch_size, max_new_tokens
+        self.policy = policy
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
         self.progress = Progress()
         self.writing = self.progress.write(0, max_new_tokens)
 
     @classmethod
-    def make(cls, recipe: Recipe, policy: Policy, max_new_tokens: int) -> Self:
-        return cls(policy, recipe.rollout.batch_size, max_new_tokens)
+    def make(cls, settings: EngineSettings, policy: Policy) -> Self:
+        return cls(policy, settings.rollout.batch_size, settings.max_new_tokens)
 
     @property
     def part_size(self) -> int:
-        """Requests that are handed to `_sample_part` together."""
+        """Requests that are passed to `_sample_part` together."""
         return self.batch_size
 
     def sample(
         self,
         requests: Sequence[Request],
         processor: AdaptiveTemperature,
-        seed: int,
-        stage: int,
-        iteration: int,
+        key: DrawKey | int,
+        *rest: int | None,
         limit: int | None = None,
     ) -> list[Completion]:
-        """As `Engine.sample` says."""
+        """See `Engine.sample`."""
+        draw_key, given_limit = key_and_limit(key, rest, limit)
+        longest = given_limit or self.max_new_tokens
         completions: list[Completion] = []
-        limit = limit or self.max_new_tokens
-        self.writing = self.progress.write(len(requests), limit, refills=self.part_size > self.batch_size)
-        with self.policy.unpacked():
+        with self._ready():
+            self.writing = self.progress.write(len(requests), longest, refills=self.part_size > self.batch_size)
             for start in range(0, len(requests), self.part_size):
                 part = requests[start : start + self.part_size]
                 self.writing.part(len(part), min(len(part), self.batch_size))
-                draws = draws_of(part, seed, stage, iteration, limit)
+                draws = draws_of(part, draw_key, longest)
                 written = self._sample_part(part, processor, draws.to(self.policy.device))
                 self.writing.part_ended(sum(c.length for c in written))
                 completions += written
         return completions
 
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """A context within which the engine can sample."""
+        with self.policy.unpacked():
+            yield
+
+    @abstractmethod
     def _sample_part(
         self, requests: Sequence[Request], processor: AdaptiveTemperature, draws: Tensor
     ) -> list[Completion]:
-        """draws: [limit, B], the random numbers of each completion, on the policy's device."""
-        raise NotImplementedError
+        """One completion for each request. draws: [limit, B], the random numbers, on the policy's device."""

@@ -1,10 +1,12 @@
-"""Before training: does the engine sample from the policy that is trained, adapter included?
+"""The check before training: does the engine sample from the policy that is trained, adapter included?
 
-An engine with a copy of the weights that is out of date, or that left the adapter out, trains to nothing and raises no
-error. So the adapter is perturbed, and the engine's log-probabilities have to follow the trainer's.
+With an engine whose weights are out of date, or that leaves the adapter out, training fails without an error. The check
+therefore perturbs the adapter and tests whether the engine's log-probabilities follow the trainer's.
 
-How far two right computations lie apart belongs to the model and its dtype. So the trainer is also compared with
-itself, as it scores the same tokens one by one through a cache, which is how a sampler computes them.
+Two right computations differ by rounding, whose size depends on the model and its dtype. To measure it, the trainer
+also scores the same tokens one by one through a cache, as a sampler computes them, and is compared with itself.
+
+Axes: N sampled tokens of all completions, T tokens of one completion, D hidden.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import contextlib
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,34 +25,37 @@ from transformers import DynamicCache
 
 from hapo_lite.errors import UserError
 from hapo_lite.model.policy import Policy
-from hapo_lite.recipe import Recipe
-from hapo_lite.records import Completion, EncodedPrompt, Sequences, pad
-from hapo_lite.rollout.engine import CANARY, Engine, Request
+from hapo_lite.recipe import RolloutSettings
+from hapo_lite.records import Completion, EncodedPrompt, Request, Sequences, pad
+from hapo_lite.rollout.draws import DrawKey, Stage
+from hapo_lite.rollout.engine import Engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transcript import pad_left
 
 PROMPTS, TOKENS, OFFERED = 4, 16, 32
-"""What is sampled, twice: so many completions of at most so many tokens, of the shortest prompts among the first."""
+"""Two samples are taken of PROMPTS completions with at most TOKENS tokens each, for the shortest of the first OFFERED
+prompts."""
 MOVE = 1.0
-"""How far the perturbation moves the trainer's log-probabilities, nats a token: far above any rounding, and far from
-where the model's own answers break down."""
+"""Mean distance that the perturbation should move the trainer's log-probabilities, nats per token. It is far above
+rounding, and small enough that the model still gives sensible answers."""
 LEAST = 0.02
-"""A model that cannot be moved as far as that, nats a token, has nothing to train."""
+"""Smallest such distance, nats per token, that a trainable model can be moved."""
 SMALLEST, LARGEST, ATTEMPTS = 1e-3, 1e3, 12
-"""Norms of the perturbation that are tried, and how many of them."""
+"""Bounds on the norm of the perturbation, and the number of norms tried."""
 SAME, ALIKE, FOREIGN = 0.25, 1.0, 1.6
-"""In parts of the floor. An engine that at rest is as near as SAME to the trainer's own steps computes as they do, and
-is then held to ALIKE from them. Any other is held to FOREIGN from the trainer."""
+"""Multiples of the floor, which is the distance that rounding makes. An engine within SAME of the trainer's own steps
+at rest rounds as they do, and must then stay within ALIKE of them. Any other engine must stay within FOREIGN of the
+trainer."""
 SLACK, SHARE = 1e-3, 0.005
-"""What is allowed beside it, for dtypes that hardly round: nats at rest, and the part of a perturbation's move."""
+"""Allowances added for dtypes that hardly round: nats at rest, and a fraction of the move when perturbed."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Mean distances of log-probabilities over the sampled tokens, nats.
+    """Mean absolute differences of log-probabilities over the sampled tokens, nats.
 
-    engine: to the trainer. steps: to the trainer's own token-by-token pass. floor: of that pass to the trainer.
-    rounded: the same with logits that are rounded to the compute dtype, as a head without fp32 sums makes them.
+    engine: engine and trainer. steps: engine and the trainer's token-by-token pass. floor: that pass and the trainer.
+    rounded: as floor, with logits rounded to the compute dtype, as a head without fp32 sums computes them.
     """
 
     engine: float
@@ -59,7 +64,7 @@ class Distance:
     rounded: float
 
     def share(self, alike: bool, slack: float) -> float:
-        """The distance in parts of what is allowed. alike: as in `Canary`; slack: nats allowed in any dtype."""
+        """The distance as a fraction of what is allowed. alike: as in `Canary`; slack: nats allowed in any dtype."""
         if alike:
             return self.steps / (ALIKE * self.floor + slack)
         return self.engine / (FOREIGN * max(self.floor, self.rounded) + slack)
@@ -67,10 +72,11 @@ class Distance:
 
 @dataclass(frozen=True)
 class Canary:
-    """at_rest, perturbed: with the adapter as it is, and perturbed.
+    """The result of the check.
 
-    moved: by how much the perturbation changed the trainer's log-probabilities of the tokens that were sampled under
-    it, nats a token. followed: the part of that change that the engine made too; 1 for a right one.
+    at_rest, perturbed: the distances with the adapter as it is, and perturbed. moved: mean absolute change of the
+    trainer's log-probabilities by the perturbation, nats per token, for the tokens sampled under it. followed: the
+    fraction of that change that the engine made too; 1 for a right engine.
     """
 
     at_rest: Distance
@@ -80,17 +86,17 @@ class Canary:
 
     @property
     def alike(self) -> bool:
-        """Whether the engine rounds as the trainer's own steps do, told by how near to them it is at rest."""
+        """Whether the engine rounds as the trainer's own steps do, judged by its distance to them at rest."""
         return self.at_rest.steps <= SAME * self.at_rest.floor
 
     @property
     def shares(self) -> tuple[float, float]:
-        """The distance at rest and perturbed, each in parts of what is allowed."""
+        """The distances at rest and perturbed, each as a fraction of what is allowed."""
         return self.at_rest.share(self.alike, SLACK), self.perturbed.share(self.alike, SHARE * self.moved)
 
     @property
     def right(self) -> bool:
-        # A share that is not a number is no agreement.
+        # The comparison is false for a share that is not a number.
         return all(share <= 1.0 for share in self.shares)
 
     def __str__(self) -> str:
@@ -101,7 +107,7 @@ class Canary:
         )
 
     def meaning(self) -> str:
-        """What an engine that is not right does, as far as the numbers tell."""
+        """The likely fault of an engine that is not right, as a clause."""
         if not self.shares[0] <= 1.0:
             return "its base, or its adapter, is another one even before the adapter is perturbed"
         return (
@@ -113,43 +119,45 @@ class Canary:
 def check_engine(
     engine: Engine,
     policy: Policy,
-    prompts: Sequence[EncodedPrompt | None],
-    recipe: Recipe,
+    prompts: Iterable[EncodedPrompt | None],
+    settings: RolloutSettings,
+    seed: int,
     accelerator: Accelerator,
 ) -> Canary:
-    """Sample a few tokens with the adapter as it is and perturbed, and compare with the trainer.
+    """Sample a few tokens with the adapter as it is and perturbed, and compare the engine with the trainer.
 
-    The adapter is the same afterwards, to the last bit. Raises UserError, with the numbers, if they are too far apart;
-    in every process, if they are in one.
+    prompts: None in place of those that are too long. The adapter is the same afterwards, to the last bit. Raises
+    UserError with the numbers if the engine is not right; if it is wrong in one process, it is raised in all.
     """
-    found = compare(engine, policy, prompts, recipe)
+    found = compare(engine, policy, prompts, settings, seed)
     wrong = torch.tensor(float(not found.right), device=accelerator.device)
     if accelerator.reduce(wrong, "sum") > 0:
         if found.right:
             raise UserError("another process found that its engine does not sample from the policy that is trained")
         raise UserError(
-            f"rollout.engine = {recipe.rollout.engine} does not sample from the policy that is trained: its "
-            f"log-probabilities are {found}; {found.meaning()}; {_advice(recipe.rollout.engine)}"
+            f"rollout.engine = {settings.engine} does not sample from the policy that is trained: its "
+            f"log-probabilities are {found}; {found.meaning()}; {_advice(settings.engine)}"
         )
     return found
 
 
-def compare(engine: Engine, policy: Policy, prompts: Sequence[EncodedPrompt | None], recipe: Recipe) -> Canary:
-    """What `check_engine` judges. Raises UserError if no change of the adapter moves the policy."""
-    settings = recipe.rollout
+def compare(
+    engine: Engine, policy: Policy, prompts: Iterable[EncodedPrompt | None], settings: RolloutSettings, seed: int
+) -> Canary:
+    """The measurements that `check_engine` judges. Raises UserError if no change of the adapter moves the policy."""
     offered = (prompt for prompt in itertools.islice(prompts, OFFERED) if prompt is not None)
     some = sorted(offered, key=lambda prompt: len(prompt.ids))[:PROMPTS]
     requests = [Request(prompt, sample) for sample in range(PROMPTS) for prompt in some][:PROMPTS]
 
     def sampled() -> list[Completion]:
         processor = AdaptiveTemperature(None, settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
-        return engine.sample(requests, processor, recipe.seed, CANARY, 0, limit=TOKENS)
+        return engine.sample(requests, processor, DrawKey(seed, Stage.CANARY, iteration=0), limit=TOKENS)
 
     with policy.unpacked(exact=True):
         before = sampled()
         resting = trainer_logp(policy, before, settings.temperature)
         at_rest = measure(policy, before, resting, settings.temperature)
-        directions = blockwise_directions(policy, before, settings.temperature, recipe.seed)
+        directions = blockwise_directions(policy, before, settings.temperature, seed)
         strength = strength_for(policy, before, resting, settings.temperature, directions)
         with perturbed_adapter(directions, strength):
             after = sampled()
@@ -168,7 +176,10 @@ def _advice(engine: str) -> str:
 
 
 def measure(policy: Policy, completions: Sequence[Completion], trainer: Tensor, temperature: float) -> Distance:
-    """Engine, trainer [N] and the trainer's own steps on the same tokens, with the adapter as it is now."""
+    """Distances between engine, trainer and the trainer's token-by-token pass, with the adapter as it is.
+
+    trainer: [N], from `trainer_logp`.
+    """
     own = engine_logp(completions)
     steps, rounded = stepwise_logp(policy, completions, temperature)
     return Distance(distance(own, trainer), distance(own, steps), distance(steps, trainer), distance(rounded, trainer))
@@ -176,15 +187,16 @@ def measure(policy: Policy, completions: Sequence[Completion], trainer: Tensor, 
 
 @torch.no_grad()
 def trainer_logp(policy: Policy, completions: Sequence[Completion], temperature: float) -> Tensor:
-    """Log-probabilities as training scores them, one completion after the other: [N], on the CPU."""
+    """Log-probabilities as training computes them, one completion after the other: [N], on the CPU."""
     batch = Sequences.of(completions, policy.device)
     return policy.completion_logprobs(batch, temperature)[0][batch.mask].cpu()
 
 
 @torch.no_grad()
 def stepwise_logp(policy: Policy, completions: Sequence[Completion], temperature: float) -> tuple[Tensor, Tensor]:
-    """The same, but each token through a cache after those before it, as a sampler computes it; and again with logits
-    that are rounded to the policy's dtype.
+    """Log-probabilities of the same policy, computed token by token through a cache as a sampler does: [N], on the CPU.
+
+    Returned twice: with fp32 logits, and with logits rounded to the policy's dtype.
     """
     states = torch.cat(_row_states(policy, completions) if policy.steps else _lone_states(policy, completions))
     targets = torch.cat([c.ids for c in completions]).to(policy.device)
@@ -193,12 +205,12 @@ def stepwise_logp(policy: Policy, completions: Sequence[Completion], temperature
 
 
 def _row_states(policy: Policy, completions: Sequence[Completion]) -> list[Tensor]:
-    """What the head reads for each token of each completion, [T, D], computed token by token."""
-    decoder, config = policy.model.get_base_model().get_decoder(), policy.model.get_base_model().config
+    """The head's input for each token of each completion, [T, D], computed token by token."""
+    decoder = policy.base.get_decoder()
     ids, mask = pad_left([c.prompt for c in completions], policy.tokenizer.pad_token_id, policy.device)
     tokens, found = pad([c.ids for c in completions], policy.device), []
-    cache = DynamicCache(config=config.get_text_config())
-    # The precision is the trainer's, whatever the sampler's may be.
+    cache = DynamicCache(config=policy.base.config.get_text_config())
+    # A policy may sample outside autocast; this pass has the trainer's precision all the same.
     with policy.sampling(), policy.autocast():
         for step in range(tokens.shape[1]):
             out = decoder(
@@ -214,7 +226,10 @@ def _row_states(policy: Policy, completions: Sequence[Completion]) -> list[Tenso
 
 
 def _lone_states(policy: Policy, completions: Sequence[Completion]) -> list[Tensor]:
-    """The same for a model whose decoder cannot be called step by step: each completion alone, another shape too."""
+    """The head's input as in `_row_states`, for a model whose decoder cannot be called token by token.
+
+    Each completion is computed alone, because other shapes round differently too.
+    """
     found = []
     for c in completions:
         ids = torch.cat([torch.tensor(c.prompt.ids), c.ids])[None].to(policy.device)
@@ -224,18 +239,18 @@ def _lone_states(policy: Policy, completions: Sequence[Completion]) -> list[Tens
 
 
 Direction = tuple[nn.Parameter, Tensor]
-"""A matrix of the adapter, and what a perturbation of strength 1 adds to it."""
+"""A matrix of the adapter, and the change of it by a perturbation of strength 1."""
 
 
 def blockwise_directions(
     policy: Policy, completions: Sequence[Completion], temperature: float, seed: int
 ) -> list[Direction]:
-    """The gradient of the tokens' log-probability with respect to every B matrix, with a seeded sign for each block of
-    layers, and scaled so that every block changes that log-probability by as much.
+    """A direction for every B matrix of the adapter, in which the tokens' log-probabilities change evenly.
 
-    Along the gradient a small change of the weights moves log-probabilities evenly. Noise on all weights moves them
-    hardly at all until it destroys the model. The signs keep the blocks' effects on a token apart, so that a block that
-    is missing shows. Raises UserError where nothing has a gradient.
+    It is the gradient of the sum of log-probabilities, scaled so that every block of layers changes that sum equally,
+    with a seeded sign for each block. Noise on all weights would hardly move log-probabilities until it destroys the
+    model. The signs keep the effects of the blocks on a token from being alike, so a missing block is noticed. The
+    list is empty where no matrix has a finite gradient above 0.
     """
     batch = Sequences.of(completions, policy.device)
     logp, _ = policy.completion_logprobs(batch, temperature)
@@ -265,10 +280,11 @@ def strength_for(
     temperature: float,
     directions: Sequence[Direction],
 ) -> float:
-    """The norm of the perturbation that moves the trainer's log-probabilities, `before` [N], by about MOVE.
+    """The norm of the perturbation that moves the trainer's log-probabilities by about MOVE.
 
-    A model whose logits are all small cannot be moved so far: then the norm that moves it farthest. Raises UserError
-    where that is less than LEAST, and where the smallest norm moves it too far.
+    before: [N], the log-probabilities without it. A model whose logits are all small cannot be moved so far; the norm
+    that moves it farthest is returned then. Raises UserError if that distance is less than LEAST, or if the smallest
+    norm moves the model too far.
     """
     strength, low, high = 0.1, 0.0, math.inf
     farthest = 0.0
@@ -279,7 +295,7 @@ def strength_for(
             return strength
         if moved < MOVE:
             if LEAST < moved < 1.1 * farthest:
-                break  # it has come to its bound
+                break  # a larger norm moves the model no farther
             low, farthest = (strength, moved) if moved > farthest else (low, farthest)
         else:
             high = strength
@@ -300,7 +316,7 @@ def strength_for(
 
 @contextlib.contextmanager
 def perturbed_adapter(directions: Sequence[Direction], strength: float) -> Iterator[None]:
-    """The adapter with `strength` times the directions added; afterwards its matrices are what they were."""
+    """A context within which `strength` times the directions is added to the adapter. Afterwards it is restored."""
     kept = [p.detach().clone() for p, _ in directions]
     try:
         with torch.no_grad():
@@ -314,8 +330,10 @@ def perturbed_adapter(directions: Sequence[Direction], strength: float) -> Itera
 
 
 def engine_logp(completions: Sequence[Completion]) -> Tensor:
+    """Log-probabilities at the base temperature as the engine recorded them: [N]."""
     return torch.cat([c.base_logp for c in completions])
 
 
 def distance(a: Tensor, b: Tensor) -> float:
+    """Mean absolute difference of two tensors of one shape."""
     return float((a.double() - b.double()).abs().mean())

@@ -1,4 +1,4 @@
-"""What the loop asks of a rollout engine, and the choice of one by name."""
+"""What the training loop asks of a rollout engine, and the choice of one by name."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Protocol
 
 from hapo_lite.errors import UserError
 from hapo_lite.model.policy import Policy
-from hapo_lite.recipe import Recipe
-from hapo_lite.records import Completion, EncodedPrompt
+from hapo_lite.recipe import ModelSettings, Recipe, RolloutSettings
+from hapo_lite.records import Completion, Request
+from hapo_lite.rollout.draws import DrawKey
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.progress import Progress
-
-TRAINING, EVALUATION, BENCHMARK, CANARY = 0, 1, 2, 3
-"""Stages, which separate the random numbers of training, its evaluations, `hapo_lite.evaluate` and the canary."""
 
 ENGINES = {
     "transformers": ("hapo_lite.rollout.transformers_engine", "TransformersEngine", "'transformers>=5.10'"),
@@ -27,18 +25,36 @@ ENGINES = {
 
 
 @dataclass(frozen=True)
-class Request:
-    """One completion to write: which prompt, and which of its samples."""
+class EngineSettings:
+    """What engines are made from, beside the policy.
 
-    prompt: EncodedPrompt
-    sample: int
+    max_prompt_tokens, max_new_tokens: the longest prompt and the longest completion, tokens. seed: of an engine's own
+    random numbers, which no completion depends on.
+    """
+
+    rollout: RolloutSettings
+    model: ModelSettings
+    max_prompt_tokens: int
+    max_new_tokens: int
+    seed: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, max_new_tokens: int | None = None) -> EngineSettings:
+        """The recipe's. max_new_tokens: None takes rollout.max_new_tokens."""
+        return cls(
+            rollout=recipe.rollout,
+            model=recipe.model,
+            max_prompt_tokens=recipe.data.max_prompt_tokens,
+            max_new_tokens=max_new_tokens or recipe.rollout.max_new_tokens,
+            seed=recipe.seed,
+        )
 
 
 class Engine(Protocol):
-    """Samples from the policy as it is now, adapter included.
+    """Samples from the policy with its current adapter.
 
-    batch_size: completions written at once; it may be lowered between calls, and changes none of them. progress: told
-    how far the sampling is; whoever uses the engine may put another one in its place.
+    batch_size: completions written at once. It may be lowered between calls; completions do not depend on it.
+    progress: is told how far the sampling is. The engine's user may replace it.
     """
 
     batch_size: int
@@ -48,34 +64,36 @@ class Engine(Protocol):
         self,
         requests: Sequence[Request],
         processor: AdaptiveTemperature,
-        seed: int,
-        stage: int,
-        iteration: int,
+        key: DrawKey | int,
+        *rest: int | None,
         limit: int | None = None,
     ) -> list[Completion]:
-        """One completion for each request, in order. Deterministic in (seed, stage, iteration, prompt, sample).
+        """One completion for each request, in order.
 
-        limit: the longest completion, tokens; None: the engine's own.
+        A completion depends on the policy, the processor, the key, and its request's prompt and sample alone.
+        key: a `DrawKey`, or seed, stage and iteration by position. limit: the longest completion in tokens, by name or
+        by position after the key; None: the engine's own.
         """
         ...
 
-    @classmethod
-    def make(cls, recipe: Recipe, policy: Policy, max_new_tokens: int) -> Engine:
-        """The engine of a recipe. max_new_tokens: the longest completion. Raises ImportError, or UserError."""
+
+class EngineClass(Protocol):
+    """A class of engines."""
+
+    def make(self, settings: EngineSettings, policy: Policy) -> Engine:
+        """Start an engine. Raises ImportError or UserError where it cannot start."""
         ...
 
 
 def make_engine(recipe: Recipe, policy: Policy, max_new_tokens: int | None = None) -> Engine:
-    """The engine that `rollout.engine` names. max_new_tokens: longest completion; None: the recipe's.
+    """The engine that `rollout.engine` names. max_new_tokens: the longest completion; None: the recipe's.
 
-    Raises UserError, with what to install, if it cannot be imported.
+    Raises UserError where the engine cannot start; where it cannot be imported the message says what to install.
     """
-    settings = recipe.rollout
-    module, name, needed = ENGINES[settings.engine]
+    name = recipe.rollout.engine
+    module, class_name, needed = ENGINES[name]
     try:
-        engine = getattr(importlib.import_module(module), name)
-        return engine.make(recipe, policy, max_new_tokens or settings.max_new_tokens)
+        engine: EngineClass = getattr(importlib.import_module(module), class_name)
+        return engine.make(EngineSettings.of(recipe, max_new_tokens), policy)
     except ImportError as error:
-        raise UserError(
-            f"rollout.engine = {settings.engine} cannot be imported ({error}): pip install {needed}"
-        ) from error
+        raise UserError(f"rollout.engine = {name} cannot be imported ({error}): pip install {needed}") from error

@@ -1,12 +1,13 @@
 """Sampling through the continuous batching of transformers: a paged cache, and a new row as soon as one has ended.
 
-Its own sampling is put aside: a logits processor draws each token from random numbers fixed in advance and leaves no
-other choice, so that a completion depends neither on the batch nor on the schedule. Axes: B requests, V vocabulary.
+A logits processor draws each token from random numbers that are fixed in advance, and leaves the library no other token
+to choose, so a completion depends on neither batch nor schedule. Axes: B requests, n rows of a step, V vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -19,22 +20,21 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 
 from hapo_lite.errors import UserError
 from hapo_lite.model.oom import is_out_of_memory
-from hapo_lite.records import Completion
+from hapo_lite.records import Completion, Request
 from hapo_lite.rollout.batched_engine import WAVE, BatchedEngine
-from hapo_lite.rollout.engine import Request
 from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.rollout.transcript import Scribe
+from hapo_lite.rollout.transcript import ForcedSampler
 
 BLOCK_TOKENS, FLASH_BLOCK_TOKENS = 32, 256
 """Tokens in a block of the cache; flash attention reads pages of 256."""
 READ_TOKENS = 256
-"""Prompt tokens read in one step, at most, beside the tokens being written."""
+"""Most prompt tokens that are read in one step, beside the tokens being written."""
 MEMORY_SHARE = 0.9
-"""Share of the free memory that the cache may take."""
+"""Largest share of the free memory for the cache."""
 
 
 class PagedEngine(BatchedEngine):
-    """Samples with the policy's own model, as `TransformersEngine` does. batch_size: completions written at once."""
+    """Samples with the policy's own model, as `TransformersEngine` does."""
 
     @property
     def part_size(self) -> int:
@@ -44,52 +44,56 @@ class PagedEngine(BatchedEngine):
         self, requests: Sequence[Request], processor: AdaptiveTemperature, draws: Tensor
     ) -> list[Completion]:
         limit = draws.shape[0]
-        sampler = _Sampler(Scribe(processor, draws, self.writing.drew), [len(r.prompt.ids) for r in requests])
-        with self.policy.sampling() as model, _paged(model.get_base_model(), sampler) as base:
+        forced = ForcedSampler(processor, draws, self.writing.drew)
+        sampler = _PagedSampler(forced, [len(r.prompt.ids) for r in requests])
+        with self.policy.sampling(), _paged(self.policy.base, sampler) as base:
             written = _generate(
                 base,
                 [list(r.prompt.ids) for r in requests],
                 GenerationConfig(
                     max_new_tokens=limit,
-                    do_sample=False,  # the processor has drawn; what is left is to take its choice
+                    do_sample=False,  # greedy: the processor has drawn, and leaves one token
                     pad_token_id=self.policy.tokenizer.pad_token_id,
                     eos_token_id=list(self.policy.stop_ids),
                 ),
                 self._cache(requests, limit, base.config._attn_implementation),
                 self.writing.finished,
             )
-        return sampler.scribe.completions(requests, written, self.policy)
+        return forced.completions(requests, written, self.policy)
 
     def _cache(self, requests: Sequence[Request], limit: int, attention: str) -> ContinuousBatchingConfig:
-        """A cache that holds the longest completions of a whole batch, so that none is ever evicted."""
+        """A cache with room for a whole batch of the longest completions, so that none is evicted.
+
+        attention: the name of the model's attention implementation.
+        """
         rows = min(self.batch_size, len(requests))
         block = FLASH_BLOCK_TOKENS if "flash" in attention else BLOCK_TOKENS
         longest = max(len(r.prompt.ids) for r in requests) + limit
         return ContinuousBatchingConfig(
             block_size=block,
-            num_blocks=rows * (-(-longest // block) + 1),  # a row may be given its next block early
+            num_blocks=rows * (math.ceil(longest / block) + 1),  # a row may be given its next block early
             max_batch_tokens=rows + READ_TOKENS,
             max_requests_per_batch=rows,
             max_memory_percent=MEMORY_SHARE,
             safety_margin=0.0,
             per_request_processors=True,
-            use_async_batching=False,  # the step of a row has to be known when its token is drawn
+            use_async_batching=False,  # a row's step must be known when its token is drawn
             use_cuda_graph=False,
         )
 
 
-class _Sampler(ContinuousBatchingLogitsProcessor):
-    """Tells the scribe which token of which request each row is.
+class _PagedSampler(ContinuousBatchingLogitsProcessor):
+    """A `ForcedSampler` as a logits processor of continuous batching.
 
-    A row is known by one integer, step * B + request, which travels with it to the device.
+    For each row the library carries one integer to the device: step * B + request. prompt_lengths: [B], tokens.
     """
 
     supported_kwargs: dict[str, type] = {}  # noqa: RUF012, the base class's declaration
     ignored_kwargs = ()
 
-    def __init__(self, scribe: Scribe, prompt_lengths: Sequence[int]) -> None:
-        self.scribe, self.prompt_lengths = scribe, prompt_lengths
-        self.drawing = 0
+    def __init__(self, forced: ForcedSampler, prompt_lengths: Sequence[int]) -> None:
+        self.forced, self.prompt_lengths = forced, prompt_lengths
+        self.drawing = 0  # rows of the current step that get a token
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         int32_tensor.zero_()
@@ -98,32 +102,35 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
         places = []
         for state in (r.state for r in requests_with_new_token):
             request = int(state.request_id)
-            # A request that lost its blocks starts again with what it has written as a part of its prompt.
+            # A request that was evicted starts again, with the tokens it has written as a part of its prompt.
             step = len(state.initial_tokens) + len(state.generated_tokens) - self.prompt_lengths[request]
             places.append(step * len(self.prompt_lengths) + request)
         self.drawing = len(places)
         return torch.tensor(places, dtype=torch.int32)
 
-    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        # Rows of prompts that have been read in part come after those that get a token, with numbers of another step.
+    # transformers asks for FloatTensor, a type that no tensor has.
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:  # type: ignore[override]
+        # After the rows that get a token come rows of prompts that are read in part, whose integers are out of date.
         places = tensor_arg[: self.drawing].long()
         requests = len(self.prompt_lengths)
-        scores[: self.drawing] = self.scribe(scores[: self.drawing], places // requests, places % requests)
+        scores[: self.drawing] = self.forced(scores[: self.drawing], places // requests, places % requests)
         return scores
 
 
-# Only processors that are listed here are told which request a row belongs to.
-CLASSIC_TO_CB_PROCESSORS_MAP[_Sampler] = lambda sampler: sampler
+# The library tells only the processors of this table which request a row belongs to. The table's type is inferred from
+# its classes and refuses the functions that the library calls all the same.
+CLASSIC_TO_CB_PROCESSORS_MAP[_PagedSampler] = lambda sampler: sampler  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
-def _paged(base: PreTrainedModel, sampler: _Sampler) -> Iterator[PreTrainedModel]:
-    """The model with paged attention and `sampler` as its only processor, and afterwards as it was.
+def _paged(base: PreTrainedModel, sampler: _PagedSampler) -> Iterator[PreTrainedModel]:
+    """A context within which the model has paged attention, and `sampler` as its only logits processor.
 
-    Continuous batching takes no `logits_processor`: it asks the model for its list, from the generation settings.
+    Continuous batching takes no `logits_processor`. It asks the model for a list made from the generation settings.
     """
     attention = base.config._attn_implementation
-    base._get_logits_processor = lambda *_, **__: LogitsProcessorList([sampler])
+    # transformers declares the method in a mixin.
+    base._get_logits_processor = lambda *_, **__: LogitsProcessorList([sampler])  # type: ignore[assignment]
     try:
         base.set_attn_implementation(f"paged|{attention}")
         yield base
@@ -139,11 +146,14 @@ def _generate(
     cache: ContinuousBatchingConfig,
     finished: Callable[[], None],
 ) -> list[list[int]]:
-    """What was written after each prompt; `finished` is called as each one ends.
+    """The token ids written after each prompt. finished: called whenever a completion ends.
 
-    `generate_batch` would swallow the exception that a signal raises.
+    `generate_batch` of the library is not used, because it swallows the exception that a signal raises. Raises
+    OutOfMemoryError where memory ran out, and UserError where the library failed for another reason.
     """
-    manager = base.init_continuous_batching(generation_config=generation, continuous_batching_config=cache)
+    manager = base.init_continuous_batching(  # type: ignore[operator]  # transformers declares it in a mixin
+        generation_config=generation, continuous_batching_config=cache
+    )
     written: dict[int, list[int]] = {}
     try:
         manager.start()

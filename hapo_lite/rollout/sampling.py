@@ -1,14 +1,14 @@
-"""What every engine shares: the adaptive temperature as a logits processor, and random numbers fixed in advance.
+"""The adaptive temperature and the draw of a token: the same functions for every engine.
 
 Axes: B rows of a batch, V vocabulary.
 """
 
 from __future__ import annotations
 
-import enum
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
@@ -18,16 +18,72 @@ from hapo_lite.algo.temperature import adaptive_temperature
 from hapo_lite.head import logits_statistics
 
 
+@dataclass(frozen=True)
+class TemperatureSettings:
+    """What the distribution that a token is drawn from depends on, apart from the logits.
+
+    signal, base, tau: arguments of `adaptive_temperature`. truncations: applied in order to the scaled logits; each
+    sets the logits of the tokens that it excludes to -inf.
+    """
+
+    signal: EntropySignal | None
+    base: float
+    tau: float
+    truncations: tuple[Callable[[Any, Tensor], Tensor], ...]
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Logits at their adaptive temperature, fp32.
+
+    scores: [B, V], unnormalised, -inf for tokens that a truncation excludes. entropy, log_normalizer: [B], entropy in
+    nats and logsumexp of logits / base, before any truncation. temperature: [B].
+    """
+
+    scores: Tensor
+    entropy: Tensor
+    temperature: Tensor
+    log_normalizer: Tensor
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One token for each row and its record, [B] each, with the meanings of `Completion`.
+
+    scores: [B, V], what the tokens were drawn from.
+    """
+
+    ids: Tensor
+    sampling_logp: Tensor
+    base_logp: Tensor
+    entropy: Tensor
+    temperature: Tensor
+    scores: Tensor
+
+
+def adapted_scores(logits: Tensor, settings: TemperatureSettings) -> Adapted:
+    """Divide each row of logits, [B, V], by its own temperature (Eq. 8), then truncate.
+
+    A row depends on nothing but its own logits, so it comes out the same in any batch.
+    """
+    scaled = logits.float() if settings.base == 1.0 else logits.float() / settings.base
+    log_normalizer, entropy = logits_statistics(scaled)
+    temperature = adaptive_temperature(entropy, settings.signal, settings.base, settings.tau)
+    scores = scaled * (settings.base / temperature)[:, None]
+    for truncate in settings.truncations:
+        scores = truncate(None, scores)  # a truncation reads no token ids
+    return Adapted(scores, entropy, temperature, log_normalizer)
+
+
 class AdaptiveTemperature(LogitsProcessor):
-    """Divides each row's logits by its own temperature (Eq. 8).
+    """The adaptive temperature as a logits processor of transformers. It keeps nothing between calls.
 
-    It looks at one row at a time and at nothing but that row's logits, so it works in any batch. After a call,
-    `entropy` and `temperature` [B] hold what it saw and did: entropy is that of logits / base, in nats.
+    signal, base, tau: as in `adaptive_temperature`. top_k, top_p: at that temperature, only the k likeliest tokens are
+    kept, and then the nucleus, which is the smallest set of likeliest tokens that holds probability top_p (Holtzman et
+    al. 2020, arXiv 1904.09751). None and 1.0 keep all tokens. In training a recipe with either also needs truncated
+    importance weights, which are computed from `Completion.sampling_logp`.
 
-    top_k, top_p: at that temperature, tokens outside the k likeliest, then outside the nucleus, the fewest likeliest of
-    those that hold so much probability, get logits of -inf (Holtzman et al. 2020, arXiv 1904.09751); None and 1.0 leave
-    all. In training the recipe asks for truncated importance weights with them, which is what `sampling_logp`, of the
-    distribution that is left, is kept for.
+    Engines call `adapted`, so a subclass that changes the temperature overrides that method.
     """
 
     def __init__(
@@ -38,54 +94,47 @@ class AdaptiveTemperature(LogitsProcessor):
         top_p: float = 1.0,
         top_k: int | None = None,
     ) -> None:
-        self.signal, self.base, self.tau = signal, base, tau
-        self.truncations: list[LogitsProcessor] = [] if top_k is None else [TopKLogitsWarper(top_k)]
-        self.truncations += [TopPLogitsWarper(top_p)] if top_p < 1.0 else []
-        self.entropy = self.temperature = self.log_normalizer = torch.empty(0)
+        truncations: list[Callable[[Any, Any], Any]] = []
+        if top_k is not None:
+            truncations.append(TopKLogitsWarper(top_k))
+        if top_p < 1.0:
+            truncations.append(TopPLogitsWarper(top_p))
+        self.settings = TemperatureSettings(signal, base, tau, tuple(truncations))
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scaled = scores.float() if self.base == 1.0 else scores.float() / self.base
-        self.log_normalizer, self.entropy = logits_statistics(scaled)
-        self.temperature = adaptive_temperature(self.entropy, self.signal, self.base, self.tau)
-        scores = scaled * (self.base / self.temperature)[:, None]
-        for truncate in self.truncations:
-            scores = truncate(input_ids, scores)
-        return scores
+    def adapted(self, logits: Tensor) -> Adapted:
+        """`adapted_scores` with this processor's settings. logits: [B, V]."""
+        return adapted_scores(logits, self.settings)
+
+    # transformers asks for FloatTensor, a type that no tensor has.
+    def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:  # type: ignore[override]
+        """The adapted scores of the logits `scores`, [B, V]. input_ids: not read."""
+        return self.adapted(scores).scores
 
 
-def uniforms(seed: int, stage: int, iteration: int, prompt: int, sample: int, count: int) -> Tensor:
-    """The random numbers of one completion, one a position: [count], fp64, in [0, 1).
-
-    A function of its arguments alone, so that a completion does not depend on the batch it is sampled in.
-    """
-    return torch.from_numpy(np.random.default_rng((seed, stage, iteration, prompt, sample)).random(count))
+def draw(processor: AdaptiveTemperature, logits: Tensor, uniform: Tensor) -> Drawn:
+    """Draw one token for each row. logits: [B, V] as the model gives them; uniform: [B], in [0, 1)."""
+    adapted = processor.adapted(logits)
+    ids = inverse_cdf(adapted.scores, uniform)
+    index = ids[:, None]
+    return Drawn(
+        ids,
+        sampling_logp=adapted.scores.gather(1, index).squeeze(1) - adapted.scores.logsumexp(dim=-1),
+        # Converted after it is gathered: the whole vocabulary in fp32 would be one more copy.
+        base_logp=logits.gather(1, index).squeeze(1).float() / processor.settings.base - adapted.log_normalizer,
+        entropy=adapted.entropy,
+        temperature=adapted.temperature,
+        scores=adapted.scores,
+    )
 
 
 def inverse_cdf(scores: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one token a row by inverting the cumulative distribution. scores: [B, V] logits; uniform: [B] -> ids [B].
+    """Draw one token for each row by inverting the cumulative distribution: [B] ids.
 
-    The sum runs in fp64: in fp32 a vocabulary of 150,000 loses the tail to rounding. The token found always has a
-    probability above 0, since the cumulative distribution rises at it.
+    scores: [B, V], unnormalised log-probabilities; uniform: [B]. The sum is taken in fp64, because in fp32 a vocabulary
+    of 150,000 loses its tail to rounding. The token found always has a probability above 0: the cumulative
+    distribution rises at it.
     """
     cumulative = torch.softmax(scores, dim=-1, dtype=torch.float64).cumsum_(dim=-1)
     threshold = uniform.to(cumulative) * cumulative[:, -1]
     found = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
     return found.clamp_max_(scores.shape[-1] - 1)
-
-
-class Stage(enum.IntEnum):
-    """What a completion is sampled for; separates the random numbers."""
-
-    TRAINING = 0
-    EVALUATION = 1
-    BENCHMARK = 2
-    CANARY = 3
-
-
-@dataclass(frozen=True)
-class DrawKey:
-    """What the random numbers of a call depend on, besides prompt and sample."""
-
-    seed: int
-    stage: Stage
-    iteration: int

@@ -1,7 +1,7 @@
-"""Sampling through `generate` of transformers, with a decoding loop of its own.
+"""Sampling through `generate` of transformers, with a decoding loop of this module in place of the library's.
 
-Axes: P prompts, B rows (completions being written), V vocabulary. Each prompt is read once; its rows share that work by
-copying its cache. Rows that have ended leave the batch and the cache, and what they wrote stays.
+Axes: P prompts, L tokens of a padded prompt, B rows (completions being written), V vocabulary. Each prompt is read
+once, and its cache is copied for each of its rows. Rows that have ended leave the batch and the cache.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
-from hapo_lite.records import Completion
+from hapo_lite.records import Completion, Request
 from hapo_lite.rollout.batched_engine import BatchedEngine
-from hapo_lite.rollout.engine import Request
-from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.rollout.transcript import Transcript, draw, pad_left
+from hapo_lite.rollout.sampling import AdaptiveTemperature, draw
+from hapo_lite.rollout.transcript import Transcript, pad_left
 
 COMPACT_SHARE = 8
-"""Finished rows are taken out once they are an eighth of the batch: copying the cache costs about one step."""
+"""Finished rows are removed once they are an eighth of the batch, because copying the cache costs about one step."""
 
 
 class TransformersEngine(BatchedEngine):
-    """Samples with the policy's own model, so there is no second copy and never a stale adapter."""
+    """Samples with the policy's own model, so the weights exist once and the adapter is never out of date."""
 
     def _sample_part(
         self, requests: Sequence[Request], processor: AdaptiveTemperature, draws: Tensor
@@ -40,7 +39,7 @@ class TransformersEngine(BatchedEngine):
             wrote=self.writing.wrote,
         )
         with self.policy.sampling() as model:
-            model.generate(
+            model.generate(  # type: ignore[operator]  # transformers declares it in a mixin
                 input_ids=ids,
                 attention_mask=attention_mask,
                 generation_config=GenerationConfig(
@@ -59,8 +58,8 @@ class TransformersEngine(BatchedEngine):
 class _Decoder:
     """The decoding loop that `generate` calls in place of its own.
 
-    attention_mask: [P, L]; rows: [B], the prompt of each row; draws: [max_new, B] uniforms; stop_ids: all that end a
-    completion; wrote: told after each step how many rows go on.
+    attention_mask: [P, L]; rows: [B], the prompt of each row; draws: [limit, B], the random numbers; stop_ids: every
+    token that ends a completion; wrote: called after each step with the number of rows that go on.
     """
 
     def __init__(
@@ -75,7 +74,8 @@ class _Decoder:
         # `generate` of transformers 5.19 drops a mask that hides nothing.
         self.attention_mask = attention_mask
         self.rows, self.draws, self.stop_ids = rows, draws, stop_ids
-        self.transcript = Transcript(*draws.shape, rows.device)
+        limit, count = draws.shape
+        self.transcript = Transcript(limit, count, rows.device)
         self.lengths = torch.full_like(rows, draws.shape[0])
         self.stopped = torch.zeros_like(rows, dtype=torch.bool)
 
@@ -108,7 +108,7 @@ class _Decoder:
         return self.transcript.ids.T
 
     def _choose(self, step: int, alive: Tensor, logits: Tensor, processor: AdaptiveTemperature) -> Tensor:
-        """Draw and record one token for every row in `alive`; rows that have ended write nothing more."""
+        """Draw one token for every row in `alive`, and record those of the rows that have not ended."""
         drawn = draw(processor, logits, self.draws[step, alive])
         fresh = ~self.stopped[alive]
         rows = alive[fresh]

@@ -11,7 +11,8 @@ from hapo_lite.rollout.generate_engine import GenerateEngine
 
 
 class UnslothEngine(GenerateEngine):
-    """Samples with Unsloth's `fast_generate`; the rest is plain `generate`'s engine."""
+    """A `GenerateEngine` that calls Unsloth's `fast_generate`."""
 
     def generator(self, model: PreTrainedModel) -> Callable[..., Tensor]:
-        return getattr(model, "fast_generate", model.generate)  # which is its own too, where there is no other
+        # A model without `fast_generate` has a `generate` that is Unsloth's.
+        return getattr(model, "fast_generate", None) or super().generator(model)

@@ -1,7 +1,8 @@
-"""HAPO's temperature within vLLM: its custom logits processor, in both of the interfaces that vLLM has.
+"""HAPO's temperature within vLLM: a custom logits processor for each of the two interfaces that vLLM has.
 
-Each only finds out which token of which request a row of logits is; the rest is the scribe's, as in every engine. vLLM
-is imported by the two functions that make a processor and by nothing else here. Axes: n rows of a step, V vocabulary.
+A processor finds out which token of which request each row of logits is for; the `ForcedSampler` does the rest, as in
+every engine. Only the two functions that make a processor import vLLM. Axes: n rows of a step, B requests, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -12,50 +13,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hapo_lite.rollout.transcript import Scribe
+from hapo_lite.rollout.transcript import ForcedSampler
 
 NUMBER = "hapo_request"
-"""The key in a request's `SamplingParams.extra_args` under which it has its number among those being written."""
+"""The key in `SamplingParams.extra_args` for a request's number, its place among the requests that are sampled."""
 NOBODY = -1
-"""The number of a row that is nobody's."""
+"""The number of a row that belongs to none of the requests."""
 
 
 class Desk:
-    """What engine and processor share, in one process: who writes now, and how long each request's prompt is, [B]."""
+    """What engine and processor share within one process.
+
+    forced: draws the tokens; None while nothing is sampled. prompt_lengths: of each request, [B].
+    """
 
     def __init__(self) -> None:
-        self.scribe: Scribe | None = None
+        self.forced: ForcedSampler | None = None
         self.prompt_lengths = torch.empty(0, dtype=torch.long)
 
     def write(self, logits: Tensor, requests: Tensor, steps: Tensor) -> Tensor:
-        """Let the scribe choose. logits: [n, V], changed in place; requests, steps: [n].
+        """Draw a token for each row. logits: [n, V], changed in place; requests, steps: [n].
 
-        Left alone are rows of nobody, and those before or beyond a completion: vLLM computes them for prompts that it
-        has read in part and for requests that are about to end, and throws them away.
+        Rows of no request stay as they are, and so do rows before or beyond a completion. vLLM computes those for
+        prompts that it has read in part and for requests that are about to end, and discards their tokens.
         """
-        if self.scribe is None:
+        if self.forced is None:
             return logits
-        mine = ((requests != NOBODY) & (steps >= 0) & (steps < self.scribe.draws.shape[0])).nonzero().squeeze(1)
-        if mine.shape[0]:
-            logits[mine] = self.scribe(logits[mine], steps[mine], requests[mine])
+        wanted = (requests != NOBODY) & (steps >= 0) & (steps < self.forced.draws.shape[0])
+        rows = wanted.nonzero().squeeze(1)
+        if rows.shape[0]:
+            logits[rows] = self.forced(logits[rows], steps[rows], requests[rows])
         return logits
 
 
 class BatchRows:
-    """The first interface (V1): a row is a request's place in the batch, which changes as requests come and go."""
+    """The first interface (V1): a row is a request's place in the batch, and places change as requests come and go.
+
+    held: by place, the request's number and the ids that it has written.
+    """
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
         self.held: dict[int, tuple[int, Sequence[int]]] = {}
 
     def update(self, update: Any) -> None:
-        """update: vLLM's `BatchUpdate`, or None for no change; first what was removed, then added, then moved."""
+        """Follow the batch. update: vLLM's `BatchUpdate`, whose removals come first, then additions, then moves."""
         if update is None:
             return
         for row in update.removed:
             self.held.pop(row, None)
         for row, params, _, written in update.added:
-            # `written` is the request's own list, which grows as tokens are sampled.
+            # `written` is vLLM's list, which grows as tokens are sampled.
             self.held[row] = (number_of(params), written)
         for a, b, direction in update.moved:
             first, second = self.held.pop(a, None), self.held.pop(b, None)
@@ -65,7 +73,7 @@ class BatchRows:
                 self.held[a] = second
 
     def apply(self, logits: Tensor) -> Tensor:
-        """logits: [n, V], row i being the batch's place i."""
+        """Draw a token for each row. logits: [n, V], changed in place; row i is place i of the batch."""
         rows = [self.held.get(row, (NOBODY, ())) for row in range(logits.shape[0])]
         requests = torch.tensor([number for number, _ in rows], device=logits.device)
         steps = torch.tensor([len(written) for _, written in rows], device=logits.device)
@@ -73,7 +81,10 @@ class BatchRows:
 
 
 class SlotRows:
-    """The second interface (V2): a request has a slot while it is being written, and every row names its slot."""
+    """The second interface (V2): a request keeps one slot while it is written, and every row comes with its slot.
+
+    slots: their number. staged, numbers: [slots], the number of each slot's request, on the CPU and on the device.
+    """
 
     def __init__(self, desk: Desk, slots: int, device: torch.device) -> None:
         self.desk = desk
@@ -82,33 +93,37 @@ class SlotRows:
         self.changed = False
 
     def add(self, slot: int, params: Any) -> bool:
-        """A slot is used again and again: its last request is forgotten here. Returns whether the request is ours."""
+        """Put a request into a slot, in place of the slot's last. Returns whether the request has a number."""
         self.staged[slot] = number_of(params)
         self.changed = True
         return self.staged[slot] != NOBODY
 
     def flush(self) -> None:
-        """Once before each step: what was added goes to the device."""
+        """Copy the numbers to the device if any has changed; vLLM calls this before each step."""
         if self.changed:
             self.numbers = torch.tensor(self.staged, device=self.numbers.device)
             self.changed = False
 
     def apply(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-        """logits: [n, V]; slots: [n]; positions: [n], of the token that each row has read last, prompt included."""
-        requests = self.numbers[slots]
-        if self.desk.scribe is None:
+        """Draw a token for each row. logits: [n, V], changed in place; slots: [n].
+
+        positions: [n], of the last token that each row has read, counted from the prompt's first.
+        """
+        if self.desk.forced is None:
             return logits
-        # Nobody's row reads the last prompt's length, and is left alone by its number.
+        requests = self.numbers[slots]
+        # A row of no request takes the length of the last prompt; `write` skips it by its number.
         steps = positions + 1 - self.desk.prompt_lengths[requests]
         return self.desk.write(logits, requests, steps)
 
 
 def number_of(params: Any) -> int:
+    """A request's number by its vLLM `SamplingParams`; NOBODY if they hold none."""
     return (params.extra_args or {}).get(NUMBER, NOBODY)
 
 
 def batch_processor(desk: Desk) -> type:
-    """The class to register where vLLM's model runner is the first. It asks for one of its own base class."""
+    """The class to register with vLLM's first model runner, which accepts subclasses of one class of its own."""
     from vllm.v1.sample.logits_processor import LogitsProcessor
 
     class BatchProcessor(LogitsProcessor):
@@ -116,7 +131,7 @@ def batch_processor(desk: Desk) -> type:
             self.rows = BatchRows(desk)
 
         def is_argmax_invariant(self):
-            return False  # it is what chooses, for greedy requests too
+            return False  # it chooses the token, of greedy requests too
 
         def update_state(self, batch_update):
             self.rows.update(batch_update)
@@ -128,7 +143,7 @@ def batch_processor(desk: Desk) -> type:
 
 
 def slot_processor(desk: Desk) -> type:
-    """The class to register where vLLM's model runner is the second, its default, which refuses the first's."""
+    """The class to register with vLLM's second model runner, its default, which refuses the first runner's classes."""
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
     class SlotProcessor(LogitsProcessor):

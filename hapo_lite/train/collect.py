@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from hapo_lite.records import Completion, EncodedPrompt, Graded, Score
-from hapo_lite.rollout.engine import Engine, Request
-from hapo_lite.rollout.sampling import AdaptiveTemperature, DrawKey, Stage
+from hapo_lite.records import Completion, EncodedPrompt, Graded, Request, Score
+from hapo_lite.rollout.draws import DrawKey, Stage
+from hapo_lite.rollout.engine import Engine
+from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.progress import Progress
 from hapo_lite.tasks.rewards import Scorer
 from hapo_lite.tasks.stream import PromptStream
@@ -115,7 +116,7 @@ class Collector:
         completions = self.oom.fit_rollout(
             self.engine,
             most,
-            lambda: self.engine.sample(requests, processor, key.seed, key.stage, key.iteration),
+            lambda: self.engine.sample(requests, processor, key),
             weights_unchanged=training,
         )
         rolled = time.perf_counter()

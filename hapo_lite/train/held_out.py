@@ -11,7 +11,8 @@ import torch
 from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import EvaluationSettings
 from hapo_lite.records import EncodedPrompt, Graded
-from hapo_lite.rollout.sampling import AdaptiveTemperature, DrawKey
+from hapo_lite.rollout.draws import DrawKey
+from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.trace import Trace
 from hapo_lite.train.collect import Collector
 from hapo_lite.train.traces import make_trace

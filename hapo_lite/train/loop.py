@@ -15,7 +15,8 @@ from hapo_lite.model.policy import Policy
 from hapo_lite.model.sharding import sharded_modules
 from hapo_lite.recipe import Recipe
 from hapo_lite.records import EncodedPrompt, Graded
-from hapo_lite.rollout.sampling import AdaptiveTemperature, DrawKey, Stage
+from hapo_lite.rollout.draws import DrawKey, Stage
+from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.checkpoint import RunParts, TrainState
 from hapo_lite.runs.skipped import SkippedStep
 from hapo_lite.runs.trace import Trace

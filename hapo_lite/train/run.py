@@ -88,7 +88,7 @@ class Run:
             state = resume(self.folder, recipe, loop, say)
             if not is_over(recipe, state):
                 progress.enter("engine check")
-                checked = check_engine(engine, policy, prompts, recipe, self.accelerator)
+                checked = check_engine(engine, policy, prompts, recipe.rollout, recipe.seed, self.accelerator)
                 say(f"rollout.engine = {recipe.rollout.engine}: its log-probabilities are {checked}")
             summary = self.iterate(loop, state)
         if recipe.logging.report_to != "none":

@@ -52,7 +52,7 @@ def test_the_check_tells_right_from_wrong_and_the_sampler_is_at_the_floor_of_rou
     recipe, policy = trained.recipe, trained.policy
     chosen = load_prompts(recipe.data.model_copy(update={"limit": 16})).prompts
     prompts = [EncodedPrompt(i, p, tuple(policy.encode(p.chat()))) for i, p in enumerate(chosen)]
-    found = compare_engine(make_engine(recipe, policy), policy, prompts, recipe)
+    found = compare_engine(make_engine(recipe, policy), policy, prompts, recipe.rollout, recipe.seed)
     assert found.right and found.followed == pytest.approx(1.0, abs=0.02)
     assert found.at_rest.engine < 1.1 * found.at_rest.floor and found.perturbed.engine < 1.1 * found.perturbed.floor
     for name in ("one block's adapter missing", "adapter one step old"):

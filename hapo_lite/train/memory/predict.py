@@ -21,8 +21,8 @@ from hapo_lite.model.load import resolve_dtype
 from hapo_lite.model.policy import trainers_head
 from hapo_lite.model.unpacked import UnpackedBase
 from hapo_lite.recipe import Recipe
-from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.rollout.transcript import Transcript, draw
+from hapo_lite.rollout.sampling import AdaptiveTemperature, draw
+from hapo_lite.rollout.transcript import Transcript
 from hapo_lite.train.memory.live import LiveBytes, tensors_of, total_bytes
 from hapo_lite.train.memory.shapes import build, computing_in, load_config
 
