@@ -12,6 +12,9 @@ import pytest
 import torch
 import yaml
 
+# So that an assertion which fails in them shows its values.
+pytest.register_assert_rewrite("tests.allocations", "tests.inspector.browser")
+
 if not torch.cuda.is_available():
     # Triton reads it when it is first imported, which a library may do; kernels then run on tensors of the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -25,6 +28,7 @@ from hapo_lite.rollout.canary import perturbed_adapter
 from hapo_lite.rollout.collect import Collector, PromptStream
 from hapo_lite.rollout.engine import make_engine
 from hapo_lite.tasks.rewards import Scorer
+from tests.clock import Clock
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny_cpu.yaml"
@@ -110,3 +114,8 @@ def small_disk(tmp_path):
         pytest.skip("mounting a file system of its own takes root on Linux")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()

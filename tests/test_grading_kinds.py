@@ -13,7 +13,7 @@ from benchmarks.grading_kinds import RIGHT, WRONG, matrix
 from hapo_lite.tasks.answers import find
 from hapo_lite.tasks.grader import _Worker
 from hapo_lite.tasks.verify import GraderPool, marked_answer
-from tests.test_verify import box
+from tests.graders import box
 
 UNPARSEABLE = "unparseable"
 

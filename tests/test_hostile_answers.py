@@ -20,7 +20,7 @@ import pytest
 
 from hapo_lite.tasks.verify import LONGEST_ANSWER, Grade, GraderPool
 from tests.conftest import ROOT
-from tests.test_verify import box, children
+from tests.graders import box, children
 
 LINES = Path(__file__).with_name("hostile_answers.jsonl").read_text(encoding="utf-8").splitlines()
 ANSWERS = [json.loads(line) for line in LINES]

@@ -23,7 +23,7 @@ from hapo_lite.tasks import sources, store
 from hapo_lite.tasks.data import split_held_out
 from hapo_lite.tasks.store import PromptStore, digest_of
 from tests.conftest import ROOT
-from tests.test_data import jsonl, load
+from tests.rows import jsonl, load
 
 
 def prompt(i: int) -> Prompt:

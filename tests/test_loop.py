@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 
 import pytest
@@ -13,27 +12,9 @@ from hapo_lite.algo.objective import loss_denominator
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.checkpoint import TrainState
 from hapo_lite.loop import advantages
+from tests.loops import adapter_digest, digest, run_steps
 
 SIGNAL = EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)
-
-
-def digest(tensors) -> str:
-    found = hashlib.sha256()
-    for t in tensors:
-        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
-def adapter_digest(loop) -> str:
-    return digest(loop.policy.trainable().values())
-
-
-def run_steps(loop, count):
-    state, lines = TrainState(), []
-    for _ in range(count):
-        state, metrics, _ = loop.step(state)
-        lines.append(metrics)
-    return state, lines
 
 
 def gradient_of_first_update(loop, collected, budget):

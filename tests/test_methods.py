@@ -16,7 +16,7 @@ from hapo_lite.checkpoint import TrainState
 from hapo_lite.loop import advantages
 from hapo_lite.metrics import update_metrics
 from hapo_lite.records import TokenOutcome
-from tests.test_loop import run_steps
+from tests.loops import run_steps
 
 
 def row(*values):

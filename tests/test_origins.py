@@ -21,7 +21,7 @@ from hapo_lite.evaluation.runner import evaluate
 from hapo_lite.origins import TINY_MODEL, folder_digest, model_origin
 from hapo_lite.policy import load_policy
 from hapo_lite.recipe import LoraSettings, ModelSettings
-from tests.test_data import jsonl
+from tests.rows import jsonl
 
 COMMIT, LATER = "a1" * 20, "b2" * 20
 CODE = """

@@ -13,11 +13,7 @@ from hapo_lite.comparison.plan import load_comparison, planned_runs
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import Recipe, departure, describe_fields, load_recipe
 from tests.conftest import ROOT, TINY
-
-FILES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "accelerate")
-COMPARISONS = [p for p in FILES if "arms" in yaml.safe_load(p.read_text(encoding="utf-8"))]
-SHIPPED = [p for p in FILES if p not in COMPARISONS]
-MINIMAL = {"model": {"name": "tiny"}, "data": {"source": "tiny"}, "training": {"iterations": 1}}
+from tests.recipes import COMPARISONS, MINIMAL, SHIPPED
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -27,23 +26,8 @@ from hapo_lite.status import read_status
 from hapo_lite.trace import read_traces
 from hapo_lite.train import main
 from hapo_lite.verify_resume import left_by
+from tests.commands import ENVIRONMENT, SMALL
 from tests.conftest import ROOT, TINY
-
-SMALL = [
-    "rollout.prompts_per_iteration=4",
-    "rollout.completions_per_prompt=4",
-    "rollout.old_logprobs=recomputed",
-    "training.iterations=6",
-    "training.updates_per_iteration=2",
-    "evaluation.prompts=4",
-    "evaluation.samples=2",
-    "evaluation.every=3",
-    "checkpoint.every=2",
-    "reward.workers=1",
-    "logging.traces_per_iteration=2",
-]
-# One thread and no spinning: the suite may share its cores, and sums are in one order.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
 def command(folder: Path, *overrides: str, recipe: Path | str = TINY, launcher: tuple[str, ...] = ()) -> list[str]:

@@ -18,7 +18,7 @@ from hapo_lite.errors import UserError
 from hapo_lite.shortage import Shortage, is_shortage
 from hapo_lite.train import main
 from tests.conftest import ROOT, TINY
-from tests.test_loop import adapter_digest
+from tests.loops import adapter_digest
 
 TOO_MUCH = 1 << 60
 """Bytes that no machine has: the allocator itself fails."""

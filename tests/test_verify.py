@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from benchmarks import grading
 from hapo_lite.tasks.verify import LONGEST_ANSWER, Grade, GraderPool, boxed_answer, grade
+from tests.graders import box, children
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 ENDLESS = r"\boxed{10^{10^{10}}}"
@@ -25,10 +26,6 @@ ENDLESS = r"\boxed{10^{10^{10}}}"
 def pool():
     with GraderPool(workers=2, timeout_s=20) as pool:
         yield pool
-
-
-def box(answer: str) -> str:
-    return rf"Therefore \boxed{{{answer}}}."
 
 
 def alive(pid: int) -> bool:
@@ -44,11 +41,6 @@ def seconds_of_cpu(pid: int) -> float:
     except FileNotFoundError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def children() -> set[int]:
-    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
-    return {int(line.split()[0]) for line in listed.stdout.splitlines() if "_grader" in line}
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from hapo_lite.memory.live import tensors_of
 from hapo_lite.policy import Policy
 from hapo_lite.recipe import Recipe, load_recipe
 from tests.conftest import ROOT, TINY
-from tests.test_loop import digest
+from tests.loops import digest
 
 MODELS = ["smollm2", pytest.param("qwen", marks=pytest.mark.by_hand)]
 DATA = ROOT.parent / "shared" / "data"

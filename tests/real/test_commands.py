@@ -16,10 +16,10 @@ from hapo_lite.exporting import probes
 from hapo_lite.inspect.generate import GenerationSettings, generate
 from hapo_lite.records import Sequences
 from hapo_lite.run import make_accelerator
+from tests.allocations import check_stages
 from tests.conftest import ROOT, TINY
+from tests.export.command import scored
 from tests.real.conftest import GAP, GSM8K, WAYS, own_precision
-from tests.test_export import scored
-from tests.test_memory import check_stages
 
 
 @pytest.fixture(scope="package")
