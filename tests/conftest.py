@@ -12,9 +12,6 @@ import pytest
 import torch
 import yaml
 
-# So that an assertion which fails in them shows its values.
-pytest.register_assert_rewrite("tests.allocations", "tests.inspector.browser")
-
 if not torch.cuda.is_available():
     # Triton reads it when it is first imported, which a library may do; kernels then run on tensors of the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -33,6 +30,8 @@ from tests.clock import Clock
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny_cpu.yaml"
 
+# So that an assertion which fails in them shows its values.
+pytest.register_assert_rewrite("tests.allocations", "tests.inspector.browser")
 quiet_libraries()
 # Two threads on small matrices wait for each other, for seconds if another program has one of the cores.
 torch.set_num_threads(1)
