@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -43,14 +44,25 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="package")
-def address(root):
-    """Of the page, which the tests of this folder share."""
-    with pytest.MonkeyPatch.context() as patch:
+def serve():
+    """serve(*arguments) -> address of a server of its own, at a port that is free; they are closed at the end."""
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
         for name in ("NO_PROXY", "no_proxy"):
             patch.setenv(name, "127.0.0.1,localhost")
-        blocks, address = app.serve(["--run", str(root / "plain"), "--port", "0"], block=False)
-        yield address
-        blocks.close()
+
+        def start(*arguments: str) -> str:
+            blocks, address = app.serve([*arguments, "--port", "0"], block=False)
+            stack.callback(blocks.close)
+            return address
+
+        yield start
+
+
+@pytest.fixture(scope="package")
+def address(serve, root) -> str:
+    """Of the server that most tests of this folder share."""
+    return serve("--run", str(root / "plain"))
 
 
 @pytest.fixture(scope="module")

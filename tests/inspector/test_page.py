@@ -170,16 +170,11 @@ def test_compare_marks_differences(page, root):
     assert page.input_value("#right-method input") == "dapo"
 
 
-def test_a_user_error_is_one_sentence(fresh):
-    page = fresh
-    page.get_by_role("button", name="Model and sampling").click()
-    # What an accordion holds is built when it opens, and takes input a moment later.
-    page.wait_for_timeout(500)
-    page.locator("#generate-model").locator("input, textarea").fill("./nowhere")
-    page.keyboard.press("Tab")
-    page.click("#generate")
-    page.wait_for_selector("#generate-status .hapo-error")
-    assert "is not a folder" in page.locator("#generate-status").inner_text()
+def test_a_user_error_is_one_sentence(browser, serve):
+    with opened_page(browser, serve("--model", "./nowhere")) as page:
+        page.click("#generate")
+        page.wait_for_selector("#generate-status .hapo-error")
+        assert "is not a folder" in page.locator("#generate-status").inner_text()
 
 
 def test_two_tabs_do_not_disturb_each_other(page, fresh):

@@ -11,7 +11,6 @@ import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-import app
 from benchmarks import inspector_load
 from hapo_lite.errors import UserError
 from hapo_lite.inspect.generate import ModelShelf
@@ -57,15 +56,14 @@ def test_asked_directly_the_server_opens_no_other_runs(address, root):
         client.predict("linked", api_name="/_fill")
 
 
-def test_a_run_that_is_none_is_named(tmp_path):
+def test_a_run_that_is_none_is_named(serve, tmp_path):
     with pytest.raises(UserError, match="is no run"):
-        app.serve(["--run", str(tmp_path / "nothing")], block=False)
+        serve("--run", str(tmp_path / "nothing"))
 
 
-def test_on_colab_no_tunnel_to_the_outside_is_opened(monkeypatch):
+def test_on_colab_no_tunnel_to_the_outside_is_opened(serve, monkeypatch):
     asked = []
     monkeypatch.setattr("gradio.utils.colab_check", lambda: True)
     monkeypatch.setattr("gradio.networking.setup_tunnel", lambda **options: asked.append(options))
-    blocks, address = app.serve(["--port", "0"], block=False)
-    blocks.close()
-    assert not asked and re.fullmatch(r"http://127\.0\.0\.1:[1-9]\d+/", address)
+    assert re.fullmatch(r"http://127\.0\.0\.1:[1-9]\d+/", serve())
+    assert not asked
