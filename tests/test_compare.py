@@ -133,6 +133,7 @@ def test_the_report_is_one_file_and_its_text_is_escaped(finished, tmp_path):
     assert page.tags.count("img") == page.tags.count("source") == 6
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_the_same(finished, tmp_path):
     """The comparison is killed, then one of its runs, then Ctrl-C; the same command goes on, and nothing differs."""
     path = tmp_path / "pair.yaml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -89,23 +90,18 @@ COLUMNS = 50
 
 def on_a_terminal(whole: list[str]) -> tuple[int, str]:
     """Run under a pseudo-terminal of COLUMNS columns: the exit code, and all that was written to it."""
-    process, terminal = pty.fork()
-    if process == 0:
-        os.chdir(ROOT)
-        time.sleep(0.2)  # the size is set first
-        os.execve(whole[0], whole, ENVIRONMENT)
+    ours, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
-    written = b""
-    while True:
-        try:
-            chunk = os.read(terminal, 65536)
-        except OSError:
-            break
-        if not chunk:
-            break
-        written += chunk
+    ends = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    process = subprocess.Popen(whole, env=ENVIRONMENT, cwd=ROOT, start_new_session=True, **ends)
     os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), written.decode()
+    written = b""
+    # Linux ends it with an error where macOS gives nothing more.
+    with contextlib.suppress(OSError):
+        while chunk := os.read(ours, 65536):
+            written += chunk
+    os.close(ours)
+    return process.wait(), written.decode()
 
 
 def screen(written: str) -> list[str]:

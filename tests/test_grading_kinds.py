@@ -62,9 +62,9 @@ def test_a_megabyte_is_searched_in_no_time(text):
     find(megabyte[:1000])
     took = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.thread_time()
         find(megabyte)
-        took.append(time.perf_counter() - started)
+        took.append(time.thread_time() - started)
     assert min(took) < 0.15  # 0.05 on a machine that does nothing else
 
 

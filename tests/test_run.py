@@ -42,6 +42,11 @@ def train(folder: Path, *overrides: str, **options) -> subprocess.CompletedProce
     )
 
 
+def train_here(folder: Path, *overrides: str) -> int:
+    """The exit code of the same command in this process, which has imported torch already."""
+    return run_command(main, command(folder, *overrides)[3:])
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, str]:
     """An uninterrupted run of six iterations, and what it printed."""
@@ -119,7 +124,8 @@ def test_the_adapter_loads_with_plain_peft_and_is_the_one_that_was_trained(finis
 
 
 def test_the_same_command_twice_gives_the_same_bytes(finished, tmp_path):
-    assert train(tmp_path).returncode == 0
+    """In a process of its own and in this one, in which other tests have run."""
+    assert train_here(tmp_path) == 0
     assert left_by(tmp_path) == left_by(finished[0].parent)
 
 
@@ -137,8 +143,8 @@ def signal_at(folder: Path, lines: int, number: int) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_saves_and_continues(finished, tmp_path, number):
-    code = signal_at(tmp_path, 4, number)
+def test_asked_to_stop_it_saves_and_continues(finished, tmp_path, capsys, number):
+    code = signal_at(tmp_path, 2, number)
     run = tmp_path / "tiny_cpu"
     assert code == 128 + number
     done = len(MetricsFile(run / "metrics.jsonl").read()) - 1
@@ -146,31 +152,29 @@ def test_asked_to_stop_it_saves_and_continues(finished, tmp_path, number):
     newest = sorted((run / "checkpoints").iterdir())[-1]
     assert newest.name == f"{done:06d}"  # nothing that was finished is lost
     if number == signal.SIGINT:
-        again = train(tmp_path)
-        assert again.returncode == 0 and f"after iteration {done}" in again.stdout
+        assert train_here(tmp_path) == 0 and f"after iteration {done}" in capsys.readouterr().out
         assert left_by(run.parent) == left_by(finished[0].parent)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, tmp_path, capsys):
     shutil.copytree(finished[0], tmp_path / "tiny_cpu")
     weights = tmp_path / "tiny_cpu" / "checkpoints" / "000006" / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1
     weights.write_bytes(content)
-    done = train(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "000006 is damaged: adapter_model.safetensors has changed" in done.stdout
-    assert "after iteration 4" in done.stdout
+    assert train_here(tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "000006 is damaged: adapter_model.safetensors has changed" in printed
+    assert "after iteration 4" in printed
     read_record(weights.parent)  # it has been written anew
     assert left_by(tmp_path) == left_by(finished[0].parent)
 
 
 def test_a_finished_run_is_left_alone_and_may_be_prolonged(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "tiny_cpu")
-    assert train(tmp_path).returncode == 0
+    assert train_here(tmp_path) == 0
     assert left_by(tmp_path) == left_by(finished[0].parent)
-    longer = train(tmp_path, "training.iterations=7")
-    assert longer.returncode == 0, longer.stderr
+    assert train_here(tmp_path, "training.iterations=7") == 0
     lines = MetricsFile(tmp_path / "tiny_cpu" / "metrics.jsonl").read()
     assert [line["iteration"] for line in lines] == list(range(8))
 
@@ -184,11 +188,10 @@ def test_a_finished_run_is_left_alone_and_may_be_prolonged(finished, tmp_path):
 )
 def test_another_recipe_does_not_continue_the_run(finished, tmp_path, capsys, override, message):
     shutil.copytree(finished[0], tmp_path / "tiny_cpu")
-    assert run_command(main, command(tmp_path, override)[3:]) == 2
+    assert train_here(tmp_path, override) == 2
     said = capsys.readouterr().err
-    assert (
-        message in said and "choose another name=" in said
-    )  # found before the model is loaded, not with the checkpoints
+    # Found before the model is loaded, not with the checkpoints.
+    assert message in said and "choose another name=" in said
     assert left_by(tmp_path) == left_by(finished[0].parent)
 
 
@@ -217,6 +220,7 @@ def test_two_processes_learn_what_one_does(finished, tmp_path):
     assert adapter_distance(finished[0], tmp_path / "tiny_cpu") < 1e-5
 
 
+@pytest.mark.slow
 def test_with_the_base_split_they_learn_the_same(finished, tmp_path):
     """Layers of NF4 in two parts, and micro-batches that do not come out even: FSDP changes memory and nothing else."""
     done = train(

@@ -20,10 +20,10 @@ from tests.conftest import ROOT
 def test_many_who_ask_at_once_get_their_own_answers(address):
     """By the server's own interface; benchmarks/inspector_load.py asks more of them and looks at what grows."""
     draw, shelf = random.Random(0), ModelShelf()
-    questions = [inspector_load.Question.drawn(draw) for _ in range(16)]
+    questions = [inspector_load.Question.drawn(draw) for _ in range(8)]
     expected = [question.answered_here(shelf) for question in questions]
     assert len(set(expected)) == len(expected)
-    clients = [Client(address, verbose=False) for _ in range(8)]
+    clients = [Client(address, verbose=False) for _ in range(4)]
     assert inspector_load.ask_at_once(clients, questions, expected) == 0
 
 

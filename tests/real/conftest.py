@@ -1,4 +1,4 @@
-"""Real weights: a run in each dtype, once for all tests. `make test` runs them on smollm2, `make test-qwen` on qwen.
+"""Real weights: a run in each dtype, once for all tests. `make test-all` takes smollm2, `make test-qwen` qwen.
 
 HAPO_REAL_MODELS names the folder that holds the models; the Makefile sets it, and `make smollm2` fills it.
 """
@@ -22,7 +22,7 @@ from hapo_lite.recipe import Recipe, load_recipe
 from tests.conftest import ROOT, TINY
 from tests.loops import digest
 
-MODELS = ["smollm2", pytest.param("qwen", marks=pytest.mark.by_hand)]
+MODELS = [pytest.param("smollm2", marks=pytest.mark.slow), pytest.param("qwen", marks=pytest.mark.by_hand)]
 DATA = ROOT.parent / "shared" / "data"
 GSM8K = {split: DATA / f"gsm8k_{split}.parquet" for split in ("train", "test")}
 
