@@ -1,8 +1,12 @@
-"""Commands in processes of their own: their environment, and overrides that make a run small."""
+"""Commands in processes of their own and in this one, and overrides that make a run small."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+
+from accelerate.state import AcceleratorState
 
 from tests.conftest import ROOT
 
@@ -21,3 +25,13 @@ SMALL = [
     "reward.workers=1",
     "logging.traces_per_iteration=2",
 ]
+
+
+@contextlib.contextmanager
+def own_precision() -> Iterator[None]:
+    """For a command in this process: accelerate settles on one precision for all of a process's life."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -59,14 +59,28 @@ def make_recipe(tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def data_of():
+    """data_of(recipe): as `run.load_data`, once for all loops on the same data; else it takes longer than the rest."""
+    known = {}
+
+    def load(recipe: Recipe):
+        key = recipe.model_dump_json(include={"data", "evaluation", "seed"})
+        if key not in known:
+            known[key] = run.load_data(recipe, say=lambda text: None)
+        return known[key]
+
+    return load
+
+
 @pytest.fixture
-def make_loop():
+def make_loop(data_of):
     """make_loop(recipe): the moving parts of a run without its folder; graders are closed at the end."""
     with contextlib.ExitStack() as stack:
 
         def make(recipe: Recipe) -> Loop:
             accelerator = run.make_accelerator(recipe)
-            train, held_out = run.load_data(recipe, say=lambda text: None)
+            train, held_out = data_of(recipe)
             policy = load_policy(recipe.model, recipe.seed, accelerator.device)
             limit = recipe.rollout.max_new_tokens
             encoded = run.encode_prompts(train[:256], policy, recipe.data, limit, say=lambda text: None)

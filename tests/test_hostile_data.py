@@ -177,6 +177,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of a process where Linux has it")
 def test_memory_does_not_grow_with_the_text(tmp_path):
     # 40,000 problems of 2,500 characters: 100 MB of text.

@@ -26,7 +26,7 @@ from hapo_lite.status import read_status
 from hapo_lite.trace import read_traces
 from hapo_lite.train import main
 from hapo_lite.verify_resume import left_by
-from tests.commands import ENVIRONMENT, SMALL
+from tests.commands import ENVIRONMENT, SMALL, own_precision
 from tests.conftest import ROOT, TINY
 
 
@@ -267,7 +267,7 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the maths data sets are not beside the checkout")
-def test_the_path_of_a_gpu_user(tmp_path):
+def test_the_path_of_a_gpu_user(tmp_path, monkeypatch):
     """recipes/qwen1_5b_lora.yaml on a small model of Qwen's shape and vocabulary, with GSM8K, in 4-bit."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -275,9 +275,6 @@ def test_the_path_of_a_gpu_user(tmp_path):
     Qwen2ForCausalLM(Qwen2Config(**QWEN_SHAPE)).save_pretrained(tmp_path / "qwen")
     AutoTokenizer.from_pretrained(TINY_MODEL).save_pretrained(tmp_path / "qwen")
     arguments = [
-        sys.executable,
-        "-m",
-        "hapo_lite.train",
         str(ROOT / "recipes" / "qwen1_5b_lora.yaml"),
         f"output_dir={tmp_path}",
         f"model.name={tmp_path / 'qwen'}",
@@ -292,8 +289,9 @@ def test_the_path_of_a_gpu_user(tmp_path):
         "evaluation.prompts=2",
         "evaluation.samples=2",
     ]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=240)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(ROOT)
+    with own_precision():
+        assert run_command(main, arguments) == 0
     lines = MetricsFile(tmp_path / "qwen1_5b_lora" / "metrics.jsonl").read()
     assert len(lines) == 3 and lines[-1]["updates"] == 8
     assert lines[-1]["entropy/all_mean"] > 5  # a random model over 152k tokens

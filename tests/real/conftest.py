@@ -5,20 +5,19 @@ HAPO_REAL_MODELS names the folder that holds the models; the Makefile sets it, a
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from hapo_lite import run
 from hapo_lite.memory.live import tensors_of
 from hapo_lite.policy import Policy
 from hapo_lite.recipe import Recipe, load_recipe
+from tests.commands import own_precision
 from tests.conftest import ROOT, TINY
 from tests.loops import digest
 
@@ -117,13 +116,3 @@ def trained(request, settings, tmp_path_factory) -> Iterator[Trained]:
         run.train(recipe)
     yield Trained(request.param, recipe, *before)
     before.clear()
-
-
-@contextlib.contextmanager
-def own_precision() -> Iterator[None]:
-    """For a command in this process: accelerate settles on one precision for all of a process's life."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)

@@ -22,9 +22,9 @@ from hapo_lite.tasks.data import load_prompts
 from hapo_lite.trace import read_traces
 from hapo_lite.verify_resume import Aim, Findings, compare, left_by
 from hapo_lite.verify_resume import run as run_or_kill
-from tests.commands import ENVIRONMENT
+from tests.commands import ENVIRONMENT, own_precision
 from tests.conftest import ROOT, TINY
-from tests.real.conftest import GAP, WAYS, base_digest, own_precision
+from tests.real.conftest import GAP, WAYS, base_digest
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
