@@ -199,7 +199,7 @@ def test_learning_rate_warms_up_and_is_the_one_that_was_used(make_recipe, make_l
     assert [line["update/learning_rate"] for line in lines] == pytest.approx([0.25e-3, 0.75e-3, 1e-3])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw_8bit", marks=pytest.mark.slow)])
 def test_training_raises_the_reward(make_recipe, make_loop, optimizer):
     recipe = make_recipe(
         f"training.optimizer={optimizer}",

@@ -210,6 +210,7 @@ def adapter_distance(run: Path, other: Path) -> float:
     return distance / length
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(finished, tmp_path):
     """The signal, the groups and the denominator are global: two CPU processes give the loss curve of one."""
     done = train(tmp_path, launcher=accelerate("ddp"))
