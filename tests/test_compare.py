@@ -61,9 +61,15 @@ def finished(tmp_path_factory, single_threaded) -> tuple[Path, str]:
     return folder / "pair", printed
 
 
+def runs_of(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "runs.csv").read_text("utf-8").splitlines()))
+
+
 def remains(folder: Path, seed: int) -> dict[str, object]:
     """What must be the same of the runs with one seed, however often they were interrupted."""
-    rows = [row for row in csv.DictReader((folder / "runs.csv").open()) if row["seed"] == str(seed)]
+    rows = [
+        row for row in csv.DictReader((folder / "runs.csv").read_text("utf-8").splitlines()) if row["seed"] == str(seed)
+    ]
     adapters = sorted(folder.glob(f"*-seed{seed}/adapter/adapter_model.safetensors"))
     return {
         "runs": [{k: v for k, v in row.items() if k != "seconds"} for row in rows],
@@ -88,7 +94,7 @@ def test_a_comparison_leaves_everything_it_promises(finished):
         assert lines[-2]["tokens"] < 1000 <= lines[-1]["tokens"] and "eval/accuracy" in lines[-1]
     assert "4 runs, 2 at a time; how long they take is known" in printed
     assert re.search(r"hapo-seed1: held-out accuracy 0\.\d+ -> 0\.\d+; \d+ s left", printed)
-    rows = list(csv.DictReader((folder / "runs.csv").open()))
+    rows = runs_of(folder)
     for row in rows:
         summary = json.loads((folder / f"{row['arm']}-seed{row['seed']}" / "summary.json").read_text())
         assert float(row["final"]) == summary["evaluation"]["after"]["eval/accuracy"]

@@ -56,6 +56,9 @@ def test_a_merge_at_the_wrong_scale_is_refused(run, capsys, monkeypatch, factor)
     assert not list((run / "export").iterdir())
 
 
+# Peft warns of just that, when the adapter is made or loaded and when it is merged.
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning:peft")
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True` and the tied_target_modules:UserWarning:peft")
 def test_an_adapter_on_a_tied_head_cannot_be_merged_unnoticed(run, capsys):
     """Merged into lm_head, it changes the embeddings too, which are the same tensor: another model than was trained."""
     model = get_peft_model(
