@@ -20,7 +20,7 @@ import pytest
 
 from hapo_lite.tasks.verify import LONGEST_ANSWER, Grade, GraderPool
 from tests.conftest import ROOT
-from tests.test_verify import box, children
+from tests.graders import box, children
 
 LINES = Path(__file__).with_name("hostile_answers.jsonl").read_text(encoding="utf-8").splitlines()
 ANSWERS = [json.loads(line) for line in LINES]
@@ -58,7 +58,10 @@ def test_hostile_answers_fool_nobody_and_hold_nobody_up(tmp_path, monkeypatch):
             for answer, (grade, seconds) in zip(quarter, found, strict=True)
         }
     assert {n: (g, a) for n, (a, g, _) in verdicts.items() if g.outcome not in a} == {}
-    assert {n: s for n, (_, _, s) in verdicts.items() if s > DEADLINE_S + SLACK_S} == {}
+    # A machine with other work may hold up any answer once: one that is late is given a second time, alone.
+    late = [answer for answer in ANSWERS if verdicts[answer["name"]][2] > DEADLINE_S + SLACK_S]
+    again = {answer["name"]: seconds for answer, (_, seconds) in zip(late, graded(late), strict=True)}
+    assert {name: seconds for name, seconds in again.items() if seconds > DEADLINE_S + SLACK_S} == {}
     assert all(g.answer is None or len(g.answer) <= LONGEST_ANSWER for _, g, _ in verdicts.values())
     assert children() <= before
     assert list(tmp_path.iterdir()) == []  # some of them try to leave a file

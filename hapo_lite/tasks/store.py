@@ -10,6 +10,7 @@ import json
 import operator
 import tempfile
 import threading
+import weakref
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +65,7 @@ class PromptStore(_Prompts):
     def __init__(self, origin: str = "") -> None:
         self.origin = origin
         self._file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (open as long as the store is)
+        weakref.finalize(self, self._file.close)
         self._ends = array("Q", [0])
         self._hash = hashlib.sha256()
         self._lock = threading.Lock()

@@ -22,9 +22,9 @@ from hapo_lite.tasks.data import load_prompts
 from hapo_lite.train import run
 from hapo_lite.verify_resume.verify import Aim, Findings, compare, left_by
 from hapo_lite.verify_resume.verify import run as run_or_kill
+from tests.commands import ENVIRONMENT, own_precision
 from tests.conftest import ROOT, TINY
-from tests.real.conftest import GAP, WAYS, base_digest, own_precision
-from tests.test_run import ENVIRONMENT
+from tests.real.conftest import GAP, WAYS, base_digest
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
