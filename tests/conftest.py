@@ -24,9 +24,10 @@ from hapo_lite.rollout.canary import perturbed_adapter
 from hapo_lite.rollout.engine import make_engine
 from hapo_lite.tasks.rewards import Scorer
 from hapo_lite.tasks.stream import PromptStream
+from hapo_lite.train.accelerator import make_accelerator
 from hapo_lite.train.collect import Collected, Collector
 from hapo_lite.train.loop import Loop
-from hapo_lite.train.prompts import encode_prompts
+from hapo_lite.train.prompts import encode_prompts, load_data
 from hapo_lite.train.scoring import Scored, advantages
 from tests.clock import Clock
 
