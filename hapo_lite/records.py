@@ -26,6 +26,7 @@ class Prompt:
     answer: str
 
     def chat(self) -> list[dict[str, str]]:
+        """The messages as a chat template takes them."""
         return [{"role": role, "content": content} for role, content in self.messages]
 
 
@@ -67,6 +68,7 @@ class Completion:
 
     @property
     def length(self) -> int:
+        """The number of tokens, stop token included."""
         return self.ids.shape[0]
 
 
@@ -85,6 +87,7 @@ class Sequences:
 
     @classmethod
     def of(cls, completions: Sequence[Completion], device: torch.device | str = "cpu") -> Sequences:
+        """The micro-batch of these completions with their prompts, on `device`."""
         rows = [torch.cat([torch.tensor(c.prompt.ids, dtype=torch.long), c.ids]) for c in completions]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([c.length for c in completions])
@@ -189,7 +192,7 @@ class Experience(Graded):
 
 @dataclass(frozen=True)
 class TokenOutcome:
-    """What one update did to one completion. The tensors are [T], on the CPU.
+    """The effect of one update on one completion. The tensors are [T], on the CPU.
 
     advantage: that of the completion within its group. old_logp, entropy: log-probability and entropy under the policy
     before the iteration's first update, at the base temperature, nats. h: the entropy signal. uncertain: bool, above

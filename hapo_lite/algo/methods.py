@@ -93,6 +93,7 @@ class Method:
 
     @property
     def advantage_level(self) -> Literal["token", "sequence"]:
+        """The `level` of `advantage.group_advantage`."""
         return "token" if self.token_level_advantage else "sequence"
 
     @property

@@ -105,7 +105,7 @@ def policy_loss(
 
 @dataclass(frozen=True)
 class Credit:
-    """What a method gives each token: its final advantage and the bounds on its ratio, [B, T] each."""
+    """The final advantage of each token, and the bounds on its ratio, [B, T] each."""
 
     advantage: Tensor
     lower: Tensor

@@ -107,7 +107,8 @@ def how_to_ask(source: Source) -> str:
 
 def facts(source: Source, record: dict[str, Any]) -> str:
     """A table of the run's facts, and what the comparison with the adapter found, if the model was merged."""
-    recipe, summary = source.recipe, source.summary
+    recipe = source.recipe
+    summary = source.summary
     rows = {
         "base": _base(source) + (", 4-bit (NF4) in training" if source.model.quantization == "nf4" else ""),
         "method": recipe.method.preset,
@@ -139,7 +140,8 @@ def before_and_after(source: Source) -> str:
     """The run's closing table and its verdict, both from summary.json."""
     if not source.summary:
         return "Not known: this is a checkpoint of a run, not the adapter that the run ended with."
-    evaluation, verdict = source.summary["evaluation"], source.summary["verdict"]
+    evaluation = source.summary["evaluation"]
+    verdict = source.summary["verdict"]
     # The last line of metrics has training's numbers too, which have no "before".
     ends = [
         {key: value for key, value in line.items() if key.startswith("eval/")}

@@ -25,7 +25,7 @@ TIE = 3.0
 
 @dataclass(frozen=True)
 class Reference:
-    """What the adapter on its base computes.
+    """The results of the adapter on its base, which other models are compared with.
 
     texts: the completions that are scored. logp: their log-probabilities, [all T], nats. answers: the greedy answers
     to the prompts.

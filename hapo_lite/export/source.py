@@ -48,6 +48,7 @@ class Source:
 
     @property
     def model(self) -> ModelSettings:
+        """The recipe's section on the model."""
         return self.recipe.model
 
     @property

@@ -134,7 +134,9 @@ def _two_passes(job: _Job) -> Iterator[Progress]:
 
 
 def _one_pass(job: _Job, signal: EntropySignal | None) -> Iterator[Progress]:
-    policy, settings = job.policy, job.settings
+    """One completion, token by token. signal: None for the base temperature."""
+    policy = job.policy
+    settings = job.settings
     adaptive = signal if settings.method.adaptive_temperature else None
     processor = AdaptiveTemperature(adaptive, settings.temperature, settings.method.tau)
     tokens: Tokens = {name: [] for name in NAMES}

@@ -73,7 +73,7 @@ Stamp = tuple[int, int]
 
 @dataclass(frozen=True)
 class FileTraces:
-    """What was read from a trace file. problems: a sentence for every line that could not be read."""
+    """The traces of a file. problems: a sentence for every line that could not be read."""
 
     stamp: Stamp
     traces: list[Trace]

@@ -192,7 +192,7 @@ def _entropy_span(tables: Sequence[TokenTable]) -> tuple[float, float]:
 def _cards(name: str, entries: Sequence[Entry], tables: Sequence[TokenTable], span: tuple[float, float]) -> str:
     """A list of cards. tables: those of the first entries, which are shown. The other entries are counted."""
     if not entries:
-        return markup.note("None here.")
+        return markup.note("There are no such completions.")
     items = []
     for entry, table in zip(entries, tables, strict=False):
         heading = f"iteration {entry.iteration} · {entry.stage} · {entry.prompt_id} · sample {entry.sample}"

@@ -10,12 +10,10 @@ import gradio as gr
 from hapo_lite.algo.methods import PRESETS
 from hapo_lite.errors import UserError
 from hapo_lite.inspect.generate import MOST_SECONDS, MOST_TOKENS, GenerationSettings
-from hapo_lite.inspect.tabs.state import NO_PROGRESS, AppState, latest_signal
+from hapo_lite.inspect.tabs.state import FIRST_PASS, FROM_RUN, NO_PROGRESS, AppState, latest_signal
 from hapo_lite.model.policy import Policy
 from hapo_lite.tiny.task import problems
 
-FIRST_PASS = "first pass"
-FROM_RUN = "run's latest"
 Values = dict[Any, Any]
 """The argument of an event whose inputs are a set: each component with its content."""
 

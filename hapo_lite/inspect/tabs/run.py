@@ -254,7 +254,7 @@ def fingerprint(run: Run) -> Fingerprint:
 
 
 def problems_html(run: Run, sentences: Sequence[str]) -> str:
-    """What the run does, and the first problems with its files. sentences: problems beside those of its recipe."""
+    """Notes on the run's activity and on the first problems of its files. sentences: all but the recipe's problems."""
     problems = [*run.recipe_problems, *sentences]
     notes = [markup.note(run.activity)] if run.activity else []
     notes += [markup.note(sentence, "error") for sentence in problems[:MOST_PROBLEMS]]

@@ -18,6 +18,9 @@ from hapo_lite.inspect.runs import Run, Stamp, open_run, run_names
 from hapo_lite.inspect.tokens import csv_text
 from hapo_lite.inspect.views import Shown
 
+FIRST_PASS = "first pass"
+FROM_RUN = "run's latest"
+"""FIRST_PASS and FROM_RUN are the choices for the signal of a generation."""
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
 """Options of an event that generates: all tabs of all browsers wait in one queue."""
 NO_PROGRESS: dict[str, Any] = {"show_progress": "hidden"}
@@ -154,4 +157,4 @@ def latest_signal(run: Run) -> EntropySignal:
         for trace in run.traces(iteration)[0]:
             if trace.signal is not None:
                 return trace.signal
-    raise UserError(f"{run.path} has no training trace with a signal: fit it on a first pass")
+    raise UserError(f"{run.path} has no training trace with a signal: set the signal to {FIRST_PASS}")
