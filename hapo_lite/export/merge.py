@@ -66,7 +66,7 @@ def merge(source: Source, folder: Path, dtype: str, say: Callable[[str], None]) 
 
 
 def _check_origin(source: Source, policy: Policy) -> None:
-    """Raise UserError if the base is not the one that the run recorded. An older run recorded none."""
+    """Raise UserError if the base is not the one that the run recorded. A run without a record passes."""
     trained_on = source.origins.get("model", policy.origin)
     if policy.origin != trained_on:
         raise UserError(
