@@ -20,7 +20,7 @@ from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.runs.files import inside
 from hapo_lite.runs.status import read_status
-from hapo_lite.runs.trace import Trace, read_traces
+from hapo_lite.runs.trace import Trace, salvage_traces
 
 FILES_HELD = 8
 """Trace files whose tokens stay in memory; of the others only a line per completion does."""
@@ -85,8 +85,7 @@ class Run:
         except (UserError, OSError) as error:
             return [], [str(error)]
         if iteration not in self._held or self._held[iteration][0] != stamp:
-            problems: list[str] = []
-            traces = read_traces(file, problems)
+            traces, problems = salvage_traces(file)
             self._held[iteration] = (stamp, traces, problems)
             while len(self._held) > FILES_HELD:
                 self._held.popitem(last=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 Parts = list[list[list[int]]]
-"""The micro-batches of each part of an iteration, such as an optimiser step. Members are places among its completions."""
+"""The micro-batches of each part of an iteration, such as an optimiser step; members are places in its completions."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from hapo_lite.train.traces import make_trace
 
 @dataclass(frozen=True)
 class HeldOut:
-    """graded: `samples` completions for each prompt. metrics: for metrics.jsonl. traces: records of a few completions."""
+    """graded: `samples` completions per prompt. metrics: for metrics.jsonl. traces: records of a few completions."""
 
     graded: Graded
     samples: int

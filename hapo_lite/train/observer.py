@@ -9,7 +9,7 @@ class Observer:
     """Receives the events of an iteration and ignores them. A run uses a subclass that saves and prints."""
 
     def before_update(self) -> None:
-        """The weights are about to change. Before this call the iteration can be abandoned; after it, it must finish."""
+        """The weights are about to change. The iteration can be abandoned before this call, but not after it."""
 
     def on_skip(self, step: SkippedStep) -> None:
         """An optimiser step is skipped because a number is not finite."""

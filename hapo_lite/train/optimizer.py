@@ -65,8 +65,8 @@ def take_step(
 ) -> StepResult:
     """Clip the gradients and step, unless the loss or the norm is nan or inf.
 
-    optimizer: as accelerate prepared it. With fp16's loss scaling, its step is called in any case: the scaler then skips
-    the step itself, and lowers its scale.
+    optimizer: as accelerate prepared it. With fp16's loss scaling, its step is always called: the scaler skips the step
+    itself, and lowers its scale.
     """
     if not math.isfinite(loss):
         for p in parameters:
