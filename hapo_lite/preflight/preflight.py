@@ -35,7 +35,7 @@ def preflight(recipe: Recipe, card: int | None, shape_only: bool, file: Path | N
     measured = None if shape_only else measure_loop(prepare(recipe), print)
     print(memory_table(stages, measured))
     if measured is not None and measured.fitted:
-        print("memory ran out; what fitted: " + " ".join(f"{k}={v}" for k, v in measured.fitted.items()))
+        print("memory ran out; settings that fitted: " + " ".join(f"{k}={v}" for k, v in measured.fitted.items()))
     if card is None:
         return None
     print(verdict(stages, measured, card))

@@ -1,4 +1,4 @@
-"""How completions are dealt to optimiser steps and micro-batches. Nothing has to divide anything.
+"""Deals completions to optimiser steps and micro-batches, whose sizes need not divide one another.
 
 The steps decide what is learned. The micro-batches decide how much memory it takes.
 """
@@ -16,7 +16,7 @@ Parts = list[list[list[int]]]
 
 @dataclass(frozen=True)
 class Plan:
-    """Which completions go where. members[u]: all completions of step u; updates[u]: its micro-batches.
+    """The division of an iteration's completions. members[u]: all completions of step u; updates[u]: its micro-batches.
 
     resting: micro-batches that are only scored, since completions without an advantage have no gradient.
     """

@@ -10,7 +10,7 @@ from typing import Any
 WINDOW = 3
 """Number of values at the beginning and at the end that are compared, since a single value is noisy."""
 SOLVED = 0.9
-"""Share of correct completions from which on lower entropy and shorter completions are no cause for concern."""
+"""With at least this share of correct completions, lower entropy and shorter completions cause no concern."""
 
 
 @dataclass
@@ -52,14 +52,14 @@ class CollapseWatch:
             WatchedMetric(
                 "entropy/all_mean",
                 0.2,
-                "entropy is collapsing, from {start:.2g} to {now:.2g} nats, and completions alike. "
+                "entropy is collapsing, from {start:.2g} to {now:.2g} nats: completions become alike. "
                 "Lower training.learning_rate, or raise method.eps_high",
             ),
             WatchedMetric(
                 "length/mean",
                 0.5,
                 "completions are getting short, from {start:.0f} to {now:.0f} tokens: the policy may be giving up on "
-                "reasoning. Look at traces/, lower training.learning_rate, or see what the reward pays for",
+                "reasoning. Look at traces/, lower training.learning_rate, or check the reward",
             ),
         )
 

@@ -27,10 +27,12 @@ class Interval:
 
     @property
     def above_zero(self) -> bool:
+        """Whether the whole interval is above 0."""
         return self.low > 0.0
 
     @property
     def below_zero(self) -> bool:
+        """Whether the whole interval is below 0."""
         return self.high < 0.0
 
 

@@ -18,15 +18,15 @@ from hapo_lite.train.intervals import Interval, bootstrap_interval, paired_inter
 Lines = Sequence[Mapping[str, Any]]
 
 CEILING = 0.95
-"""From this pass@n before training on, few problems are left that training could newly solve."""
+"""With at least this pass@n before training, few problems are left that training could newly solve."""
 CUT_OFF = 0.2
-"""From this share of completions cut off at the limit on, the limit distorts the results."""
+"""With at least this share of completions cut off at the limit, the limit distorts the results."""
 EQUAL = 0.7
-"""From this share of groups with equal rewards on, most samples teach nothing."""
+"""With at least this share of groups with equal rewards, most samples teach nothing."""
 UNPARSED = 0.5
-"""From this share of completions without an answer on, the format of the answers is a problem."""
+"""With at least this share of completions without an answer, the format of the answers is a problem."""
 UNGRADED = 0.05
-"""From this share of completions on whose grading failed, the grader is a problem."""
+"""With at least this share of completions that could not be graded, the grader is a problem."""
 COLLAPSED = 0.1
 """The entropy has collapsed below this multiple of the first iteration's entropy."""
 SCATTERED = 3.0
@@ -38,7 +38,7 @@ STILL = 1e-8
 SHORT_RUN = 10
 """A run of fewer iterations without a visible difference is too short for a verdict."""
 SOLVED = 0.9
-"""From this share of correct completions on, the problems are solved."""
+"""With at least this share of correct completions, the problems are solved."""
 
 
 @dataclass(frozen=True)

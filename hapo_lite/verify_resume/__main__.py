@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     findings = verify(start, folder, arguments.kills, arguments.seed)
     if findings.complaints:
         raise UserError(
-            f"{len(findings.complaints)} things are not as they should be, the first: {findings.complaints[0]}; all "
+            f"{len(findings.complaints)} problems were found, the first: {findings.complaints[0]}; all "
             f"the runs are in {folder}"
         )
     shutil.rmtree(folder)
