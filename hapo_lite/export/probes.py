@@ -17,7 +17,7 @@ from hapo_lite.errors import UserError
 from hapo_lite.export.source import Source
 from hapo_lite.model.policy import Policy
 from hapo_lite.records import Sequences, pad
-from hapo_lite.runs.trace import read_traces
+from hapo_lite.runs.trace import salvage_traces
 from hapo_lite.tasks.data import load_prompts
 
 TEXTS = 32
@@ -54,7 +54,7 @@ def gather_probes(source: Source, policy: Policy, say: Callable[[str], None]) ->
     texts: list[Text] = []
     vocabulary = policy.base.get_output_embeddings().weight.shape[0]
     for file in sorted(source.folder.traces.glob("[0-9]*.jsonl"), reverse=True):
-        for trace in read_traces(file, problems=[]):
+        for trace in salvage_traces(file).traces:
             prompt = policy.encode([{"role": role, "content": content} for role, content in trace.messages])
             ids = trace.tokens["id"][: min(TEXT_TOKENS, policy.context - len(prompt))]
             if ids and max(ids) < vocabulary:

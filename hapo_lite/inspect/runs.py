@@ -20,7 +20,7 @@ from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.runs.files import inside
 from hapo_lite.runs.status import read_status
-from hapo_lite.runs.trace import Trace, read_traces
+from hapo_lite.runs.trace import Trace, salvage_traces
 
 FILES_HELD = 8
 """Trace files whose tokens stay in memory. For the other files, only an Entry per completion stays."""
@@ -119,8 +119,7 @@ class Run:
             return [], [str(error)]
         held = self._traces.get(iteration)
         if held is None or held.stamp != stamp:
-            problems: list[str] = []
-            traces = read_traces(file, problems)
+            traces, problems = salvage_traces(file)
             held = self._traces[iteration] = FileTraces(stamp, traces, problems)
             while len(self._traces) > FILES_HELD:
                 self._traces.popitem(last=False)
