@@ -1,4 +1,4 @@
-"""Kinds of answers that a grader gets wrong (benchmarks/grading_kinds.py), and the answer that counts in a text."""
+"""Kinds of answers that a grader gets wrong (benchmarks/grading_pairs.py), and the answer that counts in a text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import grading
-from benchmarks.grading_kinds import RIGHT, WRONG, matrix
+from benchmarks.grading_pairs import RIGHT, WRONG, matrix
 from hapo_lite.tasks.answers import find
 from hapo_lite.tasks.grader import _Worker
 from hapo_lite.tasks.verify import GraderPool, marked_answer

@@ -20,7 +20,7 @@ from hapo_lite.records import Completion, Score
 
 @dataclass(frozen=True)
 class Sample:
-    """One graded completion. prompt: the prompt's id; length: tokens with the stop token; outcome, answer: as in Grade."""
+    """One graded completion. prompt: the prompt's id; length: tokens, with the stop's; outcome, answer: as in Grade."""
 
     prompt: str
     sample: int

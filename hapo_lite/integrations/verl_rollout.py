@@ -28,7 +28,7 @@ class HapoTemperature(AdapterLogitsProcessor):
         return None if row is None else temperature_of(row)
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Scale the logits in place. logits: [n, V], at the base temperature. All requests share an iteration's signal."""
+        """Scale the logits in place. logits: [n, V], at the base temperature. All requests have the same signal."""
         if self.req_info:
             rows = torch.tensor(list(self.req_info), device=logits.device)
             temperature = next(iter(self.req_info.values())).func

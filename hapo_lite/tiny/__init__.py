@@ -1,0 +1,1 @@
+"""The built-in task and the bundled model that has learned it."""
