@@ -22,6 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
 WORDS = ("find", "the", "value", "of", "x", "such", "that", "integers", "prime", "factors", "equal", "root")
 
 

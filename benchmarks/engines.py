@@ -3,8 +3,8 @@
     python benchmarks/engines.py [--repeats 3] [--engines generate,transformers,paged] [section.key=value ...]
 
 `generate` is the loop of transformers, where every completion reads its own prompt and stays in the batch until the
-last has ended. The engines take turns, so that a disturbance of the machine affects all. The numbers are medians; a ratio
-is to the first engine in the same turn. The same random numbers give the same completions, and so the same work.
+last has ended. The engines take turns, so that a disturbance of the machine affects all. The numbers are medians; a
+ratio is to the first engine in the same turn. The same random numbers give the same completions, and so the same work.
 """
 
 from __future__ import annotations
