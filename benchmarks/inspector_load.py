@@ -37,7 +37,7 @@ STARTING_S = 120.0
 
 @dataclass(frozen=True)
 class Question:
-    """What a client asks for."""
+    """A request for one generation."""
 
     problem: str
     tokens: int

@@ -58,7 +58,8 @@ def parse(text: str) -> Shape:
     text = _OUTWARD.sub(_turned_inward, _unwrapped(text.strip()))
     if is_compound(text):
         return Shape("value", text)
-    if (modulus := _MODULUS.match(text)) is not None and r"\pmod" not in modulus[1]:
+    modulus = _MODULUS.match(text)
+    if modulus is not None and r"\pmod" not in modulus[1]:
         residues = re.split(r"\\equiv(?![a-zA-Z])", modulus[1])[-1]
         return Shape("residue", text, (parse(residues), Shape("value", modulus[2].strip("{}"))))
     items = [expanded for item in _items(text) for expanded in _signed(item)]
@@ -109,7 +110,7 @@ def _tokens(text: str) -> list[_Token]:
 
 
 def _end_of_group(text: str) -> int:
-    """Where the bracket that a text begins with is closed, or 0."""
+    """The position behind the bracket that closes the first one of a text; 0 where none does."""
     for token, start, depth in _tokens(text)[1:]:
         if depth == 0:
             return start + len(token) if token in _CLOSING else 0

@@ -1,4 +1,4 @@
-"""Where rows come from: a local file, a hub data set or the built-in task, read a piece at a time.
+"""The sources of rows, read a piece at a time: a local file, a hub data set or the built-in task.
 
 Local files are read with pyarrow and the standard library. Both keep no cache, while the cache of datasets can go
 stale: it identifies a file by its path and time alone. Only a .json file with one list has to be read whole.

@@ -118,7 +118,7 @@ def _balanced(text: str) -> bool:
 
 
 def _first_word(text: str) -> int | None:
-    """Where the words behind a value begin: at text in braces, a unit's sign, or a word that is not a product."""
+    """The position of the first word behind a value: text in braces, a unit's sign, or a word that is not a product."""
     for match in _TAIL.finditer(text):
         word = match.group().strip()
         if not word.isalpha():
