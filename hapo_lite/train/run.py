@@ -176,8 +176,9 @@ class Run:
         if stuck:
             raise UserError(
                 f"stopped after iteration {number}, which is saved: {state.skipped_in_a_row} updates, or iterations "
-                "before their first one, were skipped in a row "
-                f"(training.max_skipped = {recipe.training.max_skipped}); python -m hapo_lite.replay FILE, with the newest file of {self.folder.replay}, shows where it begins"
+                "before their first one, were skipped in a row (training.max_skipped = "
+                f"{recipe.training.max_skipped}); python -m hapo_lite.replay FILE, with the newest file of "
+                f"{self.folder.replay}, shows where it begins"
             )
         return state
 
