@@ -1,12 +1,16 @@
 """What a decoding step costs in the default engine: operators, bytes over the least possible, waits.
 
-    python benchmarks/decode_cost.py                   # a small model with Qwen's proportions, run
-    python benchmarks/decode_cost.py --dtype fp32
+    python benchmarks/decode_cost.py                   # a small model with Qwen's proportions, run; 1.5B, 7B, 8B by shape
+    python benchmarks/decode_cost.py --by-name         # also the calls and bytes of each operator, at 1.5B
 
 Nothing is timed. A step reaches from one call of the model to the next, and the counts are means over the steps between
 two looks at what has ended. Operators are the calls of torch's dispatcher that compute or copy; views count nothing.
 Bytes are what those operators read and write, an operator's own traffic inside caches and registers left out. A wait is
 a place where the host needs a number that the device has: a look at a value, an index of booleans, a copy to the host.
+
+The large models are tensors without data in bf16, with an adapter of rank 32, at 128 rows of 1,024 tokens. They compute
+as on a GPU, where a product of 16-bit factors has an fp32 result. "grows" is the cache that transformers makes, with
+peft's adapter and repeated keys: the way of models that the fixed cache does not cover.
 
 The least possible: every weight once, the cache of the rows' tokens once, and the logits written once and read twice
 (their sum must be known before a token can be drawn).
@@ -32,21 +36,38 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from transformers import (  # noqa: E402
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoTokenizer,
+    DynamicCache,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
+from hapo_lite.algo.signal import EntropySignal  # noqa: E402
+from hapo_lite.head.product import Product  # noqa: E402
 from hapo_lite.model.origins import TINY_MODEL  # noqa: E402
-from hapo_lite.model.policy import Policy  # noqa: E402
+from hapo_lite.model.policy import Policy, trainers_head  # noqa: E402
+from hapo_lite.recipe import LoraSettings, ModelSettings  # noqa: E402
 from hapo_lite.records import EncodedPrompt, Prompt, Request  # noqa: E402
+from hapo_lite.rollout.cache import FixedCache  # noqa: E402
+from hapo_lite.rollout.decoding import Decoder, Writing  # noqa: E402
 from hapo_lite.rollout.draws import DrawKey, Stage  # noqa: E402
+from hapo_lite.rollout.forward import FixedForward, Forward, GrowingForward, read_prompts  # noqa: E402
+from hapo_lite.rollout.lora import two_products  # noqa: E402
 from hapo_lite.rollout.sampling import AdaptiveTemperature  # noqa: E402
 from hapo_lite.rollout.transformers_engine import TransformersEngine  # noqa: E402
+from hapo_lite.train.memory.shapes import build, computing_in  # noqa: E402
 
 FREE = {"_unsafe_view", "_reshape_alias", "empty", "empty_like", "new_empty", "empty_strided", "lift_fresh", "set_"}
 """Operators beside views that move no bytes."""
 INTO = {"index_copy_", "index_put_", "_index_put_impl_", "index_fill_", "scatter_", "slice_scatter", "index_add_"}
 """They touch only the named part of their first argument: the bytes of their other arguments, read and written."""
-FROM = {"index", "index_select", "gather", "embedding", "_unsafe_index", "take_along_dim"}
-"""They read only what they return from their first floating argument."""
+FROM = {"index", "index_select", "gather", "embedding", "searchsorted"}
+"""They read about as much of their first floating argument as they return."""
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2"}
 LOOKS = {"tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "item"}
 """Methods that on a CPU read a tensor without the dispatcher."""
@@ -85,7 +106,7 @@ class Traffic(TorchDispatchMode):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if name in WAITS or (name.startswith(("index", "_index")) and any(t.dtype == torch.bool for t in given[1:])):
             self.waits += 1
-        if not (name in FREE or name in WAITS or _is_view(func)):
+        if not (name in FREE or name in WAITS or func.namespace == "prim" or _is_view(func)):
             moved = _moved(func, name, args, given, [t for t in tree_leaves(out) if isinstance(t, Tensor)])
             self.operators += 1
             self.bytes += moved
@@ -159,6 +180,14 @@ class Shape:
         )
 
 
+LARGE = {
+    "1.5B": Shape(layers=28, hidden=1536, heads=12, key_heads=2, inner=8960, vocabulary=151_936),
+    "7B": Shape(layers=28, hidden=3584, heads=28, key_heads=4, inner=18_944, vocabulary=152_064),
+    "8B": Shape(layers=32, hidden=4096, heads=32, key_heads=8, inner=14_336, vocabulary=128_256),
+}
+"""Qwen2.5 of 1.5B and 7B, and Llama 3.1 of 8B."""
+ROWS, PROMPT, TOKENS, RANK = 128, 256, 1024, 32
+"""For the large shapes: rows, tokens of a prompt, tokens of a row at the step that is counted; the adapter's rank."""
 SMALL = Shape(layers=4, hidden=192, heads=12, key_heads=2, inner=1120, vocabulary=18_992)
 """Qwen2.5-1.5B over eight, with 4 layers in place of 28."""
 
@@ -200,10 +229,68 @@ def run_cost(policy: Policy, rows: int = 16, prompt: int = 48, first: int = 9, s
     traffic = Traffic()
     with traffic, marked(policy, traffic) as marks:
         engine.sample(requests_of(rows, prompt), AdaptiveTemperature(None), DrawKey(0, Stage.BENCHMARK, 0))
-    operators, moved, waits = (
-        (b - a) / steps for a, b in zip(marks[first], marks[first + steps], strict=True)
-    )
+    operators, moved, waits = ((b - a) / steps for a, b in zip(marks[first], marks[first + steps], strict=True))
     return Cost(operators, moved, waits)
+
+
+@contextlib.contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """A context within which the head's product is stored in fp32, as CUDA does it, and not by tiles in 16 bits."""
+    before = Product.of
+    Product.of = classmethod(lambda cls, weight, result, device: before(weight, result, "cuda"))
+    try:
+        yield
+    finally:
+        Product.of = before
+
+
+def shape_cost(shape: Shape, grows: bool = False, traffic: Traffic | None = None) -> Cost:
+    """The cost of one step by shapes alone. grows: with the cache of transformers and the adapter of peft."""
+    traffic, mode = traffic or Traffic(), FakeTensorMode()
+    settings = ModelSettings(name="", quantization="none", lora=LoraSettings(rank=RANK, alpha=2 * RANK))
+    model = build(settings, shape.config(), torch.bfloat16, mode).eval()
+    base = model.get_base_model()
+    adapter = contextlib.nullcontext() if grows else two_products(model, torch.bfloat16)
+    with mode, torch.no_grad(), computing_in(torch.bfloat16, "cuda"), trainers_head(base), as_on_a_gpu(), adapter:
+        rows = torch.zeros(ROWS, dtype=torch.long)
+        mask = torch.ones(1, PROMPT, dtype=torch.long)
+        cache = DynamicCache(config=base.config)
+        read_prompts(model, mask, mask, cache)
+        forward: Forward
+        if grows:
+            base.set_attn_implementation(REPEATED)
+            forward = GrowingForward(base, cache, rows, mask)
+            forward.attention_mask = mask.new_ones(ROWS, TOKENS - 1)
+            for layer in cache.layers:
+                kept = (*layer.keys.shape[:2], TOKENS - 1, layer.keys.shape[3])
+                layer.keys, layer.values = layer.keys.new_empty(kept), layer.keys.new_empty(kept)
+        else:
+            fixed = FixedCache(cache, rows, mask, TOKENS)
+            fixed.width = TOKENS - 1
+            forward = FixedForward(base, fixed)
+        draws = torch.empty(TOKENS, ROWS, dtype=torch.float64)
+        signal = EntropySignal(pivot=0.0, sigma=1.0, high=1.0, low=1.0)
+        decoder = Decoder(Writing(AdaptiveTemperature(signal), draws, rows[:1]), rows[:, None])
+        with forward.reading():
+            decoder.step(forward)  # what is made at the first call is made
+            forward.prepare(ROWS) if grows else None
+            with traffic:
+                decoder.choose(ROWS, forward.logits(decoder.rows.tokens, decoder.rows.position))
+    return Cost(traffic.operators, traffic.bytes, traffic.waits)
+
+
+def _repeated(module, query, key, value, attention_mask, **options):
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def _mask(batch_size: int, q_length: int, kv_length: int, **options) -> Tensor:
+    return torch.empty(batch_size, 1, int(q_length), int(kv_length), dtype=torch.bool)
+
+
+REPEATED = "decode_cost_repeated"
+"""The attention of transformers, with a mask that is made without a look at its values."""
+AttentionInterface.register(REPEATED, _repeated)
+AttentionMaskInterface.register(REPEATED, _mask)
 
 
 def least_bytes(shape: Shape, rows: int, length: int, itemsize: int, rank: int) -> int:
@@ -226,10 +313,20 @@ def main() -> None:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype]
     cost = run_cost(small_policy(dtype), arguments.rows)
     least = least_bytes(SMALL, arguments.rows, 48 + 9 + 8, dtype.itemsize, 8)
-    print(
-        f"small, run in {arguments.dtype}, {arguments.rows} rows: {cost.operators:,.0f} operators, "
-        f"{cost.bytes / 2**20:,.1f} MiB ({cost.bytes / least:.2f} of the least), {cost.waits:.2f} waits a step"
-    )
+    print(f"{'':16}{'operators':>10}{'GB':>10}{'/ least':>9}{'waits':>7}")
+    line(f"small, {arguments.dtype}", cost, least)
+    for name, shape in LARGE.items():
+        least = least_bytes(shape, ROWS, TOKENS, 2, RANK)
+        for way in ("grows", "fixed"):
+            traffic = Traffic()
+            line(f"{name}, {way}", shape_cost(shape, way == "grows", traffic), least)
+            if arguments.by_name:
+                for operator, moved in traffic.by_name.most_common(12):
+                    print(f"    {operator:44}{traffic.calls[operator]:6} {moved / 1e9:8.3f} GB")
+
+
+def line(name: str, cost: Cost, least: int) -> None:
+    print(f"{name:16}{cost.operators:10,.0f}{cost.bytes / 1e9:10.3f}{cost.bytes / least:9.2f}{cost.waits:7.2f}")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,14 @@ from hapo_lite.model.load import resolve_dtype
 from hapo_lite.model.policy import trainers_head
 from hapo_lite.model.unpacked import UnpackedBase
 from hapo_lite.recipe import Recipe
+from hapo_lite.rollout.attention import covers
+from hapo_lite.rollout.cache import FixedCache
+from hapo_lite.rollout.forward import FixedForward, GrowingForward, read_prompts
+from hapo_lite.rollout.lora import two_products
 from hapo_lite.rollout.sampling import AdaptiveTemperature, draw
 from hapo_lite.rollout.transcript import Transcript
 from hapo_lite.train.memory.live import LiveBytes, tensors_of, total_bytes
-from hapo_lite.train.memory.shapes import build, computing_in, load_config
+from hapo_lite.train.memory.shapes import FUSED, build, computing_in, load_config
 
 PARTS = (
     "base weights",
@@ -138,29 +142,45 @@ class Predictor:
     def rollout(self, recipe: Recipe, sizes: Sizes) -> Stage:
         """Reading the prompts, or the last step of all rows at their longest: whichever takes more."""
         settings = recipe.rollout
+        base = self.model.get_base_model()
         cache = DynamicCache(config=self.config.get_text_config())
         self.model.eval()
         with (
             self.mode,
             torch.no_grad(),
             computing_in(self.dtype, self.device),
-            trainers_head(self.model.get_base_model()),
+            trainers_head(base),
             LiveBytes(tensors_of(self.model)) as live,
+            two_products(self.model, self.dtype),
         ):
             transcript = Transcript(sizes.completion, sizes.rows, torch.device("cpu"))
-            self._decode(torch.empty(sizes.prompts, sizes.prompt, dtype=torch.long), sizes.prompt, cache)
-            cache.batch_select_indices(torch.zeros(sizes.rows, dtype=torch.long))
-            for layer in cache.layers:
-                shape = (sizes.rows, layer.keys.shape[1], sizes.prompt + sizes.completion - 2, layer.keys.shape[3])
-                layer.keys, layer.values = (layer.keys.new_empty(shape) for _ in range(2))
-            logits = self._decode(
-                torch.empty(sizes.rows, 1, dtype=torch.long), sizes.prompt + sizes.completion - 1, cache
-            )
-            kept = sum(layer.keys.untyped_storage().nbytes() * 2 for layer in cache.layers)
+            mask = torch.ones(sizes.prompts, sizes.prompt, dtype=torch.long)
+            read_prompts(self.model, torch.empty_like(mask), mask, cache)
+            forward = self._last_step(cache, mask, sizes)
+            with forward.reading():
+                forward.prepare(sizes.rows)
+                some = torch.zeros(sizes.rows, dtype=torch.long)
+                logits = forward.logits(some, some[:, None])
+            kept = total_bytes(t for layer in forward.cache.layers for t in (layer.keys, layer.values))
             processor = AdaptiveTemperature(None, settings.temperature, 0.0, settings.top_p, settings.top_k)
-            transcript.write(0, torch.arange(sizes.rows), draw(processor, logits, torch.empty(sizes.rows)))
+            transcript.write(some[:1], torch.arange(sizes.rows), draw(processor, logits, torch.empty(sizes.rows)))
         self.model.train()
         return Stage("rollout", self.resident | {"KV cache": kept, "at work": live.peak - kept})
+
+    def _last_step(self, cache: DynamicCache, mask: Tensor, sizes: Sizes) -> FixedForward | GrowingForward:
+        """The model before the last step of the longest rows. cache, mask: of the prompts."""
+        base = self.model.get_base_model()
+        rows, tokens = torch.zeros(sizes.rows, dtype=torch.long), sizes.prompt + sizes.completion - 1
+        if self.recipe.model.attention == "sdpa" and covers(base, cache, FUSED):
+            fixed = FixedCache(cache, rows, mask, tokens)
+            fixed.width = tokens - 1
+            return FixedForward(base, fixed)
+        growing = GrowingForward(base, cache, rows, mask)
+        growing.attention_mask = mask.new_ones(sizes.rows, tokens - 1)
+        for layer in cache.layers:
+            shape = (sizes.rows, layer.keys.shape[1], tokens - 1, layer.keys.shape[3])
+            layer.keys, layer.values = (layer.keys.new_empty(shape) for _ in range(2))
+        return growing
 
     def score(self, sizes: Sizes) -> Stage:
         """The forward pass of one micro-batch."""
@@ -188,18 +208,6 @@ class Predictor:
             return Stage("update", parts | {"at work": step})
         working = {"activations kept": kept, "head tiles": tiles, "at work": live.peak - kept - tiles}
         return Stage("update", parts | working)
-
-    def _decode(self, ids: Tensor, length: int, cache: DynamicCache) -> Tensor:
-        """Next-token logits [B, V], as the transformers engine asks for them."""
-        out = self.model(
-            input_ids=ids,
-            attention_mask=torch.ones(ids.shape[0], length, dtype=torch.long),
-            position_ids=torch.zeros(ids.shape, dtype=torch.long),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1]
 
     def _logprobs(self, sizes: Sizes, live: LiveBytes) -> tuple[Tensor, int]:
         """Log-probabilities [N], and the bytes of the head's tiles if they are alive at the peak so far, else 0."""
