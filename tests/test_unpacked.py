@@ -149,7 +149,7 @@ def test_on_a_gpu_the_prediction_decides(monkeypatch, spare, made):
     predictor = Predictor(recipe, "cuda")
     room = predictor.stages()[0].total + int(spare * predictor.unpacked)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=room))
-    monkeypatch.setattr("hapo_lite.preflight.advise.usable", lambda card: card)
+    monkeypatch.setattr("hapo_lite.train.memory.room.usable", lambda card: card)
     assert unpacks(recipe, torch.device("cuda")) is made
 
 

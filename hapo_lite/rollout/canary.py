@@ -187,7 +187,7 @@ def measure(policy: Policy, completions: Sequence[Completion], trainer: Tensor, 
 
 @torch.no_grad()
 def trainer_logp(policy: Policy, completions: Sequence[Completion], temperature: float) -> Tensor:
-    """Log-probabilities as training computes them, one completion after the other: [N], on the CPU."""
+    """Log-probabilities as training computes them, concatenated over the completions: [N], on the CPU."""
     batch = Sequences.of(completions, policy.device)
     return policy.completion_logprobs(batch, temperature)[0][batch.mask].cpu()
 
