@@ -1,10 +1,10 @@
 """What a decoding step costs in the default engine: operators, bytes over the least possible, waits.
 
-    python benchmarks/decode_cost.py                   # a small model with Qwen's proportions, run; 1.5B, 7B, 8B by shape
-    python benchmarks/decode_cost.py --by-name         # also the calls and bytes of each operator, at 1.5B
+    python benchmarks/decode_cost.py                   # a small model with Qwen's proportions; 1.5B, 7B, 8B by shape
+    python benchmarks/decode_cost.py --by-name         # also the bytes and calls of the largest operators
 
-Nothing is timed. A step reaches from one call of the model to the next, and the counts are means over the steps between
-two looks at what has ended. Operators are the calls of torch's dispatcher that compute or copy; views count nothing.
+Nothing is timed. The small model is run, as on a device that the host waits for. A step reaches from one call of the
+model to the next, and the counts are means over 16 steps in which no row ends. Operators are the calls of torch's dispatcher that compute or copy; views count nothing.
 Bytes are what those operators read and write, an operator's own traffic inside caches and registers left out. A wait is
 a place where the host needs a number that the device has: a look at a value, an index of booleans, a copy to the host.
 
@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -53,8 +54,9 @@ from hapo_lite.model.origins import TINY_MODEL  # noqa: E402
 from hapo_lite.model.policy import Policy, trainers_head  # noqa: E402
 from hapo_lite.recipe import LoraSettings, ModelSettings  # noqa: E402
 from hapo_lite.records import EncodedPrompt, Prompt, Request  # noqa: E402
+from hapo_lite.rollout import decoding  # noqa: E402
 from hapo_lite.rollout.cache import FixedCache  # noqa: E402
-from hapo_lite.rollout.decoding import Decoder, Writing  # noqa: E402
+from hapo_lite.rollout.decoding import LOOK_EVERY, Decoder, Writing  # noqa: E402
 from hapo_lite.rollout.draws import DrawKey, Stage  # noqa: E402
 from hapo_lite.rollout.forward import FixedForward, Forward, GrowingForward, read_prompts  # noqa: E402
 from hapo_lite.rollout.lora import two_products  # noqa: E402
@@ -227,21 +229,15 @@ def run_cost(policy: Policy, rows: int = 16, prompt: int = 48, first: int = 9, s
     """The mean cost of `steps` steps of the engine from step `first` on, of rows that all go on."""
     engine = TransformersEngine(policy, rows, first + steps + 1)
     traffic = Traffic()
-    with traffic, marked(policy, traffic) as marks:
+    with mock.patch.object(decoding, "looks_of", lambda device: LOOK_EVERY), traffic, marked(policy, traffic) as marks:
         engine.sample(requests_of(rows, prompt), AdaptiveTemperature(None), DrawKey(0, Stage.BENCHMARK, 0))
     operators, moved, waits = ((b - a) / steps for a, b in zip(marks[first], marks[first + steps], strict=True))
     return Cost(operators, moved, waits)
 
 
-@contextlib.contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """A context within which the head's product is stored in fp32, as CUDA does it, and not by tiles in 16 bits."""
-    before = Product.of
-    Product.of = classmethod(lambda cls, weight, result, device: before(weight, result, "cuda"))
-    try:
-        yield
-    finally:
-        Product.of = before
+def product_of_a_gpu(weight: torch.dtype, result: torch.dtype, device: str) -> Product:
+    """`Product.of` as on CUDA: the product is stored in fp32, and not by tiles in 16 bits."""
+    return Product(weight, result, rounds=False)
 
 
 def shape_cost(shape: Shape, grows: bool = False, traffic: Traffic | None = None) -> Cost:
@@ -251,7 +247,8 @@ def shape_cost(shape: Shape, grows: bool = False, traffic: Traffic | None = None
     model = build(settings, shape.config(), torch.bfloat16, mode).eval()
     base = model.get_base_model()
     adapter = contextlib.nullcontext() if grows else two_products(model, torch.bfloat16)
-    with mode, torch.no_grad(), computing_in(torch.bfloat16, "cuda"), trainers_head(base), as_on_a_gpu(), adapter:
+    head = mock.patch.object(Product, "of", product_of_a_gpu)
+    with mode, torch.no_grad(), computing_in(torch.bfloat16, "cuda"), trainers_head(base), head, adapter:
         rows = torch.zeros(ROWS, dtype=torch.long)
         mask = torch.ones(1, PROMPT, dtype=torch.long)
         cache = DynamicCache(config=base.config)
@@ -273,7 +270,7 @@ def shape_cost(shape: Shape, grows: bool = False, traffic: Traffic | None = None
         decoder = Decoder(Writing(AdaptiveTemperature(signal), draws, rows[:1]), rows[:, None])
         with forward.reading():
             decoder.step(forward)  # what is made at the first call is made
-            forward.prepare(ROWS) if grows else None
+            forward.prepare(ROWS)
             with traffic:
                 decoder.choose(ROWS, forward.logits(decoder.rows.tokens, decoder.rows.position))
     return Cost(traffic.operators, traffic.bytes, traffic.waits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,11 +24,13 @@ from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.model.policy import Policy
 from hapo_lite.records import EncodedPrompt, Prompt, Request
-from hapo_lite.rollout import decoding
+from hapo_lite.rollout import decoding, transformers_engine
 from hapo_lite.rollout.cache import SLOTS, in_ring
 from hapo_lite.rollout.decoding import bucket
 from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.generate_engine import GenerateEngine
+from hapo_lite.rollout.graphs import recorder_for
+from hapo_lite.rollout.inversion import BLOCK, LARGE, draw_token, inverse_cdf
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transformers_engine import TransformersEngine
 
@@ -177,3 +180,69 @@ def test_columns_in_a_ring_by_hand():
     assert in_ring(range(6, 13), 8) == [(range(6, 8), slice(6, 8)), (range(8, 13), slice(0, 5))]
     assert in_ring(range(8, 16), 8) == [(range(8, 16), slice(0, 8))]
     assert SLOTS % 8 == 0
+
+
+class Tracer:
+    """Records steps on a CPU as a CUDA graph would: the operators on the tensors they had, and nothing of Python."""
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def __call__(self, step):
+        def traced():
+            step()
+            return ()
+
+        # Tracing runs the step, which a CUDA graph does not.
+        graph = make_fx(traced)()
+        self.recorded += 1
+        ran = iter([True])
+
+        def replay():
+            if not next(ran, False):
+                graph()
+                self.replayed += 1
+
+        return replay
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "Gemma3", "Mistral, a window"])
+@pytest.mark.parametrize("looks", [1, 8])
+def test_recorded_steps_write_the_same(name, looks, requests, monkeypatch):
+    policy, tracer = policy_of(name), Tracer()
+    plain = written(TransformersEngine(policy, 16, 40), requests)
+    monkeypatch.setattr(decoding, "looks_of", lambda device: looks)
+    monkeypatch.setattr(transformers_engine, "recorder_for", lambda setting, device: tracer)
+    alike(written(TransformersEngine(policy, 16, 40), requests), plain)
+    assert tracer.recorded > 1 and tracer.replayed > 1
+
+
+def test_no_graph_is_recorded_before_it_has_been_measured():
+    for setting in ("auto", "off"):
+        assert (
+            recorder_for(setting, torch.device("cpu")) is None and recorder_for(setting, torch.device("cuda")) is None
+        )
+
+
+def test_the_old_path_records_nothing(requests, monkeypatch):
+    name, tracer = "Qwen3-Next, linear attention in some layers", Tracer()
+    monkeypatch.setattr(transformers_engine, "recorder_for", lambda setting, device: tracer)
+    written(TransformersEngine(policy_of(name), 16, 8), requests)
+    assert tracer.recorded == 0
+
+
+@pytest.mark.parametrize("vocabulary", [LARGE + BLOCK, LARGE + 5, 50_257])
+def test_blocks_draw_what_fp64_draws(vocabulary):
+    generator = torch.Generator().manual_seed(vocabulary)
+    for spread in (0.5, 1.0, 3.0, 6.0):
+        scores = torch.randn(256, vocabulary, generator=generator) * spread
+        scores[::3] = scores[::3].masked_fill(scores[::3] < scores[::3].amax(1, keepdim=True) - 3.0, float("-inf"))
+        uniform = torch.rand(256, dtype=torch.float64, generator=generator)
+        exact = torch.softmax(scores, dim=-1, dtype=torch.float64)
+        cumulative = exact.cumsum(dim=-1)
+        wanted = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True).squeeze(1)
+        ids, logp = draw_token(scores, uniform)
+        assert torch.equal(ids, wanted.clamp(max=vocabulary - 1)) and torch.equal(ids, inverse_cdf(scores, uniform))
+        assert torch.allclose(logp.double(), exact.gather(1, ids[:, None]).squeeze(1).log(), atol=2e-6)
+        for edge in (0.0, 1.0 - 2.0**-53):
+            assert (exact.gather(1, inverse_cdf(scores, torch.full_like(uniform, edge))[:, None]) > 0.0).all()

@@ -138,6 +138,7 @@ class FixedCache(Cache):
         """
         self.width = attention_mask.shape[1]
         self.device = rows.device
+        self._shown = (0, 0)
         visible, slots = attention_mask[rows].bool(), whole_slots(tokens)
         self._rings: dict[int, Ring] = {}
         layers = []
@@ -163,10 +164,12 @@ class FixedCache(Cache):
     def show(self, rows: int, tokens: int) -> int:
         """Let attention see the first rows, and slots for so many tokens: the number of slots."""
         slots = whole_slots(tokens)
-        for ring in self._rings.values():
-            ring.show(rows, slots)
-        for layer in self.layers:
-            layer.show(rows, min(slots, layer.ring.size))
+        if self._shown != (rows, slots):
+            self._shown = (rows, slots)
+            for ring in self._rings.values():
+                ring.show(rows, slots)
+            for layer in self.layers:
+                layer.show(rows, min(slots, layer.ring.size))
         return slots
 
     def reveal(self) -> None:

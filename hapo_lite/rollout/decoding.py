@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hapo_lite.rollout.forward import Forward
+from hapo_lite.rollout.graphs import Graphs, Recorder
 from hapo_lite.rollout.sampling import AdaptiveTemperature, draw
 from hapo_lite.rollout.transcript import Transcript
 
@@ -39,13 +41,14 @@ class Writing:
     """What the rows are written with.
 
     processor: of the logits; draws: [S, B], the random numbers; stop_ids: every token that ends a completion; wrote:
-    called after each look with the number of rows that go on and the steps since the last look.
+    called after each look with the number of rows that go on and the steps since the last look; record: see `Graphs`.
     """
 
     processor: AdaptiveTemperature
     draws: Tensor
     stop_ids: Tensor
     wrote: Callable[[int, int], None] = lambda running, steps: None
+    record: Recorder | None = None
 
 
 class Rows:
@@ -92,6 +95,7 @@ class Decoder:
     def __init__(self, writing: Writing, position: Tensor) -> None:
         """position: [B, 1], of the last token of each row's prompt."""
         self.writing, self.rows = writing, Rows(position)
+        self.graphs = Graphs(writing.record)
         limit, count = writing.draws.shape
         self.transcript = Transcript(limit, count, position.device)
         self.look_every = looks_of(position.device)
@@ -116,7 +120,14 @@ class Decoder:
     def step(self, forward: Forward) -> None:
         """One token more for every row."""
         count = self.rows.count
-        forward.prepare(count)
+        width = forward.prepare(count)
+        step = partial(self._step, forward, count)
+        if forward.keeps_its_place:
+            self.graphs.run((count, width), step)
+        else:
+            step()
+
+    def _step(self, forward: Forward, count: int) -> None:
         self.choose(count, forward.logits(self.rows.tokens[:count], self.rows.position[:count]))
 
     def choose(self, count: int, logits: Tensor) -> None:

@@ -19,7 +19,12 @@ from hapo_lite.rollout.cache import FixedCache
 
 
 class Forward(Protocol):
-    """A model with the cache of its rows."""
+    """A model with the cache of its rows.
+
+    keeps_its_place: whether the cache's memory stays where it is, so that a step can be recorded and replayed.
+    """
+
+    keeps_its_place: bool
 
     def reading(self) -> AbstractContextManager[None]:
         """A context within which `logits` may be called."""
@@ -40,6 +45,8 @@ class Forward(Protocol):
 
 class FixedForward:
     """Through a `FixedCache`: shapes change only where `prepare` gives another number."""
+
+    keeps_its_place = True
 
     def __init__(self, model: PreTrainedModel, cache: FixedCache) -> None:
         self.model, self.cache = model, cache
@@ -82,6 +89,8 @@ class FixedForward:
 
 class GrowingForward:
     """Through the cache that transformers makes for the model, with a mask [n, tokens] that grows."""
+
+    keeps_its_place = False
 
     def __init__(self, model: PreTrainedModel, cache: Cache, rows: Tensor, attention_mask: Tensor) -> None:
         """cache, attention_mask: of the prompts, P rows each; rows: [B], the prompt of each row."""

@@ -7,6 +7,7 @@ once, and its cache is copied for each of its rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from hapo_lite.rollout.attention import NotCovered, covers
 from hapo_lite.rollout.batched_engine import BatchedEngine
 from hapo_lite.rollout.cache import FixedCache
 from hapo_lite.rollout.decoding import Decoder, Writing
+from hapo_lite.rollout.engine import EngineSettings
 from hapo_lite.rollout.forward import FixedForward, Forward, GrowingForward, read_prompts
+from hapo_lite.rollout.graphs import recorder_for
 from hapo_lite.rollout.lora import two_products
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transcript import pad_left
@@ -28,11 +31,18 @@ class TransformersEngine(BatchedEngine):
     """Samples with the policy's own model, so the weights exist once and the adapter is never out of date.
 
     fixed: whether the cache is allocated once for a batch. None: not known before the first prompts have been read.
+    cuda_graphs: rollout.cuda_graphs.
     """
 
-    def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int) -> None:
+    def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int, cuda_graphs: str = "off") -> None:
         super().__init__(policy, batch_size, max_new_tokens)
         self.fixed: bool | None = None
+        self.cuda_graphs = cuda_graphs
+
+    @classmethod
+    def make(cls, settings: EngineSettings, policy: Policy) -> Self:
+        rollout = settings.rollout
+        return cls(policy, rollout.batch_size, settings.max_new_tokens, rollout.cuda_graphs)
 
     def _sample_part(
         self, requests: Sequence[Request], processor: AdaptiveTemperature, draws: Tensor
@@ -43,8 +53,10 @@ class TransformersEngine(BatchedEngine):
         ids, attention_mask = pad_left(prompts, policy.tokenizer.pad_token_id, device)
         rows = torch.tensor([place[r.prompt.index] for r in requests], device=device)
         stop_ids = torch.tensor(policy.stop_ids, device=device)
+        record = recorder_for(self.cuda_graphs, device)
         decoder = Decoder(
-            Writing(processor, draws, stop_ids, self.writing.wrote), attention_mask.sum(1, keepdim=True)[rows] - 1
+            Writing(processor, draws, stop_ids, self.writing.wrote, record),
+            attention_mask.sum(1, keepdim=True)[rows] - 1,
         )
 
         def decode(model, input_ids: Tensor, *_, past_key_values: Cache, **__) -> Tensor:
