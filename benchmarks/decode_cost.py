@@ -4,9 +4,10 @@
     python benchmarks/decode_cost.py --by-name         # also the bytes and calls of the largest operators
 
 Nothing is timed. The small model is run, as on a device that the host waits for. A step reaches from one call of the
-model to the next, and the counts are means over 16 steps in which no row ends. Operators are the calls of torch's dispatcher that compute or copy; views count nothing.
-Bytes are what those operators read and write, an operator's own traffic inside caches and registers left out. A wait is
-a place where the host needs a number that the device has: a look at a value, an index of booleans, a copy to the host.
+model to the next, and the counts are means over 16 steps in which no row ends. Operators are the calls of torch's
+dispatcher that compute or copy; views count nothing. Bytes are what those operators read and write, an operator's own
+traffic inside caches and registers left out. A wait is a place where the host needs a number that the device has: a
+look at a value, an index of booleans, a copy to the host.
 
 The large models are tensors without data in bf16, with an adapter of rank 32, at 128 rows of 1,024 tokens. They compute
 as on a GPU, where a product of 16-bit factors has an fp32 result. "grows" is the cache that transformers makes, with
@@ -273,7 +274,7 @@ def shape_cost(shape: Shape, grows: bool = False, traffic: Traffic | None = None
             forward.prepare(ROWS)
             with traffic:
                 decoder.choose(ROWS, forward.logits(decoder.rows.tokens, decoder.rows.position))
-    return Cost(traffic.operators, traffic.bytes, traffic.waits)
+    return Cost(traffic.operators, traffic.bytes, traffic.waits + 1 / LOOK_EVERY)
 
 
 def _repeated(module, query, key, value, attention_mask, **options):
@@ -285,7 +286,7 @@ def _mask(batch_size: int, q_length: int, kv_length: int, **options) -> Tensor:
 
 
 REPEATED = "decode_cost_repeated"
-"""The attention of transformers, with a mask that is made without a look at its values."""
+"""The attention of transformers, with a mask that is made without its look at the padding, one wait a step."""
 AttentionInterface.register(REPEATED, _repeated)
 AttentionMaskInterface.register(REPEATED, _mask)
 
