@@ -4,13 +4,20 @@ PY := $(VENV)/bin/python
 # Where real weights are kept: outside the checkout, so that a clean one need not make them again.
 export HAPO_REAL_MODELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/hapo_lite/models
 
-.PHONY: train test test-qwen smollm2 qwen lint lock clean
+# Processes that run tests, with one thread each.
+WORKERS ?= 2
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: train test test-all test-qwen smollm2 qwen lint lock clean
 
 train: $(VENV)/.installed ## train the bundled model with recipes/tiny_cpu.yaml
 	$(PY) -m hapo_lite.train recipes/tiny_cpu.yaml
 
-test: $(VENV)/.installed-dev ## run the test suite
-	$(PY) -m pytest
+test: $(VENV)/.installed-dev ## run the tests but for the slow ones
+	$(PYTEST) -m "not slow and not by_hand"
+
+test-all: $(VENV)/.installed-dev ## run all tests but for those on 1.5 billion weights
+	$(PYTEST)
 
 smollm2 qwen: $(VENV)/.installed-dev ## real weights for tests/real: 93 MB or 1.1 GB to download
 	$(PY) ../shared/models/make_real_models.py "$(HAPO_REAL_MODELS)" $@

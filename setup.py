@@ -1,4 +1,4 @@
-"""The one build step that pyproject.toml cannot state: the wheel carries recipes/*.yaml as hapo_lite/recipes/."""
+"""The build step that pyproject.toml cannot state: the wheel carries recipes/*.yaml as hapo_lite/recipes/."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithRecipes(build_py):
-    """Copy the recipes into the package, for users without a checkout; `hapo-train tiny_cpu` reads them there."""
+    """Copies the recipes into the package, where `hapo-train tiny_cpu` finds them without a checkout."""
 
     def run(self) -> None:
         super().run()

@@ -1,7 +1,7 @@
-"""make lock: requirements.lock from requirements.txt, with the SHA-256 of every file, as pip itself reports them.
+"""`make lock` writes requirements.lock from requirements.txt, with the SHA-256 of every file as pip reports them.
 
-For the Python and the platform that it runs on; or from a report of `pip install --report` that is named.
-uv pip compile is faster, but its hashes are those of every platform's files, thirteen times as many lines.
+The lock is for the Python and the platform that run this; an argument names a report of `pip install --report` for
+another. uv pip compile is faster, but lists the hashes of every platform's files: thirteen times as many lines.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HEADER = """\
 
 
 def report() -> Path:
-    """What pip would install into an empty environment."""
+    """The file with pip's report of what it would install into an empty environment."""
     path = Path(tempfile.mkdtemp(prefix="hapo-lock-")) / "report.json"
     command = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed", "--only-binary=:all:"]
     subprocess.run([*command, "-r", ROOT / "requirements.txt", "--report", path], check=True)
@@ -28,13 +28,13 @@ def report() -> Path:
 
 
 def locked(path: Path) -> str:
-    """The lock file that a report amounts to."""
+    """The text of the lock file for a report."""
     found = json.loads(path.read_text(encoding="utf-8"))
     where = found["environment"]
     lines = []
     for package in found["install"]:
-        about, file = package["metadata"], package["download_info"]
-        digest = file["archive_info"]["hashes"]["sha256"]
+        about = package["metadata"]
+        digest = package["download_info"]["archive_info"]["hashes"]["sha256"]
         lines.append(f"{about['name'].lower().replace('_', '-')}=={about['version']} \\\n    --hash=sha256:{digest}\n")
     platform = f"{where['platform_system']} {where['platform_machine']}"
     return HEADER.format(platform=platform, python=where["python_version"]) + "".join(sorted(lines))

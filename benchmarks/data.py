@@ -1,10 +1,11 @@
-"""A million rows from a file to the first prompts of an epoch: seconds, and memory beside that of the program itself.
+"""Seconds and memory to get from a file of a million rows to the first prompts of an epoch.
 
     python benchmarks/data.py                      # 1,000,000 rows: JSON Lines, parquet, parquet in one row group
     python benchmarks/data.py --rows 100000
 
 Problems are as long as MATH's (log-normal, median 150 characters, a hundredth above 1,000). Each file is read in a
 process of its own: load_prompts, 64 held out, a LazyPrompts with the bundled tokenizer, 256 prompts from PromptStream.
+Memory is counted beyond that of the imported program.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
 WORDS = ("find", "the", "value", "of", "x", "such", "that", "integers", "prime", "factors", "equal", "root")
 
 
 def texts(rows: int) -> list[str]:
-    """Problems, no two alike; lengths in characters as the file's docstring says."""
+    """Distinct problems, of the lengths that the docstring of this file gives."""
     rng = np.random.default_rng(0)
     lengths = np.exp(rng.normal(np.log(150), 0.8, rows)).astype(int)
     filler = " ".join(rng.choice(WORDS, 20_000))
@@ -34,7 +38,9 @@ def texts(rows: int) -> list[str]:
 
 
 def write(folder: Path, rows: int) -> list[Path]:
-    problems, answers = texts(rows), [str(i % 1000) for i in range(rows)]
+    """Write the same rows to a file of each kind."""
+    problems = texts(rows)
+    answers = [str(i % 1000) for i in range(rows)]
     paths = [folder / "rows.jsonl", folder / "rows.parquet", folder / "one-group.parquet"]
     with paths[0].open("w", encoding="utf-8") as file:
         for problem, answer in zip(problems, answers, strict=True):
@@ -46,7 +52,7 @@ def write(folder: Path, rows: int) -> list[Path]:
 
 
 def measure(path: Path) -> None:
-    """Print one line: what was read, in which time and memory (the peak over that of the imported program)."""
+    """Read a file, and print a line with the time and memory it took."""
     import transformers
     from transformers import AutoTokenizer
 
@@ -58,8 +64,9 @@ def measure(path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     transformers.utils.logging.set_verbosity_error()
     tokenizer.encode("warm")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, started = resident("VmRSS:"), time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident("VmRSS:")
+    started = time.perf_counter()
     train, held_out = split_held_out(load_prompts(DataSettings(source=str(path))).prompts, 64, seed=0)
     loaded = time.perf_counter()
     lazy = LazyPrompts(train, lambda p: tokenizer.encode(p.messages[-1][1]), 4096)
@@ -74,7 +81,7 @@ def measure(path: Path) -> None:
 
 
 def resident(name: str) -> float:
-    """A line of /proc/self/status, MiB."""
+    """The memory in one line of /proc/self/status, MiB."""
     return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) / 1024
 
 
@@ -89,6 +96,6 @@ if __name__ == "__main__":
         sys.exit()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        paths = sorted(folder.glob("*rows*.*")) + sorted(folder.glob("one-group.*")) or write(folder, arguments.rows)
-        for path in paths:
+        paths = sorted(folder.glob("*rows*.*")) + sorted(folder.glob("one-group.*"))
+        for path in paths or write(folder, arguments.rows):
             subprocess.run([sys.executable, __file__, "--measure", path], check=True)

@@ -1,11 +1,11 @@
-"""How often the check before training is right: about the default engine, and about engines with a fault.
+"""How often the check before training is right about the default engine and about engines with a fault.
 
     python benchmarks/engine_check.py MODEL --data FILE [--dtype bf16] [--quantization none] [--seeds 200]
         [--fault-seeds 20] [section.key=value ...]
 
-MODEL is a folder or a hub name. Each seed takes other prompts, other random numbers and another perturbation. Printed
-are the mean distances over the seeds, the largest part of what was allowed that the right engine took, and, for each
-fault, how many of the fault seeds caught it and the smallest multiple of what was allowed.
+MODEL is a folder or a hub name. Each seed takes other prompts, other random numbers and another perturbation. The
+output has the mean distances over the seeds, the largest fraction of the allowed distance that the right engine
+reached, and, for each fault, how many of the fault seeds caught it and the smallest multiple of the allowed distance.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -28,7 +29,7 @@ from hapo_lite.cli import quiet_libraries  # noqa: E402
 from hapo_lite.model.load import load_policy  # noqa: E402
 from hapo_lite.model.policy import Policy  # noqa: E402
 from hapo_lite.recipe import Recipe, load_recipe  # noqa: E402
-from hapo_lite.records import Completion, EncodedPrompt  # noqa: E402
+from hapo_lite.records import Completion, EncodedPrompt, Prompt  # noqa: E402
 from hapo_lite.rollout import canary  # noqa: E402
 from hapo_lite.rollout.engine import Engine, make_engine  # noqa: E402
 from hapo_lite.tasks.data import load_prompts  # noqa: E402
@@ -39,13 +40,15 @@ PROMPTS = 16
 
 
 class FaultyEngine:
-    """A right engine whose policy is another one while it samples. fault: a context that makes it so."""
+    """A right engine that samples while a fault changes its policy. fault: the context that changes it."""
 
-    def __init__(self, engine: Engine, fault: Callable[[], contextlib.AbstractContextManager]) -> None:
-        self.engine, self.fault = engine, fault
+    def __init__(self, engine: Engine, fault: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        self.engine = engine
+        self.fault = fault
         self.batch_size = engine.batch_size
+        self.progress = engine.progress
 
-    def sample(self, *arguments, **options) -> list[Completion]:
+    def sample(self, *arguments: Any, **options: Any) -> list[Completion]:
         with self.fault():
             return self.engine.sample(*arguments, **options)
 
@@ -56,7 +59,7 @@ def lora_layers(policy: Policy) -> list[LoraLayer]:
 
 @contextlib.contextmanager
 def scaled(policy: Policy, factor: float) -> Iterator[None]:
-    """The adapter at `factor` times its scale."""
+    """A context in which the adapter has `factor` times its scale."""
     layers = lora_layers(policy)
     try:
         for layer in layers:
@@ -69,8 +72,9 @@ def scaled(policy: Policy, factor: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_block(policy: Policy, number: int) -> Iterator[None]:
-    """The adapter but for one block's part, the one with that number (modulo their count)."""
-    blocks = policy.model.get_base_model().get_decoder().layers
+    """A context in which the adapter lacks its part in the block of that number, modulo the count of blocks."""
+    base: Any = policy.model.get_base_model()
+    blocks = base.get_decoder().layers
     layers = [m for m in blocks[number % len(blocks)].modules() if isinstance(m, LoraLayer)]
     kept = [dict(layer.scaling) for layer in layers]
     try:
@@ -83,10 +87,11 @@ def without_block(policy: Policy, number: int) -> Iterator[None]:
 
 
 class OneStepOld:
-    """The adapter as it was at the call before; at the first call, as it is."""
+    """A context with the adapter of the previous call, or at the first call with the current adapter."""
 
     def __init__(self, policy: Policy) -> None:
-        self.policy, self.kept = policy, None
+        self.policy = policy
+        self.kept: list[torch.Tensor] | None = None
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
@@ -105,14 +110,16 @@ class OneStepOld:
 
 
 class OtherBase:
-    """An engine on another base, to which the adapter is copied before it samples."""
+    """An engine on another base, which gets a copy of the adapter before it samples."""
 
     def __init__(self, recipe: Recipe, policy: Policy, other: Policy) -> None:
-        self.policy, self.other = policy, other
+        self.policy = policy
+        self.other = other
         self.engine = make_engine(recipe, other)
         self.batch_size = self.engine.batch_size
+        self.progress = self.engine.progress
 
-    def sample(self, *arguments, **options) -> list[Completion]:
+    def sample(self, *arguments: Any, **options: Any) -> list[Completion]:
         with torch.no_grad():
             for name, p in self.other.trainable().items():
                 p.copy_(self.policy.trainable()[name])
@@ -120,9 +127,9 @@ class OtherBase:
 
 
 def faulty_engines(recipe: Recipe, policy: Policy, other: Policy | None, seed: int) -> dict[str, Engine]:
-    """By what is wrong with it. other: the same model, its base quantised in another way."""
+    """Engines by their fault. other: the same model with its base quantised in another way."""
     engine = make_engine(recipe, policy)
-    found = {
+    found: dict[str, Engine] = {
         "adapter one step old": FaultyEngine(engine, OneStepOld(policy)),
         "adapter left out": FaultyEngine(engine, policy.base_alone),
         "one block's adapter missing": FaultyEngine(engine, lambda: without_block(policy, seed)),
@@ -134,12 +141,28 @@ def faulty_engines(recipe: Recipe, policy: Policy, other: Policy | None, seed: i
     return found
 
 
-def prompts_for(seed: int, prompts, policy: Policy) -> list[EncodedPrompt]:
+def prompts_for(seed: int, prompts: Sequence[Prompt], policy: Policy) -> list[EncodedPrompt]:
     chosen = [prompts[(PROMPTS * seed + i) % len(prompts)] for i in range(PROMPTS)]
     return [EncodedPrompt(i, prompt, tuple(policy.encode(prompt.chat()))) for i, prompt in enumerate(chosen)]
 
 
-def main() -> None:
+def report_right(found: Sequence[canary.Canary], seconds: float) -> None:
+    """Print the distances of the right engine. seconds: those of one check."""
+    rows = {
+        "engine to trainer, at rest": [f.at_rest.engine for f in found],
+        "rounding alone, at rest": [f.at_rest.floor for f in found],
+        "engine to trainer, perturbed": [f.perturbed.engine for f in found],
+        "rounding alone, perturbed": [f.perturbed.floor for f in found],
+        "perturbed by": [f.moved for f in found],
+        "followed": [f.followed for f in found],
+    }
+    for name, values in rows.items():
+        print(f"{name:<32}mean {statistics.fmean(values):.3g}, {min(values):.3g} to {max(values):.3g}")
+    print(f"false alarms {sum(not f.right for f in found)} of {len(found)}; {seconds:.1f} s a check")
+    print(f"most that a right engine took of what is allowed: {max(max(f.shares) for f in found):.2f}", flush=True)
+
+
+def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--data", required=True)
@@ -149,7 +172,11 @@ def main() -> None:
     parser.add_argument("--fault-seeds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parsed_arguments()
     torch.set_num_threads(arguments.threads)
     quiet_libraries()
     settings = [f"model.name={arguments.model}", f"model.dtype={arguments.dtype}", f"data.source={arguments.data}"]
@@ -164,25 +191,14 @@ def main() -> None:
     def check(engine: Engine, seed: int) -> canary.Canary:
         return canary.compare(engine, policy, prompts_for(seed, prompts, policy), recipe.rollout, seed)
 
-    started, found = time.perf_counter(), []
+    started = time.perf_counter()
+    found = []
     for seed in range(arguments.seeds):
         found.append(check(make_engine(recipe, policy), seed))
         if not found[-1].right:
             print(f"seed {seed}: a right engine is accused: {found[-1]}", flush=True)
-    seconds = (time.perf_counter() - started) / max(arguments.seeds, 1)
     if found:
-        rows = {
-            "engine to trainer, at rest": [f.at_rest.engine for f in found],
-            "rounding alone, at rest": [f.at_rest.floor for f in found],
-            "engine to trainer, perturbed": [f.perturbed.engine for f in found],
-            "rounding alone, perturbed": [f.perturbed.floor for f in found],
-            "perturbed by": [f.moved for f in found],
-            "followed": [f.followed for f in found],
-        }
-        for name, values in rows.items():
-            print(f"{name:<32}mean {statistics.fmean(values):.3g}, {min(values):.3g} to {max(values):.3g}")
-        print(f"false alarms {sum(not f.right for f in found)} of {len(found)}; {seconds:.1f} s a check")
-        print(f"most that a right engine took of what is allowed: {max(max(f.shares) for f in found):.2f}", flush=True)
+        report_right(found, (time.perf_counter() - started) / len(found))
     if not arguments.fault_seeds:
         return
     swapped = {"none": "nf4", "nf4": "none"}[arguments.quantization]

@@ -2,9 +2,9 @@
 
     python benchmarks/engines.py [--repeats 3] [--engines generate,transformers,paged] [section.key=value ...]
 
-`generate` is the library's own loop, every completion with its own prompt and in the batch until the last has ended.
-The engines take turns, so that what disturbs the machine disturbs all. Medians; the ratio is to the first engine, of
-the same turn. With the same random numbers they write the same completions, so their tokens are the same work.
+`generate` is the loop of transformers, where every completion reads its own prompt and stays in the batch until the
+last has ended. The engines take turns, so that a disturbance of the machine affects all. The numbers are medians; a
+ratio is to the first engine in the same turn. The same random numbers give the same completions, and so the same work.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from hapo_lite.train.prompts import encode_prompts, load_data  # noqa: E402
 
 
 def engine(name: str, recipe: Recipe, policy: Policy) -> Engine:
+    """The engine of that name, or `generate`."""
     if name == "generate":
         return GenerateEngine(policy, recipe.rollout.batch_size, recipe.rollout.max_new_tokens)
     return make_engine(
@@ -64,13 +65,13 @@ def main() -> None:
             started = time.perf_counter()
             written[name] = each.sample(requests, AdaptiveTemperature(None), DrawKey(recipe.seed, Stage.TRAINING, turn))
             if turn:  # the first turn warms up
-                tokens = sum(c.length for c in written[name])
-                speeds[name].append(tokens / (time.perf_counter() - started))
+                seconds = time.perf_counter() - started
+                speeds[name].append(sum(c.length for c in written[name]) / seconds)
     first = args.engines[0]
-    tokens = statistics.mean(c.length for c in written[first])
+    mean_length = statistics.mean(c.length for c in written[first])
     print(
         f"torch {torch.__version__}, {policy.device}, {torch.get_num_threads()} threads; "
-        f"{len(requests)} completions of {tokens:.0f} tokens, {settings.batch_size} at once"
+        f"{len(requests)} completions of {mean_length:.0f} tokens, {settings.batch_size} at once"
     )
     for name in engines:
         same = sum(torch.equal(a.ids, b.ids) for a, b in zip(written[name], written[first], strict=True))

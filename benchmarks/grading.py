@@ -3,10 +3,10 @@ r"""Grade real gold answers: every one must equal itself however it is typed, an
     python benchmarks/grading.py DATA [--workers 2]        # a folder with math500, olympiadbench, minerva .parquet
 
 Each gold answer stands in a \boxed{}, in a sentence, in an <answer> tag, with \dfrac for \frac, with fewer and more
-spaces, and with the rows of a matrix on lines of their own; those that do not come back correct are listed. Then wrong
-answers by kind: gold answers with one thing changed, and random pairs of different gold answers of one type. Those
-that come back correct are listed. Two rates: that of wrong answers alone, with a parser that meets their forms for the
-first time; and that of right and wrong answers in turn, of at most 40 characters, with a parser that has met them.
+spaces, and with the rows of a matrix on lines of their own; those that are not graded correct are listed. Wrong answers
+are gold answers with one thing changed, and random pairs of different gold answers of one type; those that are graded
+correct are listed. There are two rates: "cold" for wrong answers alone, whose forms the parser meets for the first
+time, and one for right and wrong answers in turn, of at most 40 characters, that the parser has met before.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -31,9 +32,11 @@ from hapo_lite.tasks.verify import Grade, GraderPool, normal_form  # noqa: E402
 
 SUITES = ("math500", "olympiadbench", "minerva")
 SHORT = 40
+"""Most characters of the gold answers behind the second rate."""
 RANDOM_PAIRS = 5_000
 
 Change = Callable[[str], str | None]
+"""A gold answer -> another answer that looks like it; None where the change does not apply."""
 
 
 def boxed(answer: str) -> str:
@@ -53,7 +56,7 @@ def dfrac(answer: str) -> str:
 
 
 def fewer_spaces(answer: str) -> str:
-    """Without spaces but for those that end a command or part words and digits."""
+    """The answer without spaces, except those that end a command or stand between words and digits."""
     return boxed(re.sub(r"(?<![A-Za-z\d\\]) | (?![A-Za-z\d])", "", answer))
 
 
@@ -69,26 +72,26 @@ FORMS = (boxed, sentence, tagged, dfrac, fewer_spaces, more_spaces, rows_on_line
 
 
 def last_digit(gold: str) -> str | None:
-    return _digit(gold, list(re.finditer(r"\d", gold))[-1:])
+    places = list(re.finditer(r"\d", gold))
+    return _one_up(gold, places[-1]) if places else None
 
 
 def first_digit(gold: str) -> str | None:
-    return _digit(gold, list(re.finditer(r"\d", gold))[:1])
+    place = re.search(r"\d", gold)
+    return _one_up(gold, place) if place else None
 
 
-def _digit(gold: str, places: list[re.Match]) -> str | None:
-    for place in places:
-        return gold[: place.start()] + str((int(place.group()) + 1) % 10) + gold[place.end() :]
-    return None
+def _one_up(gold: str, digit: re.Match[str]) -> str:
+    return gold[: digit.start()] + str((int(digit.group()) + 1) % 10) + gold[digit.end() :]
 
 
 def negated(gold: str) -> str | None:
-    """Only where a sign in front changes the value."""
+    """The answer with a minus sign in front, where that changes the value."""
     return f"-{gold}" if re.match(r"[1-9]|\\[dt]?frac|\\sqrt", gold) else None
 
 
 def swapped(gold: str) -> str | None:
-    """A pair the other way round."""
+    """A pair with its members exchanged."""
     pair = re.fullmatch(r"(?:\\left)?\(\s*([^,]+),\s*([^,]+?)\s*(?:\\right)?\)", gold)
     return f"({pair[2]}, {pair[1]})" if pair else None
 
@@ -98,8 +101,11 @@ def one_more(gold: str) -> str | None:
 
 
 def _rows(gold: str) -> tuple[str, list[list[str]]] | None:
+    """(name of the environment, entries by row) of a matrix."""
     matrix = re.fullmatch(r"\\begin\{(.matrix)\}(.*)\\end\{\1\}", gold, re.DOTALL)
-    return (matrix[1], [[e.strip() for e in row.split("&")] for row in matrix[2].split(r"\\")]) if matrix else None
+    if matrix is None:
+        return None
+    return matrix[1], [[entry.strip() for entry in row.split("&")] for row in matrix[2].split(r"\\")]
 
 
 def _matrix(name: str, rows: list[list[str]]) -> str:
@@ -107,14 +113,19 @@ def _matrix(name: str, rows: list[list[str]]) -> str:
 
 
 def rows_swapped(gold: str) -> str | None:
-    if (found := _rows(gold)) is None or len(found[1]) < 2:
+    found = _rows(gold)
+    if found is None or len(found[1]) < 2:
         return None
     name, rows = found
     return _matrix(name, [rows[1], rows[0], *rows[2:]])
 
 
 def transposed(gold: str) -> str | None:
-    return _matrix(found[0], [list(row) for row in zip(*found[1], strict=True)]) if (found := _rows(gold)) else None
+    found = _rows(gold)
+    if found is None:
+        return None
+    name, rows = found
+    return _matrix(name, [list(row) for row in zip(*rows, strict=True)])
 
 
 def _is_number(gold: str) -> bool:
@@ -122,7 +133,7 @@ def _is_number(gold: str) -> bool:
 
 
 def other_unit(gold: str) -> str | None:
-    """Metres for centimetres, square for cubic, on a gold answer that has a unit."""
+    """A gold answer that has a unit with another one, such as km for cm or a cube for a square."""
     changed = re.sub(r"\^2$", "^3", gold) if "text" in gold or "mbox" in gold else gold
     for a, b in (("cents", "dollars"), ("inches", "feet"), ("degrees", "radians"), ("cm", "km")):
         changed = gold.replace(a, b) if changed == gold else changed
@@ -141,12 +152,12 @@ def with_letter(gold: str) -> str | None:
     return f"{gold}t" if _is_number(gold) and gold != "0" else None
 
 
-def _interval_ends(gold: str) -> re.Match | None:
+def _interval_ends(gold: str) -> re.Match[str] | None:
     return re.fullmatch(r"(?:\\left)?([\[(])([^,]+),([^,]+?)(?:\\right)?([\])])", gold)
 
 
 def other_bracket(gold: str) -> str | None:
-    """The first bracket of an interval open for closed, or closed for open."""
+    """An interval with its left end open instead of closed, or closed instead of open."""
     ends = _interval_ends(gold)
     return f"{'(' if ends[1] == '[' else '['}{ends[2]},{ends[3]}{ends[4]}" if ends else None
 
@@ -157,20 +168,44 @@ def set_for_point(gold: str) -> str | None:
 
 
 def other_sign(gold: str) -> str | None:
-    """The first plus or minus between two terms turned round."""
+    """The answer with its first plus between two terms made a minus, or its first minus a plus."""
     place = re.search(r"(?<=[\w})]) ?([+-]) ?(?=[\w\\(])", gold)
     return f"{gold[: place.start(1)]}{'-' if place[1] == '+' else '+'}{gold[place.end(1) :]}" if place else None
 
 
 NEAR_MISSES: tuple[Change, ...] = (last_digit, first_digit, negated, swapped, one_more)
 CHANGES: tuple[Change, ...] = (
-    *(rows_swapped, transposed, other_unit, with_magnitude, with_bound, with_letter, other_bracket, set_for_point),
+    rows_swapped,
+    transposed,
+    other_unit,
+    with_magnitude,
+    with_bound,
+    with_letter,
+    other_bracket,
+    set_for_point,
     other_sign,
 )
 
 
+@dataclass
+class Findings:
+    """The results so far: a row for each suite and for each kind of wrong answer, and a line for each wrong verdict."""
+
+    suites: list[list[str]] = field(default_factory=list)
+    kinds: list[list[str]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    outcomes: Counter[str] = field(default_factory=Counter)
+
+    def add_wrong(self, grades: list[Grade], pairs: list[tuple[str, str]], title: str) -> int:
+        """List the wrong answers that were graded correct, and return their number."""
+        self.outcomes.update(grade.outcome for grade in grades)
+        taken = [pair for pair, grade in zip(pairs, grades, strict=True) if grade.correct]
+        self.lines += [f"{title}: {answer!r} is taken for {gold!r}" for answer, gold in taken]
+        return len(taken)
+
+
 def near_misses(golds: list[str], changes: tuple[Change, ...] = NEAR_MISSES) -> list[tuple[str, str]]:
-    """(near miss, gold) pairs; what is only typed in another way is no near miss."""
+    """(near miss, gold) pairs. The gold answer typed in another way is not a near miss."""
     return [pair for change in changes for pair in _changed(golds, change)]
 
 
@@ -181,7 +216,7 @@ def _changed(golds: list[str], change: Change) -> list[tuple[str, str]]:
 
 def random_pairs(golds: list[str], count: int, seed: int = 0) -> list[tuple[str, str]]:
     """(answer, gold) pairs of different gold answers of one shape, such as two points."""
-    by_kind: dict[tuple, list[str]] = {}
+    by_kind: dict[tuple[str, int], list[str]] = {}
     for gold in dict.fromkeys(golds):
         shape = parse(tidy(gold))
         by_kind.setdefault((shape.kind, len(shape.parts)), []).append(gold)
@@ -198,33 +233,29 @@ def random_pairs(golds: list[str], count: int, seed: int = 0) -> list[tuple[str,
 
 
 def _value(gold: str) -> object:
-    """The number that a gold answer is, else its normal form: 4.5 and 9/2 are no pair of different answers."""
+    """The value of a gold answer that is a number, else its normal form: 4.5 and 9/2 do not differ."""
     number = plain_number(tidy(gold))
     return number.value if number else normal_form(gold)
 
 
-def listed(grades: list[Grade], pairs: list[tuple[str, str]], title: str) -> list[str]:
-    """A line for each wrong answer that was taken as right."""
-    return [f"{title}: {a!r} is taken for {g!r}" for (a, g), grade in zip(pairs, grades, strict=True) if grade.correct]
-
-
-def grade_suite(pool: GraderPool, name: str, golds: list[str], outcomes: Counter) -> tuple[list[str], list[str]]:
-    """(a row of the first table, lines about what came out wrong)."""
-    row, lines = [name, str(len(golds))], []
+def grade_suite(pool: GraderPool, name: str, golds: list[str], findings: Findings) -> None:
+    """Grade the gold answers of a suite in every form, and its near misses; add a row to the first table."""
+    row = [name, str(len(golds))]
     for form in FORMS:
         grades = pool.grade_many([(form(gold), gold) for gold in golds])
-        outcomes.update(g.outcome for g in grades)
-        missed = [(gold, g.outcome) for gold, g in zip(golds, grades, strict=True) if not g.correct]
-        lines += [f"{name}, {form.__name__}: {gold!r} is {outcome}" for gold, outcome in missed]
+        findings.outcomes.update(grade.outcome for grade in grades)
+        missed = [(gold, grade.outcome) for gold, grade in zip(golds, grades, strict=True) if not grade.correct]
+        findings.lines += [f"{name}, {form.__name__}: {gold!r} is {outcome}" for gold, outcome in missed]
         row.append(str(len(golds) - len(missed)))
     wrong = near_misses(golds)
     grades, cold = timed(pool, [(boxed(answer), gold) for answer, gold in wrong])
-    outcomes.update(g.outcome for g in grades)
-    lines += (taken := listed(grades, wrong, name))
-    short = [(boxed(a), g) for a, g in wrong if len(g) <= SHORT]
-    turns = [pair for wrong_pair in short for pair in (wrong_pair, (boxed(wrong_pair[1]), wrong_pair[1]))]
+    taken = findings.add_wrong(grades, wrong, name)
+    turns = []
+    for answer, gold in wrong:
+        if len(gold) <= SHORT:
+            turns += [(boxed(answer), gold), (boxed(gold), gold)]
     _, rate = timed(pool, turns)
-    return [*row, f"{len(wrong):,}", str(len(taken)), f"{cold:,.0f}", f"{rate:,.0f}"], lines
+    findings.suites.append([*row, f"{len(wrong):,}", str(taken), f"{cold:,.0f}", f"{rate:,.0f}"])
 
 
 def timed(pool: GraderPool, pairs: list[tuple[str, str]]) -> tuple[list[Grade], float]:
@@ -234,20 +265,18 @@ def timed(pool: GraderPool, pairs: list[tuple[str, str]]) -> tuple[list[Grade], 
     return grades, len(pairs) / (time.perf_counter() - started)
 
 
-def grade_changes(pool: GraderPool, golds: list[str], outcomes: Counter) -> tuple[list[list[str]], list[str]]:
-    """(rows of the second table, lines about what was taken as right)."""
+def grade_changes(pool: GraderPool, golds: list[str], findings: Findings) -> None:
+    """Grade wrong answers of every kind; add a row for each to the second table."""
     kinds = [(change.__name__, _changed(golds, change)) for change in (*NEAR_MISSES, *CHANGES)]
     kinds.append(("random pairs", random_pairs(golds, RANDOM_PAIRS)))
-    rows, lines = [], []
     for name, pairs in kinds:
         grades = pool.grade_many([(boxed(answer), gold) for answer, gold in pairs])
-        outcomes.update(g.outcome for g in grades)
-        lines += (taken := listed(grades, pairs, name))
-        rows.append([name.replace("_", " "), f"{len(pairs):,}", str(len(taken))])
-    return rows, lines
+        taken = findings.add_wrong(grades, pairs, name)
+        findings.kinds.append([name.replace("_", " "), f"{len(pairs):,}", str(taken)])
 
 
 def table(heads: list[str], rows: list[list[str]]) -> None:
+    """Print a Markdown table."""
     for line in (heads, ["---"] * len(heads), *rows):
         print("| " + " | ".join(line) + " |")
     print()
@@ -258,22 +287,21 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    rows, lines, golds, outcomes = [], [], [], Counter()
+    findings = Findings()
+    golds: list[str] = []
     with GraderPool(args.workers, timeout_s=5.0) as pool:
         for suite in SUITES:
             found = load_prompts(DataSettings(source=str(args.data / f"{suite}.parquet")))
             of_suite = [prompt.answer for prompt in found.prompts]
             golds += of_suite
-            row, more = grade_suite(pool, suite, of_suite, outcomes)
-            rows.append(row)
-            lines += more
-        changed, more = grade_changes(pool, golds, outcomes)
+            grade_suite(pool, suite, of_suite, findings)
+        grade_changes(pool, golds, findings)
     heads = ["suite", "answers", "box", "sentence", "tag", "`\\dfrac`", "fewer spaces", "more spaces", "rows on lines"]
     heads += ["near misses", "taken as right", "near misses / s, cold", "answers / s"]
-    table(heads, rows)
-    table(["wrong answers", "pairs", "taken as right"], changed)
-    print("outcomes:", ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(outcomes.items())))
-    print(*lines, *more, sep="\n")
+    table(heads, findings.suites)
+    table(["wrong answers", "pairs", "taken as right"], findings.kinds)
+    print("outcomes:", ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(findings.outcomes.items())))
+    print(*findings.lines, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time and peak memory of the language-model head, forward and backward with a frozen head, beside other ways.
+"""Time and peak memory of the language-model head, forward and backward with a frozen head, beside other methods.
 
     python benchmarks/head.py                                    # one shape: --tokens --hidden --vocabulary --dtype
     python benchmarks/head.py --memory                           # peak memory over vocabularies, in fresh processes
@@ -6,10 +6,10 @@
     python benchmarks/head.py --write docs/measurements.md       # times at the shapes of Qwen2.5-Math-1.5B and 7B
     python benchmarks/head.py --memory --write docs/measurements.md   # memory, table and plot
 
-Rows: the two bare products, tile by tile (the lower bound); naive logits with log_softmax and entropy; ours; and, where
-requirements-bench.txt is installed, the functions that TRL 1.16 and Liger 0.8.5 train with (Liger's has no entropy).
-Times are medians of 5, all ways in turn in one process. Memory is the peak resident memory of a fresh process beyond
-the inputs and the gradient that it returns; on a GPU, the allocator's peak.
+The methods are the two bare products, tile by tile (the lower bound); naive logits with log_softmax and entropy; ours;
+and, where requirements-bench.txt is installed, the functions that TRL 1.16 and Liger 0.8.5 train with (Liger's has no
+entropy). Times are medians of 5, with all methods in turn in one process. Memory is the peak resident memory of a fresh
+process beyond the inputs and the gradient that it returns; on a GPU, it is the allocator's peak.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,21 +40,33 @@ MODELS = {"Qwen2.5-Math-1.5B": (1536, 151_936), "Qwen2.5-Math-7B": (3584, 152_06
 VOCABULARIES = (32_000, 64_000, 128_000, 262_144)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Way = Callable[[Tensor, Tensor, Tensor], Tensor | None]
+"""(hidden, weight, targets) -> the gradient of hidden; None where the method computes none."""
+
+
+class Inputs(NamedTuple):
+    """hidden: [N, D]; weight: [V, D]; targets: [N]."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
 
 
 @dataclass(frozen=True)
 class Shape:
+    """The size of one measurement: N tokens, hidden size D, vocabulary V."""
+
     tokens: int
     hidden: int
     vocabulary: int
     dtype: str
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self) -> Inputs:
+        """Random inputs of this size, the same at every call."""
         torch.manual_seed(0)
         dtype = getattr(torch, self.dtype)
         hidden = torch.randn(self.tokens, self.hidden, device=DEVICE).to(dtype)
         weight = torch.empty(self.vocabulary, self.hidden, dtype=dtype, device=DEVICE).normal_(std=self.hidden**-0.5)
-        return hidden, weight, torch.randint(self.vocabulary, (self.tokens,), device=DEVICE)
+        return Inputs(hidden, weight, torch.randint(self.vocabulary, (self.tokens,), device=DEVICE))
 
 
 def bare(hidden: Tensor, weight: Tensor, _: Tensor) -> None:
@@ -67,7 +80,7 @@ def bare(hidden: Tensor, weight: Tensor, _: Tensor) -> None:
             total.addmm_(out, tile)
 
 
-def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor | None:
     states = hidden.detach().requires_grad_()
     logp = (states @ weight.T).float().log_softmax(-1)
     with torch.no_grad():
@@ -76,13 +89,13 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return states.grad
 
 
-def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor | None:
     states = hidden.detach().requires_grad_()
     token_logprobs(states, weight, targets)[0].sum().backward()
     return states.grad
 
 
-def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor | None:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
     states = hidden.detach().requires_grad_()
@@ -93,7 +106,7 @@ def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return states.grad
 
 
-def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor | None:
     from liger_kernel.chunked_loss import fused_linear_ppo
 
     states = hidden.detach().requires_grad_()
@@ -117,7 +130,7 @@ def _wait() -> None:
 
 
 def times(shape: Shape) -> dict[str, float]:
-    """Median seconds of each way."""
+    """Median seconds of each method."""
     tensors = shape.inputs()
     seconds: dict[str, list[float]] = {name: [] for name in ways()}
     for way in ways().values():
@@ -133,14 +146,14 @@ def times(shape: Shape) -> dict[str, float]:
 
 
 def peak(name: str, shape: Shape) -> float:
-    """MiB that one way adds at its peak to its inputs and the gradient it returns; meant for a fresh process."""
+    """MiB at the peak of one method beyond its inputs and the gradient it returns; meant for a fresh process."""
     tensors = shape.inputs()
-    # A first product, so that the libraries' own start-up is not counted.
-    torch.mm(tensors[0][:1], tensors[1][:1].T)
+    # The first product starts the libraries, whose own memory is not counted.
+    torch.mm(tensors.hidden[:1], tensors.weight[:1].T)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        # Resets VmHWM. Unlike ru_maxrss, it also starts anew with a new program.
+        # This resets VmHWM, which also starts anew with a new program, unlike ru_maxrss.
         Path("/proc/self/clear_refs").write_text("5")
     before = _peak_bytes()
     gradient = ways()[name](*tensors)
@@ -156,7 +169,7 @@ def _peak_bytes() -> int:
 
 
 def peaks(shape: Shape) -> dict[str, float]:
-    """MiB at the peak of each way, each in a fresh process."""
+    """MiB at the peak of each method, each in a fresh process."""
     found = {}
     for name in ways():
         command = [sys.executable, __file__, "--way", name, "--dtype", shape.dtype, "--tokens", str(shape.tokens)]
@@ -166,6 +179,7 @@ def peaks(shape: Shape) -> dict[str, float]:
 
 
 def time_table(shapes: list[Shape]) -> list[str]:
+    """Measure the times, print them as they come, and return the lines of the table."""
     names = list(ways())
     lines = [f"| N | D | V | dtype | {' | '.join(names)} | ours / bare | TRL / ours | Liger / ours |"]
     lines.append("|---" * (len(names) + 7) + "|")
@@ -182,6 +196,7 @@ def time_table(shapes: list[Shape]) -> list[str]:
 
 
 def memory_table(shapes: list[Shape]) -> tuple[list[str], list[dict[str, float]]]:
+    """Measure the peaks and print them as they come: (the lines of the table, MiB by method for each shape)."""
     names = [name for name in ways() if name != "bare"]
     lines = [f"| N | D | V | dtype | {' | '.join(names)} | N x D in fp32 |", "|---" * (len(names) + 5) + "|"]
     rows = []
@@ -196,14 +211,14 @@ def memory_table(shapes: list[Shape]) -> tuple[list[str], list[dict[str, float]]
 
 
 def rounding(shape: Shape) -> None:
-    """bf16 inputs multiplied in bf16 against the same inputs multiplied in fp32, targets drawn evenly."""
+    """Print how far bf16 products of bf16 inputs are from fp32 products of them, for uniformly drawn targets."""
     hidden, weight, targets = Shape(shape.tokens, shape.hidden, shape.vocabulary, "bfloat16").inputs()
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         states = hidden.to(dtype, copy=True).requires_grad_()
         logp, entropy = token_logprobs(states, weight.to(dtype), targets)
-        logp.sum().backward()
-        results.append((logp.detach(), entropy, states.grad.float()))
+        [gradient] = torch.autograd.grad(logp.sum(), states)
+        results.append((logp.detach(), entropy, gradient.float()))
     (logp, entropy, gradient), (exact_logp, exact_entropy, exact_gradient) = results
     print(f"log-probability, largest difference: {float((logp - exact_logp).abs().max()):.1e} nats")
     print(f"entropy, largest relative difference: {float((entropy / exact_entropy - 1).abs().max()):.1e}")
@@ -230,7 +245,7 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
 
 
 def write_times(path: Path) -> None:
-    """Put the times of both models' shapes between their markers in `path`."""
+    """Write the times at both models' shapes between their markers in `path`."""
     shapes = [
         Shape(tokens, *size, dtype)
         for size in MODELS.values()
@@ -241,7 +256,7 @@ def write_times(path: Path) -> None:
 
 
 def write_memory(path: Path) -> None:
-    """Put the peaks over vocabularies and at both models' shapes between their markers in `path`, with a plot."""
+    """Write the peaks over vocabularies and at both models' shapes between their markers in `path`, with a plot."""
     sizes = [Shape(512, 1536, vocabulary, "float32") for vocabulary in VOCABULARIES]
     large = [Shape(2048, hidden, vocabulary, "bfloat16") for hidden, vocabulary in MODELS.values()]
     table, rows = memory_table(sizes + large)
@@ -273,8 +288,10 @@ def main() -> None:
     shape = Shape(options.tokens, options.hidden, options.vocabulary, options.dtype)
     if options.way:
         print(peak(options.way, shape))
+    elif options.write and options.memory:
+        write_memory(options.write)
     elif options.write:
-        (write_memory if options.memory else write_times)(options.write)
+        write_times(options.write)
     elif options.rounding:
         rounding(shape)
     elif options.memory:

@@ -1,11 +1,12 @@
-"""How fast the inspector's page is, in a real browser: Debian's chromium, driven by Playwright.
+"""How fast the inspector's page is in a real browser: Debian's chromium, driven by Playwright.
 
     python benchmarks/inspector.py [--tokens 4096] [--completions 1000] [--length 300]
 
-One generation of `--tokens` tokens by the bundled model, its context made longer and its stop tokens taken away: from
-the last token to the page at rest, then pointing at tokens, colouring, the what-if slider, drawing every figure. Then a
-run of `--completions` recorded completions of `--length` tokens each, in one file and in files of eight: from choosing
-the run to the page at rest. At rest: what is asked for is in place, and the browser has nothing left to do.
+The bundled model, with a longer context and without stop tokens, generates `--tokens` tokens. The program measures the
+time from the last token until the page is at rest, pointing at tokens, colouring, the what-if slider and the drawing of
+every figure. Then the page opens a run of `--completions` recorded completions of `--length` tokens, in one file and in
+files of eight; the program measures the time from choosing the run until the page is at rest. A page is at rest when it
+shows what was asked for and the browser has nothing left to do.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,7 +51,7 @@ PRESSED = """() => {
     document.addEventListener(kind, () => { window.pressed = Date.now() / 1000; }, true);
   }
 }"""
-"""The start of a wait is the user's own event: finding an element in a long page takes the driver a second."""
+"""A wait starts with the user's own event, since the driver takes a second to find an element in a long page."""
 ANSWERED = """(words) => new Promise((done) => {
   const look = () => document.querySelector("#generated-what-if figcaption").textContent.includes(words)
     ? requestIdleCallback(() => done(Date.now() / 1000)) : requestAnimationFrame(look);
@@ -87,7 +90,7 @@ def long_model(folder: Path, context: int) -> Path:
     tokenizer.chat_template = None
     model = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32, use_safetensors=True)
     tokenizer.add_tokens([f"<|{i}|>" for i in range(len(tokenizer), model.config.vocab_size)])
-    # Its id lies behind the vocabulary of the model, which therefore cannot write it.
+    # The id of this token lies behind the vocabulary of the model, which therefore cannot write it.
     tokenizer.add_special_tokens({"eos_token": "<|never|>"})
     assert tokenizer.eos_token_id >= model.config.vocab_size
     model.config.max_position_embeddings = context
@@ -98,7 +101,7 @@ def long_model(folder: Path, context: int) -> Path:
 
 
 def recorded(rng: random.Random, texts: list[str], iteration: int, sample: int, length: int) -> Trace:
-    """A completion as training records it, of random tokens."""
+    """A completion of random tokens, in the form in which training records one."""
     method = Method()
     ids = [rng.randrange(len(texts)) for _ in range(length)]
     entropy = torch.tensor([2.718 ** rng.uniform(-14.0, 1.0) for _ in ids])
@@ -147,11 +150,11 @@ def recorded(rng: random.Random, texts: list[str], iteration: int, sample: int, 
 
 
 def write_runs(root: Path, completions: int, length: int) -> None:
-    """`one_file`: all completions in one iteration; `many_files`: eight an iteration."""
+    """Write two runs: `one_file` has all completions in one iteration, `many_files` has eight in each."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    texts = [str(tokenizer.decode([i])) for i in range(len(tokenizer))]
     rng = random.Random(0)
     traces = [recorded(rng, texts, 0, i, length) for i in range(completions)]
     write_traces(root / "one_file" / "traces", 0, traces)
@@ -161,12 +164,14 @@ def write_runs(root: Path, completions: int, length: int) -> None:
 
 
 class Measurement:
-    """A served page in a browser."""
+    """A served page in a browser. ends: the times at which generations ended, which grows while the page is used."""
 
-    def __init__(self, page, ends: list[float]) -> None:
-        self.page, self.ends = page, ends
+    def __init__(self, page: Any, ends: list[float]) -> None:
+        self.page = page
+        self.ends = ends
 
     def generation(self, tokens: int) -> None:
+        """Generate so many tokens and use what the page shows."""
         page = self.page
         page.get_by_role("button", name="Model and sampling").click()
         page.wait_for_timeout(1000)
@@ -188,7 +193,9 @@ class Measurement:
         print(f"what-if answered: {rest - page.evaluate('window.pressed'):.2f} s")
 
     def hover(self, count: int, times: int = 60) -> None:
-        page, rng = self.page, random.Random(0)
+        """Point at some of `count` tokens."""
+        page = self.page
+        rng = random.Random(0)
         page.evaluate(HOVER)
         first = None
         for i in rng.sample(range(count), times):
@@ -202,6 +209,7 @@ class Measurement:
         )
 
     def run(self, name: str) -> None:
+        """Open a run."""
         page = self.page
         page.locator("#run-name input").click()
         option = page.get_by_role("option", name=name)
@@ -210,6 +218,30 @@ class Measurement:
         option.click()
         rest = page.evaluate(AT_REST, "#opened-tokens .hapo-saves")
         print(f"{name} opened in {rest - page.evaluate('window.pressed'):.2f} s")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def note_ends() -> list[float]:
+    """Have the inspector add the time at which each generation ends to the list that is returned."""
+    from hapo_lite.inspect.generate import GenerationSettings, Policy, Progress
+    from hapo_lite.inspect.tabs import stream
+
+    ends: list[float] = []
+    generate = stream.generate
+
+    def timed(policy: Policy, settings: GenerationSettings) -> Iterator[Progress]:
+        for progress in generate(policy, settings):
+            if progress.ended:
+                ends.append(time.time())
+            yield progress
+
+    stream.generate = timed
+    return ends
 
 
 def main() -> None:
@@ -228,24 +260,11 @@ def main() -> None:
         write_runs(root / "runs", arguments.completions, arguments.length)
         size = (root / "runs/one_file/traces/000000.jsonl").stat().st_size / 1e6
         print(f"{arguments.completions:,} completions of {arguments.length} tokens: {size:.0f} MB")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         import app
-        from hapo_lite.inspect.tabs import stream
 
-        ends: list[float] = []
-        generate = stream.generate
-
-        def timed(policy, settings):
-            for progress in generate(policy, settings):
-                if progress.ended:
-                    ends.append(time.time())
-                yield progress
-
-        stream.generate = timed
+        ends = note_ends()
         model = long_model(root / "model", arguments.tokens + 256)
-        command = ["--model", str(model), "--run", str(root / "runs" / "many_files"), "--port", str(port)]
+        command = ["--model", str(model), "--run", str(root / "runs" / "many_files"), "--port", str(free_port())]
         _, address = app.serve(command, block=False)
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS.split())
         page = browser.new_page(viewport={"width": 1366, "height": 850})

@@ -2,19 +2,21 @@
 
     python benchmarks/inspector_load.py [--generations 200] [--clients 8]
 
-The page runs as a process of its own with the bundled model; each client is a session of its own and asks for problems,
-seeds and lengths of its own, and downloads the table. That must be, to the last digit, the table of what `generate`
-writes for the question in this process. Memory, handles and threads are looked at from outside, after each quarter.
+The page runs in a process of its own with the bundled model. Each client has its own session, problems, seeds and
+lengths, and downloads the table of every generation. The table must be, to the last digit, that of what `generate`
+writes for the question in this process. Memory, handles and threads are read from outside, after each quarter.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,8 @@ STARTING_S = 120.0
 
 @dataclass(frozen=True)
 class Question:
+    """A request for one generation."""
+
     problem: str
     tokens: int
     seed: int
@@ -45,21 +49,22 @@ class Question:
         return cls(f"{a}+{b}*{c}=?", draw.randint(*LENGTHS), draw.randrange(1000))
 
     def asked_of(self, client: Client) -> str:
-        """The CSV that the page gives for it."""
+        """The CSV that the page gives for this question."""
         client.predict(api_name="/arm")
         client.predict(param_1=self.problem, param_2=self.tokens, param_3=self.seed, api_name="/stream")
         file = client.predict(api_name="/write_csv")["value"]  # an update of the download button
         return Path(file).read_text("utf-8")
 
     def answered_here(self, shelf: ModelShelf) -> str:
+        """The CSV that belongs to this question, generated in this process."""
         settings = GenerationSettings(self.problem, max_new_tokens=self.tokens, seed=self.seed)
         policy = shelf.get("tiny")
-        *_, last = generate(policy, settings)
+        [last] = deque(generate(policy, settings), maxlen=1)
         return csv_text(token_table(last.trace, settings.method, settings.temperature, policy.tokenizer))
 
 
 def ask_at_once(clients: list[Client], questions: list[Question], expected: list[str]) -> int:
-    """Each client asks its share, one after the other, all clients at once. Returns how many answers are not theirs."""
+    """Have all clients ask their share of the questions at once, and return the number of wrong answers."""
 
     def work(place: int) -> int:
         own = range(place, len(questions), len(clients))
@@ -70,20 +75,22 @@ def ask_at_once(clients: list[Client], questions: list[Question], expected: list
 
 
 def start() -> tuple[psutil.Popen, str]:
+    """Start the inspector: (its process, its address)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = psutil.Popen([sys.executable, str(ROOT / "app.py"), "--port", str(port)], stdout=subprocess.DEVNULL)
-    address, deadline = f"http://127.0.0.1:{port}/", time.monotonic() + STARTING_S
+    deadline = time.monotonic() + STARTING_S
     while time.monotonic() < deadline and server.poll() is None:
         with socket.socket() as line:
             if line.connect_ex(("127.0.0.1", port)) == 0:
-                return server, address
+                return server, f"http://127.0.0.1:{port}/"
         time.sleep(0.2)
     sys.exit("the inspector did not start")
 
 
 def look(server: psutil.Process, asked: int, seconds: float) -> str:
+    """A row of the table. asked: the generations so far."""
     memory = server.memory_info().rss / 2**20
     return f"{asked:>6}{seconds:>9.1f}{memory:>11.1f}{server.num_fds():>9}{server.num_threads():>9}"
 
@@ -94,14 +101,16 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     arguments = parser.parse_args()
     quiet_libraries()
-    draw, shelf = random.Random(0), ModelShelf()
+    draw = random.Random(0)
+    shelf = ModelShelf()
     questions = [Question.drawn(draw) for _ in range(arguments.generations)]
     expected = [question.answered_here(shelf) for question in questions]
     server, address = start()
     try:
         clients = [Client(address, verbose=False) for _ in range(arguments.clients)]
-        quarter = -(-arguments.generations // 4)
-        wrong, begun = 0, time.monotonic()
+        quarter = math.ceil(arguments.generations / 4)
+        wrong = 0
+        begun = time.monotonic()
         print(f"{'asked':>6}{'seconds':>9}{'RSS, MiB':>11}{'handles':>9}{'threads':>9}")
         for first in range(0, arguments.generations, quarter):
             part = slice(first, first + quarter)

@@ -2,9 +2,9 @@
 
     python benchmarks/iteration.py [--iterations 20] [--trl] [--default-malloc] [section.key=value ...]
 
-128 completions and 2 updates an iteration, 4-bit and LoRA, the learning rate so small that every iteration does the
-work of the first. HAPO and DAPO take turns on the same model, so that what disturbs the machine disturbs both. Medians;
-the ratio is the median of the pairs' ratios.
+An iteration has 128 completions and 2 updates, on a 4-bit base with LoRA. The learning rate is so small that every
+iteration does the work of the first. HAPO and DAPO take turns on the same model, so that a disturbance of the machine
+affects both. The numbers are medians; the ratio is the median of the pairs' ratios.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -61,12 +62,12 @@ def measure_ours(iterations: int, overrides: list[str]) -> None:
         states = dict.fromkeys(recipes, TrainState())
         rows: dict[str, list[dict[str, float]]] = {method: [] for method in recipes}
         for turn in range(iterations + 2):
-            for method in sorted(recipes, reverse=bool(turn % 2)):
+            for method in sorted(recipes, reverse=turn % 2 == 1):
                 loop.recipe = recipes[method]
                 started = time.perf_counter()
-                states[method], metrics, _ = loop.step(states[method])
-                metrics["seconds/iteration"] = time.perf_counter() - started
-                rows[method].append(metrics)
+                done = loop.step(states[method])
+                states[method] = done.state
+                rows[method].append(done.metrics | {"seconds/iteration": time.perf_counter() - started})
     for method, found in rows.items():
         medians = (statistics.median(m[f"seconds/{stage}"] for m in found[2:]) for stage in STAGES)
         length = statistics.mean(m["length/mean"] for m in found[2:])
@@ -104,10 +105,10 @@ def measure_trl(iterations: int, lora: LoraSettings) -> None:
     moments: list[float] = []
 
     class Clock(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             moments.append(time.perf_counter())
 
-    def reward(completions, answer, **_):
+    def reward(completions: list[list[dict[str, str]]], answer: list[str], **_: Any) -> list[float]:
         return [float(grade(c[0]["content"], gold).correct) for c, gold in zip(completions, answer, strict=True)]
 
     trainer = GRPOTrainer(
@@ -134,7 +135,12 @@ def measure_trl(iterations: int, lora: LoraSettings) -> None:
             gradient_checkpointing=False,
         ),
         train_dataset=Dataset.from_list(rows),
-        peft_config=LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft says int and scales by any number
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
         callbacks=[Clock()],
     )
     trainer.train()

@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py [--shapes 1.5b 7b] [--completions 64] [--new 1024] [--prompt 256] [--pairs 4]
 
-4-bit base, LoRA of rank 32, gradient checkpointing, 8-bit AdamW, groups of 8, micro-batches of 4 sequences. The model
-is written once to --folder and read as any model is. Without a GPU use --shapes small. HAPO and DAPO take turns on the
-same model; the ratio is the median of the pairs'.
+Training has a 4-bit base, LoRA of rank 32, gradient checkpointing, 8-bit AdamW, groups of 8 and micro-batches of 4
+sequences. The model is written once to --folder and read like any other. Without a GPU use --shapes small. HAPO and
+DAPO take turns on the same model; the ratio is the median of the pairs' ratios.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,45 +28,61 @@ from hapo_lite.cli import keep_freed_memory, quiet_libraries  # noqa: E402
 from hapo_lite.model.origins import TINY_MODEL  # noqa: E402
 from hapo_lite.preflight.measure import measure_loop, prepare  # noqa: E402
 from hapo_lite.preflight.table import memory_table  # noqa: E402
-from hapo_lite.recipe import load_recipe  # noqa: E402
+from hapo_lite.recipe import Recipe, load_recipe  # noqa: E402
 from hapo_lite.runs.checkpoint import TrainState  # noqa: E402
+from hapo_lite.train.loop import Loop  # noqa: E402
 from hapo_lite.train.memory.predict import Predictor  # noqa: E402
 
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model. tied: whether its head is its embedding."""
+
+    hidden: int
+    feed_forward: int
+    layers: int
+    heads: int
+    key_heads: int
+    vocabulary: int
+    tied: bool
+
+
 SHAPES = {
-    "small": (256, 704, 4, 4, 2, 8192, True),
-    "1.5b": (1536, 8960, 28, 12, 2, 151936, True),
-    "7b": (3584, 18944, 28, 28, 4, 152064, False),
+    "small": Shape(hidden=256, feed_forward=704, layers=4, heads=4, key_heads=2, vocabulary=8192, tied=True),
+    "1.5b": Shape(hidden=1536, feed_forward=8960, layers=28, heads=12, key_heads=2, vocabulary=151936, tied=True),
+    "7b": Shape(hidden=3584, feed_forward=18944, layers=28, heads=28, key_heads=4, vocabulary=152064, tied=False),
 }
-"""Hidden, feed-forward, layers, heads, key heads, vocabulary, tied: the last two are Qwen2.5-Math-1.5B and -7B."""
+"""The last two are the shapes of Qwen2.5-Math-1.5B and -7B."""
 
 
-def write_model(folder: Path, shape: str) -> Path:
-    width, wide, layers, heads, keys, vocabulary, tied = SHAPES[shape]
-    path = folder / shape
+def write_model(folder: Path, name: str) -> Path:
+    """The folder of a model of that shape, which is written unless it is there."""
+    shape = SHAPES[name]
+    path = folder / name
     if not (path / "config.json").is_file():
         config = Qwen2Config(
-            hidden_size=width,
-            intermediate_size=wide,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=keys,
-            vocab_size=vocabulary,
-            tie_word_embeddings=tied,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.feed_forward,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.key_heads,
+            vocab_size=shape.vocabulary,
+            tie_word_embeddings=shape.tied,
             max_position_embeddings=4096,
             dtype="bfloat16",
         )
         torch.manual_seed(0)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+            Qwen2ForCausalLM(config).bfloat16().save_pretrained(path)
         AutoTokenizer.from_pretrained(TINY_MODEL).save_pretrained(path)
     return path
 
 
-def measure_shape(folder: Path, shape: str, args: argparse.Namespace) -> None:
-    recipe = load_recipe(
+def recipe_for(model: Path, args: argparse.Namespace) -> Recipe:
+    return load_recipe(
         ROOT / "recipes" / "qwen1_5b_lora.yaml",
         [
-            f"model.name={write_model(folder, shape)}",
+            f"model.name={model}",
             f"data.max_prompt_tokens={args.prompt}",
             f"rollout.prompts_per_iteration={args.completions // 8}",
             f"rollout.batch_size={args.completions}",
@@ -76,24 +93,33 @@ def measure_shape(folder: Path, shape: str, args: argparse.Namespace) -> None:
             "rollout.token_budget=null",
         ],
     )
+
+
+def measure_shape(folder: Path, shape: str, args: argparse.Namespace) -> None:
+    recipe = recipe_for(write_model(folder, shape), args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stages = Predictor(recipe, device).stages()
     worst = prepare(recipe)
     measured = measure_loop(worst, print)
     print(f"{shape}: {args.completions} completions of {args.new} tokens, prompts of {args.prompt}, on {device}")
     print(memory_table(stages, measured))
+    if args.pairs:
+        compare_methods(worst.loop, args.pairs)
+
+
+def compare_methods(loop: Loop, pairs: int) -> None:
+    """Print the seconds of an iteration of HAPO and of DAPO, which take turns."""
     seconds: dict[str, list[float]] = {"hapo": [], "dapo": []}
     state = TrainState()
-    for turn in range(args.pairs):
-        for method in sorted(seconds, reverse=bool(turn % 2)):
-            worst.loop.recipe = worst.loop.recipe.model_copy(update={"method": PRESETS[method]})
+    for turn in range(pairs):
+        for method in sorted(seconds, reverse=turn % 2 == 1):
+            loop.recipe = loop.recipe.model_copy(update={"method": PRESETS[method]})
             started = time.perf_counter()
-            state, _, _ = worst.loop.step(state)
+            state = loop.step(state).state
             seconds[method].append(time.perf_counter() - started)
-    if args.pairs:
-        ratios = [a / b for a, b in zip(seconds["hapo"], seconds["dapo"], strict=True)]
-        medians = ", ".join(f"{method} {statistics.median(times):.2f} s" for method, times in seconds.items())
-        print(f"an iteration: {medians}; hapo / dapo {statistics.median(ratios):.3f}")
+    ratios = [a / b for a, b in zip(seconds["hapo"], seconds["dapo"], strict=True)]
+    medians = ", ".join(f"{method} {statistics.median(times):.2f} s" for method, times in seconds.items())
+    print(f"an iteration: {medians}; hapo / dapo {statistics.median(ratios):.3f}")
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""Tokens per second of a 4-bit base, packed and unpacked, beside the unquantised one; and how far from the trainer.
+"""Tokens per second of a 4-bit base, packed and unpacked, beside the unquantised base; and distances to the trainer.
 
     python benchmarks/sampler.py MODEL --data FILE [--dtype bf16] [--rows 16] [--tokens 64] [--repeats 3] [--threads 2]
 
 MODEL is a folder or a hub name. The three take turns, with the same prompts and random numbers; no token ends a
-completion, so that all do the same work. Below stand the mean and the largest distance of the sampler's
-log-probabilities from the trainer's, nats: of the sampler; of one that samples outside autocast with the logits of the
-head's own layer; and of the trainer itself where it scores token by token, which is what rounding alone makes.
+completion, so that all do the same work. The last lines have the mean and the largest distance of log-probabilities
+from the trainer's, nats: for the sampler, and for one that samples outside autocast with the logits of the head's own
+layer. Beside each stands the distance of the trainer itself scoring token by token, which comes from rounding alone.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,10 +40,10 @@ WAYS = {"unquantised": ("none", False), "NF4": ("nf4", False), "NF4, unpacked on
 
 
 class PlainPolicy(Policy):
-    """Samples outside autocast, with logits that the head's own layer makes: as a sampler of its own would."""
+    """A policy that samples as an independent sampler does: outside autocast, with logits of the head's own layer."""
 
     @contextlib.contextmanager
-    def sampling(self) -> Iterator:
+    def sampling(self) -> Iterator[Any]:
         self.model.eval()
         try:
             with torch.no_grad():
@@ -78,6 +79,7 @@ def main() -> None:
         engine = TransformersEngine(replace(policy, stop_ids=(-1,)), arguments.rows, limit)
         return engine.sample(requests, AdaptiveTemperature(None), DrawKey(0, Stage.BENCHMARK, 0))
 
+    print(f"{arguments.model}, {arguments.dtype}, {arguments.rows} rows x {arguments.tokens} tokens; tokens/s, medians")
     rates: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(arguments.repeats):
         for way, (quantization, unpacked) in WAYS.items():
@@ -87,19 +89,24 @@ def main() -> None:
             started = time.perf_counter()
             written = sample(policy, arguments.tokens)
             rates[way].append(sum(c.length for c in written) / (time.perf_counter() - started))
-    print(f"{arguments.model}, {arguments.dtype}, {arguments.rows} rows x {arguments.tokens} tokens; tokens/s, medians")
     for way, values in rates.items():
         ratio = statistics.median(b / a for a, b in zip(values, rates["unquantised"], strict=True))
         print(f"{way:<20}{statistics.median(values):8.1f}   unquantised / this: {ratio:.3f}")
     policy = bases["none"]
     for name, sampler in (("this sampler", policy), ("a plain sampler", PlainPolicy(**vars(policy)))):
-        found = sample(sampler, arguments.tokens)
-        trainer = trainer_logp(policy, found, 1.0)
-        own, steps = (abs(x - trainer) for x in (engine_logp(found), stepwise_logp(policy, found, 1.0)[0]))
-        print(
-            f"{name:<20}{own.mean():.2e} ({own.max():.2e} at most) from the trainer; rounding alone "
-            f"{steps.mean():.2e} ({steps.max():.2e} at most)"
-        )
+        print(f"{name:<20}{distances(policy, sample(sampler, arguments.tokens))}")
+
+
+def distances(policy: Policy, completions: Sequence[Completion]) -> str:
+    """How far the log-probabilities of completions, and those of single steps, are from the trainer's."""
+    trainer = trainer_logp(policy, completions, 1.0)
+    steps, _ = stepwise_logp(policy, completions, 1.0)
+    own = (engine_logp(completions) - trainer).abs()
+    rounding = (steps - trainer).abs()
+    return (
+        f"{own.mean():.2e} ({own.max():.2e} at most) from the trainer; rounding alone "
+        f"{rounding.mean():.2e} ({rounding.max():.2e} at most)"
+    )
 
 
 if __name__ == "__main__":

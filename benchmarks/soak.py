@@ -1,7 +1,7 @@
 """Does anything grow? Runs the bundled recipe for many iterations and watches its memory, files, processes and pace.
 
-`python benchmarks/soak.py [--iterations 500] [section.key=value ...]`. The run is a process of its own, looked at from
-outside at the end of each iteration. Memory is what the run and the processes that it started have resident.
+`python benchmarks/soak.py [--iterations 500] [section.key=value ...]`. The run is a process of its own, sampled
+from outside at the end of each iteration. Memory is the resident memory of the run and of the processes it started.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Sample:
-    """After an iteration. own, all: resident memory of the run, and with its children, MiB. files: open handles."""
+    """The run after an iteration. own, all: resident memory without and with its children, MiB; files: open handles."""
 
     iteration: int
     own: float
@@ -33,8 +33,17 @@ class Sample:
     threads: int
 
 
-def watch(folder: Path, iterations: int, overrides: list[str]) -> tuple[list[Sample], list[float], list[float]]:
-    """Run, and return for each iteration a sample, its seconds, and its seconds by 1,000 tokens."""
+@dataclass(frozen=True)
+class Watched:
+    """A finished run. seconds, paces: of each iteration, whole and per 1,000 tokens."""
+
+    samples: list[Sample]
+    seconds: list[float]
+    paces: list[float]
+
+
+def watch(folder: Path, iterations: int, overrides: list[str]) -> Watched:
+    """Run the recipe and sample the run after each iteration."""
     command = [sys.executable, "-m", "hapo_lite.train", str(ROOT / "recipes" / "tiny_cpu.yaml")]
     settings = [f"output_dir={folder}", f"training.iterations={iterations}", "logging.progress=false"]
     samples: list[Sample] = []
@@ -53,10 +62,11 @@ def watch(folder: Path, iterations: int, overrides: list[str]) -> tuple[list[Sam
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     lengths = np.diff([line.get("tokens", 0) for line in records])
     seconds = [line["seconds/iteration"] for line in records[1:]]
-    return samples, seconds, [1000.0 * s / tokens for s, tokens in zip(seconds, lengths, strict=True)]
+    return Watched(samples, seconds, [1000.0 * s / tokens for s, tokens in zip(seconds, lengths, strict=True)])
 
 
 def look(run: psutil.Process, iteration: int) -> Sample:
+    """Sample the run."""
     children = run.children(recursive=True)
     own = run.memory_info().rss / 2**20
     return Sample(
@@ -80,19 +90,22 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        samples, seconds, paces = watch(Path(folder), arguments.iterations, arguments.overrides)
+        watched = watch(Path(folder), arguments.iterations, arguments.overrides)
     fifth = arguments.iterations // 5
-    late = [s for s in samples if s.iteration > fifth]
-    print(f"{arguments.iterations} iterations, {len(samples)} samples; the first {fifth} are left to settle")
-    for name in ("own", "all"):
-        values = [getattr(s, name) for s in late]
-        who = "the run's memory" if name == "own" else "with its graders'"
-        print(f"{who:<20}{values[0]:8.1f} -> {values[-1]:8.1f} MiB   {slope(values):+.3f} MiB per 100 iterations")
-    for name in ("files", "processes", "threads"):
-        values = [getattr(s, name) for s in late]
-        print(f"{name:<20}{values[0]:8} -> {values[-1]:8}       {min(values)} to {max(values)}")
-    # A policy that learns to be brief has shorter iterations, so its pace is that by token.
-    for name, numbers in (("an iteration", seconds), ("by 1,000 tokens", paces)):
+    late = [sample for sample in watched.samples if sample.iteration > fifth]
+    print(f"{arguments.iterations} iterations, {len(watched.samples)} samples; the first {fifth} are left to settle")
+    memory = {"the run's memory": [s.own for s in late], "with its graders'": [s.all for s in late]}
+    for name, mib in memory.items():
+        print(f"{name:<20}{mib[0]:8.1f} -> {mib[-1]:8.1f} MiB   {slope(mib):+.3f} MiB per 100 iterations")
+    counts = {
+        "files": [s.files for s in late],
+        "processes": [s.processes for s in late],
+        "threads": [s.threads for s in late],
+    }
+    for name, found in counts.items():
+        print(f"{name:<20}{found[0]:8} -> {found[-1]:8}       {min(found)} to {max(found)}")
+    # A policy that learns to be brief has shorter iterations: the pace per token shows whether the run slows down.
+    for name, numbers in (("an iteration", watched.seconds), ("by 1,000 tokens", watched.paces)):
         first, last = (float(np.median(part)) for part in (numbers[:fifth], numbers[-fifth:]))
         print(f"{'seconds':<20}{first:8.3f} -> {last:8.3f} {name:<16}{100 * (last / first - 1):+.1f} % (medians)")
 

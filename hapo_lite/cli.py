@@ -1,4 +1,4 @@
-"""Shared by the command lines: the parser of a recipe, exit codes, and libraries that print less."""
+"""Helpers of the command lines: the parser of a recipe, exit codes, and settings of libraries."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
 def run_command(command: Callable[[list[str] | None], object], argv: list[str] | None = None) -> int:
     """Run a command line and return its exit code: 0, 2 after a UserError, 128 + n after signal n.
 
-    Memory that ran out counts as a UserError. argv: None: the arguments of this process.
+    A shortage of memory counts as a UserError. argv: None takes the arguments of this process.
     """
     keep_freed_memory()
     quiet_libraries()
@@ -96,14 +96,16 @@ def quiet_libraries() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors: each layer would otherwise fault the same pages in again.
+    """Make glibc keep the memory of freed tensors, since each layer would otherwise fault the same pages in again.
 
-    An iteration of the bundled recipe takes a tenth less time on a CPU (docs/measurements.md). Without glibc, this does
-    nothing.
+    An iteration of the bundled recipe takes a tenth less time on a CPU (docs/measurements.md). Without glibc, this
+    function has no effect.
     """
     if not sys.platform.startswith("linux"):
         return
-    m_trim_threshold, m_mmap_threshold, gibibyte = -1, -3, 1 << 30
+    m_trim_threshold = -1
+    m_mmap_threshold = -3
+    gibibyte = 1 << 30
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 
 class UserError(Exception):
-    """Something the user can mend: one sentence that says what is wrong, where, and what to do.
+    """An error that the user can fix. Its text is one sentence that says what is wrong, where, and what to do.
 
     The command lines print it without a traceback and exit with code 2.
     """
@@ -20,7 +20,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError, or safetensors' own for it, into a UserError that names `path`."""
+    """Turn an OSError, or a SafetensorError, into a UserError that names `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -28,8 +28,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def disk_problem(error: BaseException) -> str:
-    """One clause about why a file could not be written."""
-    # safetensors has an error of its own, with the system's text inside.
+    """One clause that says why a file could not be written."""
+    # A SafetensorError has no errno. It has the system's message in its text.
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
     if full:
         return "the disk is full; free some space and run the same command again"

@@ -19,19 +19,20 @@ from hapo_lite.algo.tokens import TokenSignals, trained_tokens
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem. messages: the chat before the answer, as (role, content) pairs; answer: the gold answer."""
+    """One problem. messages: the chat before the answer, as pairs (role, content). answer: the gold answer."""
 
     id: str
     messages: tuple[tuple[str, str], ...]
     answer: str
 
     def chat(self) -> list[dict[str, str]]:
+        """The messages as a chat template takes them."""
         return [{"role": role, "content": content} for role, content in self.messages]
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt with its place in the data, which sampling is seeded by, and its token ids."""
+    """A prompt with its token ids. index: its place in the data, which seeds its samples."""
 
     index: int
     prompt: Prompt
@@ -40,7 +41,7 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to sample. sample: its number among the completions of its prompt."""
+    """A request to sample one completion. sample: its number among the completions of its prompt."""
 
     prompt: EncodedPrompt
     sample: int
@@ -48,10 +49,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled completion; the tensors are on the CPU, [T] each, T being its own length, stop token included.
+    """One sampled completion. The tensors are on the CPU, [T] each; T is its length, which includes the stop token.
 
-    base_logp, entropy: of the policy at the base temperature, nats. sampling_logp: under the distribution the token was
-    drawn from, at its own temperature. truncated: it ended at the length limit, not at a stop token.
+    base_logp, entropy: log-probability and entropy under the policy at the base temperature, nats. sampling_logp:
+    log-probability under the distribution that the token was drawn from, at its own temperature. truncated: the
+    completion ended at the length limit, not at a stop token.
     """
 
     prompt: EncodedPrompt
@@ -66,14 +68,16 @@ class Completion:
 
     @property
     def length(self) -> int:
+        """The number of tokens, stop token included."""
         return self.ids.shape[0]
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """A micro-batch, right-padded. ids: [B, L]; prompt_lengths, lengths: [B]; mask: bool [B, T], true on real tokens.
+    """A micro-batch, padded on the right.
 
-    The mask comes from lengths alone: a token's value never decides whether it counts.
+    ids: [B, L]. prompt_lengths, lengths: [B], tokens of each prompt and of each completion. mask: bool [B, T], true on
+    real tokens. The mask comes from the lengths alone: a token's value never decides whether it counts.
     """
 
     ids: Tensor
@@ -83,6 +87,7 @@ class Sequences:
 
     @classmethod
     def of(cls, completions: Sequence[Completion], device: torch.device | str = "cpu") -> Sequences:
+        """The micro-batch of these completions with their prompts, on `device`."""
         rows = [torch.cat([torch.tensor(c.prompt.ids, dtype=torch.long), c.ids]) for c in completions]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([c.length for c in completions])
@@ -98,7 +103,7 @@ def pad(rows: Sequence[Tensor], device: torch.device | str = "cpu") -> Tensor:
 
 @dataclass(frozen=True)
 class Score:
-    """What one completion earned. reward: what is learned from; correct, outcome, answer: as in tasks.verify.Grade."""
+    """The grade of one completion. reward: what training learns from. The other fields are as in tasks.verify.Grade."""
 
     reward: float
     correct: bool
@@ -108,7 +113,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Graded:
-    """Completions and what each of them earned: B of both, the completions of a prompt beside one another."""
+    """B completions and their B scores. The completions of one prompt stand next to one another."""
 
     completions: list[Completion]
     scores: list[Score]
@@ -123,7 +128,7 @@ class Graded:
 
     @property
     def sequence_lengths(self) -> list[int]:
-        """Tokens of each sequence, prompt included."""
+        """The number of tokens of each sequence, prompt included, B numbers."""
         return [len(c.prompt.ids) + c.length for c in self.completions]
 
     def select(self, rows: Sequence[int]) -> Graded:
@@ -133,11 +138,12 @@ class Graded:
 
 @dataclass(frozen=True)
 class Experience(Graded):
-    """One iteration, as its updates see it: what was sampled, what it earned, and the old policy on every token.
+    """All that an iteration's updates need: completions, scores, and the old policy's view of every token.
 
-    advantage: [B], fp32. old_logp, entropy (nats), h, uncertain (bool): [T] of each completion, by the policy before
-    the first update, at the base temperature. signal: fitted on all entropies. scale: [B], EDGE-GRPO's factor on the
-    advantage. base_logp: [T], by the base model; None unless the method asks for it.
+    advantage: [B], fp32. old_logp, entropy (nats), h, uncertain (bool): one [T] per completion, from the policy before
+    the first update, at the base temperature. signal: the signal fitted to all entropies. scale: [B], EDGE-GRPO's
+    factor on the advantage. base_logp: one [T] per completion, log-probabilities of the base model; None unless the
+    method needs them.
     """
 
     advantage: Tensor
@@ -150,10 +156,11 @@ class Experience(Graded):
     base_logp: list[Tensor] | None
 
     def trained(self, method: Method) -> list[Tensor]:
-        """Which tokens count in the loss, bool [T]."""
+        """Which tokens count in the loss: one bool [T] per completion."""
         return [trained_tokens(method, u) for u in self.uncertain]
 
     def select(self, rows: Sequence[int]) -> Experience:
+        """The rows of the experience at these places, in this order. The signal stays that of the whole iteration."""
         graded = super().select(rows)
         return replace(
             self,
@@ -172,25 +179,26 @@ class Experience(Graded):
         """All completions as one micro-batch, right-padded."""
         mask = pad([torch.ones(c.length, dtype=torch.bool) for c in self.completions], device)
         return LossInputs(
-            pad(self.old_logp, device),
-            self.advantage.to(device),
-            TokenSignals(
+            old_logp=pad(self.old_logp, device),
+            advantage=self.advantage.to(device),
+            tokens=TokenSignals(
                 pad(self.h, device), pad(self.entropy, device), pad(self.uncertain, device), self.scale.to(device)
             ),
-            loss_weights(mask, method.loss_average, pad(self.trained(method), device)),
-            pad([c.sampling_logp for c in self.completions], device),
-            None if self.base_logp is None else pad(self.base_logp, device),
+            weights=loss_weights(mask, method.loss_average, pad(self.trained(method), device)),
+            sampling_logp=pad([c.sampling_logp for c in self.completions], device),
+            base_logp=None if self.base_logp is None else pad(self.base_logp, device),
         )
 
 
 @dataclass(frozen=True)
 class TokenOutcome:
-    """What one update did to one completion: [T] tensors on the CPU, and its advantage within its group.
+    """The effect of one update on one completion. The tensors are [T], on the CPU.
 
-    old_logp, entropy: of the policy before the iteration's first update, at the base temperature, nats. h: entropy
-    signal. uncertain: bool, above the method's quantile. logp: at the moment of the update. credit: the advantage that
-    the method gave each token in the end. lower, upper: bounds on the ratio. kl_base: divergence from the base model,
-    nats; None for a method without one.
+    advantage: that of the completion within its group. old_logp, entropy: log-probability and entropy under the policy
+    before the iteration's first update, at the base temperature, nats. h: the entropy signal. uncertain: bool, above
+    the method's quantile. logp: log-probability at the moment of the update. credit: the final advantage of each token.
+    lower, upper: bounds on the ratio. kl_base: divergence from the base model, nats; None for a method without a KL
+    weight.
     """
 
     advantage: float

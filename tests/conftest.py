@@ -29,10 +29,13 @@ from hapo_lite.train.collect import Collected, Collector
 from hapo_lite.train.loop import Loop
 from hapo_lite.train.prompts import encode_prompts, load_data
 from hapo_lite.train.scoring import Scored, advantages
+from tests.clock import Clock
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny_cpu.yaml"
 
+# So that an assertion which fails in them shows its values.
+pytest.register_assert_rewrite("tests.allocations", "tests.inspector.browser")
 quiet_libraries()
 # Two threads on small matrices wait for each other, for seconds if another program has one of the cores.
 torch.set_num_threads(1)
@@ -60,14 +63,28 @@ def make_recipe(tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def data_of():
+    """data_of(recipe): `load_data`, once for all loops on the same data; it takes longer than the rest of a loop."""
+    known = {}
+
+    def load(recipe: Recipe):
+        key = recipe.model_dump_json(include={"data", "evaluation", "seed"})
+        if key not in known:
+            known[key] = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None)
+        return known[key]
+
+    return load
+
+
 @pytest.fixture
-def make_loop():
+def make_loop(data_of):
     """make_loop(recipe): the moving parts of a run without its folder; graders are closed at the end."""
     with contextlib.ExitStack() as stack:
 
         def make(recipe: Recipe) -> Loop:
             accelerator = make_accelerator(recipe)
-            data = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None)
+            data = data_of(recipe)
             policy = load_policy(recipe.model, recipe.seed, accelerator.device)
             limit = recipe.rollout.max_new_tokens
             encoded = encode_prompts(data.training[:256], policy, recipe.data, limit, say=lambda text: None)
@@ -120,3 +137,8 @@ def small_disk(tmp_path):
         pytest.skip("mounting a file system of its own takes root on Linux")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()

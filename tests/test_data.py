@@ -13,22 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from hapo_lite.errors import UserError
-from hapo_lite.recipe import DataSettings
 from hapo_lite.records import Prompt
-from hapo_lite.tasks.data import PromptSet, load_prompts, split_held_out
+from hapo_lite.tasks.data import split_held_out
+from tests.rows import jsonl, load
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data beside the checkout")
-
-
-def load(source: Path | str, **settings) -> PromptSet:
-    return load_prompts(DataSettings(source=str(source), **settings))
-
-
-def jsonl(tmp_path: Path, *rows) -> Path:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
-    return path
 
 
 @needs_data

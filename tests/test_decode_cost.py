@@ -1,4 +1,4 @@
-"""What a decoding step costs, so that it does not grow back: operators, bytes, and waits (benchmarks/decode_cost.py)."""
+"""A decoding step keeps its cost: operators, bytes, and waits, counted by benchmarks/decode_cost.py."""
 
 from __future__ import annotations
 

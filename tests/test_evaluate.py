@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.train import __main__ as train
 from hapo_lite.train.intervals import Interval
 from hapo_lite.train.verdict import judge
+from tests.commands import ENVIRONMENT
 from tests.conftest import ROOT, TINY
 
 DATA = ROOT.parent / "shared" / "data"
@@ -262,19 +262,31 @@ def test_other_settings_do_not_meet_the_samples_of_these(finished, tmp_path):
     assert all(after[name] == content for name, content in before.items() if name.endswith(".jsonl"))
 
 
-def test_killed_it_goes_on_and_two_processes_write_what_one_does(finished, adapter, tmp_path):
-    settings = [str(TINY), f"output_dir={tmp_path}", "--adapter", str(adapter), *SETTINGS]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    options = {"env": environment, "cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-m", "hapo_lite.evaluate", *settings], **options)
+def test_killed_it_goes_on(finished, adapter, tmp_path, capsys):
+    arguments = [f"output_dir={tmp_path}", "--adapter", str(adapter), *SETTINGS]
+    command = [sys.executable, "-m", "hapo_lite.evaluate", str(TINY), *arguments]
+    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     folder = tmp_path / "tiny_cpu" / "evaluations" / "tiny"
     while process.poll() is None and not any(p.read_bytes().count(b"\n") > 33 for p in folder.glob("*.jsonl")):
         time.sleep(0.002)
     process.kill()
-    process.communicate()
+    process.wait()
     assert process.returncode == -signal.SIGKILL and not (folder / "summary.json").is_file()
+    assert run(*arguments) == 0
+    assert "completions are there from before" in capsys.readouterr().out
+    assert remains(tmp_path) == remains(finished)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_and_write_what_one_does(finished, adapter, tmp_path):
+    shutil.copytree(finished / "tiny_cpu" / "evaluations", tmp_path / "tiny_cpu" / "evaluations")
+    for path in (tmp_path / "tiny_cpu" / "evaluations").rglob("summary.json"):
+        path.unlink()
+    for path in (tmp_path / "tiny_cpu" / "evaluations" / "tiny").glob("*.jsonl"):
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:40]))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, "-m", "hapo_lite.evaluate", *settings], text=True, timeout=240, **options)
+    command = [*launcher, "-m", "hapo_lite.evaluate", str(TINY), f"output_dir={tmp_path}", "--adapter", str(adapter)]
+    done = subprocess.run([*command, *SETTINGS], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "completions are there from before" in done.stdout
     assert remains(tmp_path) == remains(finished)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from benchmarks import grading
-from benchmarks.grading_kinds import RIGHT, WRONG, matrix
+from benchmarks.grading_kinds import RIGHT, WRONG
 from hapo_lite.tasks.answers import find
 from hapo_lite.tasks.grader import _Worker
 from hapo_lite.tasks.verify import GraderPool, marked_answer
-from tests.test_verify import box
+from tests.graders import box
 
-UNPARSEABLE = "unparseable"
+TEXTS = [
+    pytest.param(*row, id=f"{kind}-{number}")
+    for kind, rows in yaml.safe_load(Path(__file__).with_name("answers_in_texts.yaml").read_text("utf-8")).items()
+    for number, row in enumerate(rows)
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,77 +42,8 @@ def test_right_answers_are_taken(pool, kind):
     assert [(p, g.outcome) for p, g in zip(RIGHT[kind], grades, strict=True) if not g.correct] == []
 
 
-@pytest.mark.parametrize(
-    ("completion", "gold", "outcome"),
-    [
-        ("<think>It could be 12.</think><answer>15</answer>", "12", "wrong"),
-        ("<think>It could be 12.</think><answer>15</answer>", "15", "correct"),
-        ("<answer>42</answer>", "42", "correct"),
-        ("<answer>\n 42 </answer>", "42", "correct"),
-        (r"<answer>\boxed{42}</answer>", "42", "correct"),
-        (r"<answer>42</answer> or \boxed{41}", "42", "correct"),
-        (r"<answer>41</answer> or \boxed{42}", "42", "wrong"),
-        (r"<answer></answer> \boxed{42}", "42", "correct"),
-        ("The answer is 42. <answer>4", "42", UNPARSEABLE),
-        (r"<think>\boxed{42}</think>", "42", UNPARSEABLE),
-        (r"<think>\boxed{42}", "42", UNPARSEABLE),
-        (r"the prompt began it \boxed{42}</think> The answer is 41.", "42", "wrong"),
-        (r"\boxed{42}<think>or \boxed{7}</think>", "42", "correct"),
-        ("<think>The answer is 12.</think> I give up.", "12", UNPARSEABLE),
-        (r"The answer is 41, that is, \boxed{42}", "42", "correct"),
-    ],
-)
-def test_the_tag_counts_before_the_box_and_thoughts_do_not_count(pool, completion, gold, outcome):
-    assert pool.grade_many([(completion, gold)])[0].outcome == outcome
-
-
-@pytest.mark.parametrize(
-    ("completion", "gold", "outcome"),
-    [
-        (r"\boxed{3} or \boxed{5}", "5", "wrong"),
-        (r"\boxed{3} or \boxed{5}", "3", "wrong"),
-        (r"\boxed{3}\boxed{5}", "5", "wrong"),
-        (r"either \boxed{3}, or maybe \boxed{5}", "5", "wrong"),
-        (r"$x=\boxed{3}$ or $x=\boxed{5}$", "5", "wrong"),
-        (r"The answer is \boxed{3} (or it could be \boxed{5}).", "5", "wrong"),
-        (r"\boxed{3}. The answer is \boxed{5}", "5", "correct"),
-        (r"\boxed{3} becomes \boxed{5}", "5", "correct"),
-        ("<answer>3</answer> <answer>5</answer>", "5", "wrong"),
-        ("<answer>3 or 5</answer>", "5", "wrong"),
-        (r"\boxed{5}, \boxed{3}", "3, 5", "correct"),
-        (r"$x=\boxed{3}$ and $y=\boxed{5}$", "(3,5)", "correct"),
-        (r"\boxed{3} apples and \boxed{5} pears", "3, 5", "correct"),
-        (r"\boxed{5} \boxed{5}", "5", "correct"),
-        (r"\boxed{\frac12} or \boxed{0.5}", "1/2", "correct"),
-        (r"First \boxed{3}. We add 2 and get \boxed{5}", "5", "correct"),
-        (r"\boxed{3}. No, wait: \boxed{5}", "5", "correct"),
-    ],
-)
-def test_boxes_at_the_end_are_one_answer(pool, completion, gold, outcome):
-    assert pool.grade_many([(completion, gold)])[0].outcome == outcome
-
-
-@pytest.mark.parametrize(
-    ("completion", "gold", "outcome"),
-    [
-        ("It starts at $12:00$", "12:00", "correct"),
-        ("It starts at $12:00$.", "12:30", "wrong"),
-        ("So it ends at $3:45$", "3:45", "correct"),
-        ("The answer is 5:30 pm.", "5:30 am", "wrong"),
-        ("The answer is $2$ or more.", "2", "wrong"),
-        ("The answer is 8 million.", "8", "wrong"),
-        ("The answer is 8 million.", "8000000", "correct"),
-        ("The answer is 42 apples in total.", "42", "correct"),
-        ("The answer is 3 hours and 20 minutes.", r"3\text{ hours }25\text{ minutes}", "wrong"),
-        ("The total is $8 cents$", r"\$8", "wrong"),
-        ("The total is 8 cents", r"\$8", "wrong"),
-        ("It comes to 8 million", "8", "wrong"),
-        ("It comes to 6t", "6", "wrong"),
-        ("We have $12$ of them, and hence 15.", "15", "correct"),
-        ("So there are 28 percent", "28%", "correct"),
-    ],
-)
-def test_a_statement_and_its_words(pool, completion, gold, outcome):
+@pytest.mark.parametrize(("completion", "gold", "outcome"), TEXTS)
+def test_one_answer_of_a_text_counts(pool, completion, gold, outcome):
     assert pool.grade_many([(completion, gold)])[0].outcome == outcome
 
 
@@ -125,9 +62,9 @@ def test_a_megabyte_is_searched_in_no_time(text):
     find(megabyte[:1000])
     took = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.thread_time()
         find(megabyte)
-        took.append(time.perf_counter() - started)
+        took.append(time.thread_time() - started)
     assert min(took) < 0.15  # 0.05 on a machine that does nothing else
 
 
@@ -143,6 +80,10 @@ def test_an_answer_that_comes_with_the_first_line_is_heard():
     assert worker.receive() == [{"outcome": "correct"}]
     os.close(start)
     worker.process.stdout.close()
+
+
+def matrix(*rows: str) -> str:
+    return r"\begin{pmatrix} " + r" \\ ".join(rows) + r" \end{pmatrix}"
 
 
 def test_changes_of_the_benchmark_change_the_answer():

@@ -309,15 +309,16 @@ def test_an_fp16_weight_is_cast_as_it_is_read(tiles):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+# A product in bfloat16 takes a CPU without instructions for it many times as long.
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_peak_memory_is_the_jacobian_and_64_mb_whatever_the_vocabulary(dtype):
     """As the benchmark measures it: a fresh process, beyond the inputs and the gradient returned."""
     found = []
     for vocabulary in (32_768, 131_072):
         command = [sys.executable, str(ROOT / "benchmarks" / "head.py"), "--way", "ours", "--dtype", dtype]
-        command += ["--tokens", "1024", "--hidden", "512", "--vocabulary", str(vocabulary)]
+        command += ["--tokens", "1024", "--hidden", "128", "--vocabulary", str(vocabulary)]
         found.append(float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout) * 2**20)
-    assert max(found) <= 1024 * 512 * 4 + 64e6  # the N x V logits alone would be 537e6
+    assert max(found) <= 1024 * 128 * 4 + 64e6  # the N x V logits alone would be 537e6
     assert abs(found[1] - found[0]) <= 8e6
 
 

@@ -20,7 +20,7 @@ import pytest
 
 from hapo_lite.tasks.verify import LONGEST_ANSWER, Grade, GraderPool
 from tests.conftest import ROOT
-from tests.test_verify import box, children
+from tests.graders import box, children
 
 LINES = Path(__file__).with_name("hostile_answers.jsonl").read_text(encoding="utf-8").splitlines()
 ANSWERS = [json.loads(line) for line in LINES]
@@ -46,20 +46,25 @@ def graded(answers: list[dict]) -> list[tuple[Grade, float]]:
     return out
 
 
+def was_late(answer: dict, grade: Grade, seconds: float) -> bool:
+    return seconds > DEADLINE_S + SLACK_S or (grade.outcome == "timeout" and "timeout" not in answer["allowed"])
+
+
 def test_hostile_answers_fool_nobody_and_hold_nobody_up(tmp_path, monkeypatch):
     assert len(ANSWERS) >= 60 and len({answer["name"] for answer in ANSWERS}) == len(ANSWERS)
     monkeypatch.chdir(tmp_path)
     before = children()
     with ThreadPoolExecutor(4) as threads:
         quarters = [ANSWERS[i::4] for i in range(4)]
-        verdicts = {
-            answer["name"]: (answer["allowed"], grade, seconds)
-            for quarter, found in zip(quarters, threads.map(graded, quarters), strict=True)
-            for answer, (grade, seconds) in zip(quarter, found, strict=True)
-        }
-    assert {n: (g, a) for n, (a, g, _) in verdicts.items() if g.outcome not in a} == {}
-    assert {n: s for n, (_, _, s) in verdicts.items() if s > DEADLINE_S + SLACK_S} == {}
-    assert all(g.answer is None or len(g.answer) <= LONGEST_ANSWER for _, g, _ in verdicts.values())
+        found = zip(quarters, threads.map(graded, quarters), strict=True)
+        verdicts = {answer["name"]: one for quarter, many in found for answer, one in zip(quarter, many, strict=True)}
+    # A machine with other work may hold up any answer once: one that was late is given a second time, alone.
+    late = [answer for answer in ANSWERS if was_late(answer, *verdicts[answer["name"]])]
+    verdicts |= {answer["name"]: one for answer, one in zip(late, graded(late), strict=True)}
+    allowed = {answer["name"]: answer["allowed"] for answer in ANSWERS}
+    assert {n: (g, allowed[n]) for n, (g, _) in verdicts.items() if g.outcome not in allowed[n]} == {}
+    assert {n: s for n, (_, s) in verdicts.items() if s > DEADLINE_S + SLACK_S} == {}
+    assert all(g.answer is None or len(g.answer) <= LONGEST_ANSWER for g, _ in verdicts.values())
     assert children() <= before
     assert list(tmp_path.iterdir()) == []  # some of them try to leave a file
 

@@ -23,7 +23,7 @@ from hapo_lite.tasks.data import split_held_out
 from hapo_lite.tasks.store import PromptStore, digest_of
 from hapo_lite.tasks.stream import LazyPrompts, PromptStream
 from tests.conftest import ROOT
-from tests.test_data import jsonl, load
+from tests.rows import jsonl, load
 
 
 def prompt(i: int) -> Prompt:
@@ -177,6 +177,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of a process where Linux has it")
 def test_memory_does_not_grow_with_the_text(tmp_path):
     # 40,000 problems of 2,500 characters: 100 MB of text.

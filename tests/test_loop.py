@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 
 import pytest
@@ -14,27 +13,9 @@ from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.train.scoring import advantages
 from tests.conftest import score
+from tests.loops import adapter_digest, digest, run_steps
 
 SIGNAL = EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)
-
-
-def digest(tensors) -> str:
-    found = hashlib.sha256()
-    for t in tensors:
-        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
-def adapter_digest(loop) -> str:
-    return digest(loop.policy.trainable().values())
-
-
-def run_steps(loop, count):
-    state, lines = TrainState(), []
-    for _ in range(count):
-        state, metrics, _ = loop.step(state)
-        lines.append(metrics)
-    return state, lines
 
 
 def gradient_of_first_update(loop, collected, budget):
@@ -213,7 +194,7 @@ def test_learning_rate_warms_up_and_is_the_one_that_was_used(make_recipe, make_l
     assert [line["update/learning_rate"] for line in lines] == pytest.approx([0.25e-3, 0.75e-3, 1e-3])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw_8bit", marks=pytest.mark.slow)])
 def test_training_raises_the_reward(make_recipe, make_loop, optimizer):
     recipe = make_recipe(
         f"training.optimizer={optimizer}",

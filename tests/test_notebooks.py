@@ -69,6 +69,7 @@ def test_the_quickstart_trains_and_shows(tmp_path, monkeypatch):
     assert (tmp_path / "tiny_cpu" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_colab_notebook_with_the_bundled_model_in_place_of_qwen(tmp_path, monkeypatch):
     done = run_notebook(
         "colab_qwen1_5b.ipynb",

@@ -33,7 +33,7 @@ def one_token(ratio, advantage, lower=0.8, upper=1.28, dual_clip=10.0):
 )
 def test_loss_of_one_token(ratio, advantage, loss, gradient, clipped):
     out, slope = one_token(ratio, advantage)
-    assert float(out.loss) == pytest.approx(loss)
+    assert float(out.loss.detach()) == pytest.approx(loss)
     assert slope == pytest.approx(gradient)
     assert (bool(out.clipped_low), bool(out.clipped_high)) == (clipped == "low", clipped == "high")
 
@@ -44,7 +44,7 @@ def test_masked_positions_may_hold_anything():
     mask = torch.tensor([[1, 0, 0]])
     out = policy_loss(logp, torch.tensor([[-1.0, 0.0, -500.0]]), full, mask, 0.8 * full, 1.2 * full, mask.sum())
     out.loss.backward()
-    assert float(out.loss) == -1.0
+    assert float(out.loss.detach()) == -1.0
     assert logp.grad.tolist() == [[-1.0, 0.0, 0.0]]
     assert out.metrics == {"ratio": 1.0, "kl_old": 0.0, "clipped_low": 0.0, "clipped_high": 0.0}
 
@@ -202,7 +202,7 @@ def test_importance_weights_are_truncated():
     tokens = TokenSignals(full, full, full > 0, torch.ones(1))
     inputs = LossInputs(full, torch.ones(1), tokens, ones)
     out, _ = method_loss(method, full, replace(inputs, sampling_logp=full - 1.0), 2.0)
-    assert float(out.loss) == -2.0
+    assert float(out.loss.detach()) == -2.0
     with pytest.raises(ValueError, match="sampling"):
         method_loss(method, full, inputs, 2.0)
     with pytest.raises(ValueError, match="base model"):

@@ -21,7 +21,7 @@ from hapo_lite.model.origins import TINY_MODEL, folder_digest, model_origin
 from hapo_lite.recipe import LoraSettings, ModelSettings
 from hapo_lite.runs.checkpoint import read_record
 from hapo_lite.train import run
-from tests.test_data import jsonl
+from tests.rows import jsonl
 
 COMMIT, LATER = "a1" * 20, "b2" * 20
 CODE = """

@@ -15,11 +15,7 @@ from hapo_lite.errors import UserError
 from hapo_lite.recipe import Recipe, describe_fields, first_incompatible_setting, load_recipe, rules, schema
 from hapo_lite.recipe.settings import Section, apply_override
 from tests.conftest import ROOT, TINY
-
-FILES = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "accelerate")
-COMPARISONS = [p for p in FILES if "arms" in yaml.safe_load(p.read_text(encoding="utf-8"))]
-SHIPPED = [p for p in FILES if p not in COMPARISONS]
-MINIMAL = {"model": {"name": "tiny"}, "data": {"source": "tiny"}, "training": {"iterations": 1}}
+from tests.recipes import COMPARISONS, MINIMAL, SHIPPED
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)

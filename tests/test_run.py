@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -27,23 +26,8 @@ from hapo_lite.runs.status import read_status
 from hapo_lite.runs.trace import read_traces
 from hapo_lite.train.__main__ import main
 from hapo_lite.verify_resume.verify import left_by
+from tests.commands import ENVIRONMENT, SMALL, own_precision
 from tests.conftest import ROOT, TINY
-
-SMALL = [
-    "rollout.prompts_per_iteration=4",
-    "rollout.completions_per_prompt=4",
-    "rollout.old_logprobs=recomputed",
-    "training.iterations=6",
-    "training.updates_per_iteration=2",
-    "evaluation.prompts=4",
-    "evaluation.samples=2",
-    "evaluation.every=3",
-    "checkpoint.every=2",
-    "reward.workers=1",
-    "logging.traces_per_iteration=2",
-]
-# One thread and no spinning: the suite may share its cores, and sums are in one order.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
 def command(folder: Path, *overrides: str, recipe: Path | str = TINY, launcher: tuple[str, ...] = ()) -> list[str]:
@@ -56,6 +40,11 @@ def train(folder: Path, *overrides: str, **options) -> subprocess.CompletedProce
     return subprocess.run(
         command(folder, *overrides, **options), capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd, timeout=240
     )
+
+
+def train_here(folder: Path, *overrides: str) -> int:
+    """The exit code of the same command in this process, which has imported torch already."""
+    return run_command(main, command(folder, *overrides)[3:])
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +124,8 @@ def test_the_adapter_loads_with_plain_peft_and_is_the_one_that_was_trained(finis
 
 
 def test_the_same_command_twice_gives_the_same_bytes(finished, tmp_path):
-    assert train(tmp_path).returncode == 0
+    """In a process of its own and in this one, in which other tests have run."""
+    assert train_here(tmp_path) == 0
     assert left_by(tmp_path) == left_by(finished[0].parent)
 
 
@@ -153,8 +143,8 @@ def signal_at(folder: Path, lines: int, number: int) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_saves_and_continues(finished, tmp_path, number):
-    code = signal_at(tmp_path, 4, number)
+def test_asked_to_stop_it_saves_and_continues(finished, tmp_path, capsys, number):
+    code = signal_at(tmp_path, 2, number)
     run = tmp_path / "tiny_cpu"
     assert code == 128 + number
     done = len(MetricsFile(run / "metrics.jsonl").read()) - 1
@@ -162,31 +152,29 @@ def test_asked_to_stop_it_saves_and_continues(finished, tmp_path, number):
     newest = sorted((run / "checkpoints").iterdir())[-1]
     assert newest.name == f"{done:06d}"  # nothing that was finished is lost
     if number == signal.SIGINT:
-        again = train(tmp_path)
-        assert again.returncode == 0 and f"after iteration {done}" in again.stdout
+        assert train_here(tmp_path) == 0 and f"after iteration {done}" in capsys.readouterr().out
         assert left_by(run.parent) == left_by(finished[0].parent)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(finished, tmp_path, capsys):
     shutil.copytree(finished[0], tmp_path / "tiny_cpu")
     weights = tmp_path / "tiny_cpu" / "checkpoints" / "000006" / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1
     weights.write_bytes(content)
-    done = train(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "000006 is damaged: adapter_model.safetensors has changed" in done.stdout
-    assert "after iteration 4" in done.stdout
+    assert train_here(tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "000006 is damaged: adapter_model.safetensors has changed" in printed
+    assert "after iteration 4" in printed
     read_record(weights.parent)  # it has been written anew
     assert left_by(tmp_path) == left_by(finished[0].parent)
 
 
 def test_a_finished_run_is_left_alone_and_may_be_prolonged(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "tiny_cpu")
-    assert train(tmp_path).returncode == 0
+    assert train_here(tmp_path) == 0
     assert left_by(tmp_path) == left_by(finished[0].parent)
-    longer = train(tmp_path, "training.iterations=7")
-    assert longer.returncode == 0, longer.stderr
+    assert train_here(tmp_path, "training.iterations=7") == 0
     lines = MetricsFile(tmp_path / "tiny_cpu" / "metrics.jsonl").read()
     assert [line["iteration"] for line in lines] == list(range(8))
 
@@ -200,11 +188,10 @@ def test_a_finished_run_is_left_alone_and_may_be_prolonged(finished, tmp_path):
 )
 def test_another_recipe_does_not_continue_the_run(finished, tmp_path, capsys, override, message):
     shutil.copytree(finished[0], tmp_path / "tiny_cpu")
-    assert run_command(main, command(tmp_path, override)[3:]) == 2
+    assert train_here(tmp_path, override) == 2
     said = capsys.readouterr().err
-    assert (
-        message in said and "choose another name=" in said
-    )  # found before the model is loaded, not with the checkpoints
+    # Found before the model is loaded, not with the checkpoints.
+    assert message in said and "choose another name=" in said
     assert left_by(tmp_path) == left_by(finished[0].parent)
 
 
@@ -223,6 +210,7 @@ def adapter_distance(run: Path, other: Path) -> float:
     return distance / length
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(finished, tmp_path):
     """The signal, the groups and the denominator are global: two CPU processes give the loss curve of one."""
     done = train(tmp_path, launcher=accelerate("ddp"))
@@ -233,6 +221,7 @@ def test_two_processes_learn_what_one_does(finished, tmp_path):
     assert adapter_distance(finished[0], tmp_path / "tiny_cpu") < 1e-5
 
 
+@pytest.mark.slow
 def test_with_the_base_split_they_learn_the_same(finished, tmp_path):
     """Layers of NF4 in two parts, and micro-batches that do not come out even: FSDP changes memory and nothing else."""
     done = train(
@@ -279,7 +268,7 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the maths data sets are not beside the checkout")
-def test_the_path_of_a_gpu_user(tmp_path):
+def test_the_path_of_a_gpu_user(tmp_path, monkeypatch):
     """recipes/qwen1_5b_lora.yaml on a small model of Qwen's shape and vocabulary, with GSM8K, in 4-bit."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -287,9 +276,6 @@ def test_the_path_of_a_gpu_user(tmp_path):
     Qwen2ForCausalLM(Qwen2Config(**QWEN_SHAPE)).save_pretrained(tmp_path / "qwen")
     AutoTokenizer.from_pretrained(TINY_MODEL).save_pretrained(tmp_path / "qwen")
     arguments = [
-        sys.executable,
-        "-m",
-        "hapo_lite.train",
         str(ROOT / "recipes" / "qwen1_5b_lora.yaml"),
         f"output_dir={tmp_path}",
         f"model.name={tmp_path / 'qwen'}",
@@ -304,8 +290,9 @@ def test_the_path_of_a_gpu_user(tmp_path):
         "evaluation.prompts=2",
         "evaluation.samples=2",
     ]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=240)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(ROOT)
+    with own_precision():
+        assert run_command(main, arguments) == 0
     lines = MetricsFile(tmp_path / "qwen1_5b_lora" / "metrics.jsonl").read()
     assert len(lines) == 3 and lines[-1]["updates"] == 8
     assert lines[-1]["entropy/all_mean"] > 5  # a random model over 152k tokens

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import Recipe, load_recipe, parse_recipe
-from tests.test_recipe import MINIMAL, SHIPPED
+from tests.recipes import MINIMAL, SHIPPED
 
 SECONDS = 3.0
 TEXTS = [path.read_text(encoding="utf-8") for path in SHIPPED]

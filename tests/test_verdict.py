@@ -191,7 +191,7 @@ def test_iterations_that_found_no_group_and_runs_without_any():
 
 
 def test_every_setting_that_is_named_exists():
-    text = (ROOT / "hapo_lite" / "verdict.py").read_text()
+    text = (ROOT / "hapo_lite" / "train" / "verdict.py").read_text()
     named = set(re.findall(r"\b(?:training|rollout|evaluation|data|reward|method|benchmark)\.[a-z_]+\b", text))
     tree = recipe().model_dump()
     for name in named - {"reward.mean"}:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from benchmarks import grading
 from hapo_lite.tasks.verify import LONGEST_ANSWER, Grade, GraderPool, boxed_answer, grade
+from tests.graders import box, children
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 ENDLESS = r"\boxed{10^{10^{10}}}"
@@ -25,10 +26,6 @@ ENDLESS = r"\boxed{10^{10^{10}}}"
 def pool():
     with GraderPool(workers=2, timeout_s=20) as pool:
         yield pool
-
-
-def box(answer: str) -> str:
-    return rf"Therefore \boxed{{{answer}}}."
 
 
 def alive(pid: int) -> bool:
@@ -44,11 +41,6 @@ def seconds_of_cpu(pid: int) -> float:
     except FileNotFoundError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def children() -> set[int]:
-    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
-    return {int(line.split()[0]) for line in listed.stdout.splitlines() if "_grader" in line}
 
 
 @pytest.mark.parametrize(
@@ -309,7 +301,7 @@ def test_processes_end_with_a_parent_that_is_killed():
     program = (
         "from hapo_lite.tasks.verify import GraderPool\n"
         "import threading, time\n"
-        "pool = GraderPool(2, 1.5)\n"
+        "pool = GraderPool(2, 3.0)\n"
         r"pool.grade_many([(r'\boxed{1+x}', 'x+1'), (r'\boxed{2+x}', 'x+2')])" + "\n"
         "pids = [w.process.pid for w in pool._idle]\n"
         rf"threading.Thread(target=pool.grade_many, args=([(r'{ENDLESS}', 'y+5')],), daemon=True).start()" + "\n"
@@ -324,7 +316,7 @@ def test_processes_end_with_a_parent_that_is_killed():
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 30
     while any(map(alive, pids)) and time.monotonic() < until:
         time.sleep(0.1)
     assert not any(map(alive, pids))

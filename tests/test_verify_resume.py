@@ -12,8 +12,8 @@ import pytest
 from hapo_lite.errors import UserError
 from hapo_lite.verify_resume.__main__ import main
 from hapo_lite.verify_resume.verify import Findings, compare, left_by, verify
+from tests.commands import ENVIRONMENT, SMALL
 from tests.conftest import ROOT, TINY
-from tests.test_run import ENVIRONMENT, SMALL
 
 SHORT = ["training.iterations=4", "evaluation.every=2", "data.limit=64", "logging.progress=false"]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hapo_lite.algo.methods import PRESETS
-from tests.test_verl import LENGTHS, METHODS, in_the_loop, mode_of, random_batch
+from tests.verl_batches import LENGTHS, METHODS, in_the_loop, mode_of, random_batch
 
 pytest.importorskip("verl")
 

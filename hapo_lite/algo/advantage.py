@@ -1,4 +1,4 @@
-"""Group-relative advantages: by sequence (Eq. 1), by token (Eq. 9), and what methods make of them by entropy.
+"""Group-relative advantages, by sequence (Eq. 1) or by token (Eq. 9), and how methods change them by entropy.
 
 Axes: B completions, T completion tokens. A group is the set of completions of one prompt.
 """
@@ -13,18 +13,18 @@ from torch import Tensor
 STD_FLOOR = 1e-6
 """Added to the standard deviation, as in Eq. 1 and 9."""
 FALLBACK_LIMIT = 5.0
-"""Eq. 9 is left for Eq. 1 in a group where any |A| reaches this."""
+"""A group in which any |A| of Eq. 9 reaches this value uses Eq. 1 instead."""
 
 
 def group_advantage(
     rewards: Tensor, lengths: Tensor, group_ids: Tensor, level: Literal["token", "sequence"] = "token"
 ) -> Tensor:
-    """Advantage of each completion against its group. rewards, lengths, group_ids: [B] -> [B], dtype of `rewards`.
+    """The advantage of each completion within its group. rewards, lengths, group_ids: [B] -> [B], dtype of `rewards`.
 
-    "sequence": (r - mean) / (sample std + 1e-6) over the group's completions. "token": mean and population std over all
-    tokens of the group, so that a long completion weighs more and the group's advantages sum to zero over its tokens;
-    a group in which any |A| reaches 5 falls back to "sequence". A group whose rewards are all equal has A = 0.
-    Raises ValueError on another level, unequal shapes, or a non-finite reward.
+    level "sequence": (r - mean) / (sample std + 1e-6) over the group's completions. level "token": the mean and the
+    population std are taken over all tokens of the group, so a long completion weighs more and the group's advantages
+    sum to zero over its tokens. A group in which any |A| reaches 5 falls back to "sequence". A group whose rewards are
+    all equal has A = 0. Raises ValueError for an unknown level, unequal shapes or a non-finite reward.
     """
     if level not in ("token", "sequence"):
         raise ValueError(f"level must be 'token' or 'sequence', not {level!r}")
@@ -63,9 +63,10 @@ def redistribute(
 ) -> Tensor:
     """Differential redistribution (Eq. 10-11). advantage, h, ratio: [B, T] -> [B, T]; ratio is treated as a constant.
 
-    A (1 + h) for a token with h > 0 whose ratio has left the neutral zone [1 - eps_low/2, 1 + eps_high/2] (a decision
-    point that is moving) and for a token with h <= 0 whose ratio is inside it (settled boilerplate); A otherwise.
-    The paper's zone uses the base bounds; tensors [B, T] give one of its own to each token.
+    The neutral zone is [1 - eps_low/2, 1 + eps_high/2]. Two kinds of token get A (1 + h): a token with h > 0 whose
+    ratio has left the zone (a decision point that is moving), and a token with h <= 0 whose ratio is inside it (settled
+    boilerplate). Every other token keeps A. The paper computes the zone from the base bounds; tensors [B, T] for
+    eps_low and eps_high give each token its own zone.
     """
     ratio = ratio.detach()
     inside = (ratio >= 1.0 - eps_low / 2) & (ratio <= 1.0 + eps_high / 2)
@@ -75,16 +76,17 @@ def redistribute(
 def entropy_scale(mean_entropy: Tensor, floor: float = 1e-8) -> Tensor:
     """EDGE-GRPO's entropy-driven advantage (arXiv 2507.21848): the factor on each completion's advantage, [B].
 
-    The mean over completions of their mean entropies, over the completion's own: a sure completion weighs more, right
-    or wrong. mean_entropy: [B], nats, of all completions of the iteration; below `floor` they count as `floor`.
+    The factor is the average of `mean_entropy` divided by the completion's own value, so a confident completion weighs
+    more, whether it is right or wrong. mean_entropy: [B], nats, the mean token entropy of every completion of the
+    iteration. A value below `floor` counts as `floor`.
     """
     mean_entropy = mean_entropy.clamp_min(floor)
     return mean_entropy.mean() / mean_entropy
 
 
 def add_entropy_bonus(advantage: Tensor, entropy: Tensor, alpha: float = 0.4, kappa: float = 2.0) -> Tensor:
-    """A + min(alpha * H, |A| / kappa), the entropy-based advantage of arXiv 2506.14758. All [B, T], constants.
+    """A + min(alpha * H, |A| / kappa), the entropy-based advantage of arXiv 2506.14758. advantage, entropy: [B, T].
 
-    With kappa > 1 no advantage changes its sign, and one of 0 stays 0.
+    Both tensors are treated as constants. With kappa > 1 no advantage changes its sign, and an advantage of 0 stays 0.
     """
     return advantage + torch.minimum(alpha * entropy, advantage.abs() / kappa)

@@ -1,6 +1,6 @@
-"""The methods, as settings of the same pieces: what each preset switches on, its constants and its source.
+"""Every method is a choice of the same pieces: which of them are on, their constants, and the paper of each preset.
 
-No code asks for a preset's name: it asks which pieces are on. docs/methods.md has a row for each preset.
+Other code never asks for a preset's name. It asks which pieces are on. docs/methods.md has a row for each preset.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ def _option(default: Any, meaning: str) -> Any:
 class Method:
     """Which pieces are on, and their constants. `PRESETS` names the published combinations.
 
-    A token is uncertain if its entropy lies above the `quantile` of the tokens it is measured against, else certain.
+    A token is uncertain if its entropy lies above the `quantile` of the tokens that `uncertain_among` names. Any other
+    token is certain.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    preset: str = _option("hapo", "Where the other fields start from, one of the names in docs/methods.md")
+    preset: str = _option("hapo", "Preset that gives the other fields their defaults; docs/methods.md lists the names")
     adaptive_temperature: bool = _option(True, "A: sample each token at its own temperature (Eq. 8)")
     token_level_advantage: bool = _option(
         True, "B: group mean and std over tokens (Eq. 9), else over completions (Eq. 1)"
@@ -32,25 +33,27 @@ class Method:
     adaptive_clip: bool = _option(True, "D: clip bounds that follow each token's entropy (Eq. 12-13)")
     tau: float = _option(0.05, "How far the temperature moves: T = base * (1 + tau * h)")
     quantile: float = _option(0.8, "rho: the share of tokens that are certain, at or below the pivot of log-entropy")
-    floor: float = _option(1e-8, "Entropies below this (nats) count as this")
+    floor: float = _option(1e-8, "Smallest entropy, nats: a lower one counts as this value")
     low_side: Literal["negative", "positive"] = _option(
         "negative", "Sign of h below the pivot; positive: what HAPO's public code does"
     )
     eps_low: float = _option(0.2, "How far the ratio may fall below 1 before its gradient stops")
     eps_high: float = _option(0.28, "How far the ratio may rise above 1 before its gradient stops")
     eps_uncertain: float | None = _option(
-        None, "Archer: how far the ratio of an uncertain token may move, both ways (null: as that of the others)"
+        None, "Archer: how far an uncertain token's ratio may move, both ways (null: the same bounds for all tokens)"
     )
     neutral_zone: Literal["base", "adapted"] = _option(
-        "base", "C's zone: half the base bounds, or half the adapted ones"
+        "base", "Neutral zone of C: half the distance to the base bounds, or to the adapted bounds"
     )
     dual_clip: float | None = _option(10.0, "Limit on the loss of a token with A < 0, in units of -A (null: none)")
-    loss_average: Literal["token", "sequence"] = _option("token", "Mean over tokens, or over completions' own means")
+    loss_average: Literal["token", "sequence"] = _option(
+        "token", "Mean over all tokens, or mean over the completions' means"
+    )
     trained_tokens: Literal["all", "uncertain"] = _option(
         "all", "Forking tokens: only uncertain tokens have a gradient, and only they count in the mean"
     )
     uncertain_among: Literal["iteration", "completion"] = _option(
-        "iteration", "The tokens that an uncertain one is measured against"
+        "iteration", "The tokens whose quantile separates certain from uncertain ones"
     )
     entropy_scale: bool = _option(
         False, "EDGE-GRPO: advantage times the iteration's mean entropy over the completion's own"
@@ -90,11 +93,12 @@ class Method:
 
     @property
     def advantage_level(self) -> Literal["token", "sequence"]:
+        """The `level` of `advantage.group_advantage`."""
         return "token" if self.token_level_advantage else "sequence"
 
     @property
     def needs_base(self) -> bool:
-        """Whether the loss asks for the base model's log-probabilities: one more pass over the completions."""
+        """Whether the loss needs the base model's log-probabilities, which cost one more pass over the completions."""
         return self.kl_certain > 0.0 or self.kl_uncertain > 0.0
 
 

@@ -1,4 +1,4 @@
-"""The clipped policy loss with a given denominator, and what a method gives each token on the way to it.
+"""The clipped policy loss with a given denominator, and the advantage and bounds that a method gives each token.
 
 Axes: B completions, T completion tokens.
 """
@@ -19,10 +19,11 @@ from hapo_lite.algo.tokens import TokenSignals, trained_tokens
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """loss: scalar. ratio: [B, T], detached; valid, clipped_low, clipped_high: bool [B, T].
+    """The loss of a micro-batch, and what it did to each token.
 
-    clipped_low (clipped_high) marks the tokens whose gradient the lower (upper) bound, or the dual clip, has stopped.
-    kl_base: divergence from the base model, nats, [B, T], detached; None without one.
+    loss: scalar. ratio: [B, T], detached. valid: bool [B, T], the tokens that count. clipped_low: bool [B, T], the
+    tokens whose gradient the lower bound stopped. clipped_high: bool [B, T], the same for the upper bound or the dual
+    clip. kl_base: [B, T], detached, the divergence from the base model in nats; None where it was not computed.
     """
 
     loss: Tensor
@@ -34,9 +35,10 @@ class PolicyLoss:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Means over this call's tokens: ratio, clipped shares, and the KL divergence from the old policy, nats.
+        """Means over this call's tokens: ratio, clipped fractions, and the KL divergence from the old policy, nats.
 
-        The divergence is the estimator r - 1 - log r (Schulman, "Approximating KL divergence", 2020), never negative.
+        The divergence is estimated by r - 1 - log r (Schulman, "Approximating KL divergence", 2020), which is never
+        negative.
         """
         ratio = self.ratio[self.valid].double()
         if ratio.numel() == 0:
@@ -65,16 +67,17 @@ def policy_loss(
     """DAPO's surrogate: -min(r A, clip(r, lower, upper) A), weighted by `mask` and divided by `denominator`.
 
     logp, old_logp, advantage, mask, lower, upper: [B, T]. `mask` may hold weights, such as 1 / length for a mean over
-    sequences. `denominator` belongs to the optimiser step, not to this call: the sum over all its micro-batches of
-    `mask.sum()`, so that the gradient does not depend on how the step is cut. dual_clip: for A < 0 the loss is at most
-    -dual_clip * A (None: no limit). importance: [B, T] weights, treated as constants. base_logp: [B, T], the base
-    model's; each token then also costs kl_weight (a number or [B, T]) times its divergence from the base, estimated by
-    exp(x) - x - 1 with x = base_logp - logp (Schulman, "Approximating KL divergence", 2020), through which the gradient
-    flows.
+    sequences. `denominator` belongs to the optimiser step, not to this call: it is the sum of `mask.sum()` over all
+    micro-batches of the step. The gradient then does not depend on how the step is cut. dual_clip: for A < 0 the loss
+    is at most -dual_clip * A (None: no limit). importance: [B, T] weights, treated as constants.
+
+    base_logp: [B, T], log-probabilities of the base model. With them, each token also costs kl_weight (a number or
+    [B, T]) times its divergence from the base. The estimate of the divergence is exp(x) - x - 1 with x = base_logp -
+    logp (Schulman, "Approximating KL divergence", 2020), and the gradient flows through it.
     """
     weights = mask.to(logp.dtype)
     valid = mask != 0
-    # A masked position may hold anything, NaN included: it must not reach the loss or, through 0 * NaN, the gradient.
+    # A masked position may hold anything, even NaN. Neither the loss nor, through 0 * NaN, the gradient may see it.
     log_ratio = torch.where(valid, logp - old_logp, 0.0)
     advantage, lower, upper = (torch.where(valid, x, 0.0) for x in (advantage, lower, upper))
     ratio = log_ratio.exp()
@@ -102,7 +105,7 @@ def policy_loss(
 
 @dataclass(frozen=True)
 class Credit:
-    """What each token is given: its advantage in the end, and the bounds on its ratio; all [B, T]."""
+    """The final advantage of each token, and the bounds on its ratio, [B, T] each."""
 
     advantage: Tensor
     lower: Tensor
@@ -110,31 +113,41 @@ class Credit:
 
 
 def assign_credit(method: Method, advantage: Tensor, tokens: TokenSignals, ratio: Tensor) -> Credit:
-    """From one advantage a completion, [B], or a token, [B, T], to a token's own, and its bounds. ratio: [B, T]."""
-    h = tokens.h
-    if method.eps_uncertain is not None:
-        ranges = method.eps_low, method.eps_high, method.eps_uncertain
-        lower, upper = grouped_bounds(tokens.uncertain, *ranges, dtype=h.dtype)
-    else:
-        lower, upper = clip_bounds(h if method.adaptive_clip else torch.zeros_like(h), method.eps_low, method.eps_high)
-    spread = advantage[:, None].expand_as(h) if advantage.dim() == 1 else advantage
+    """The final advantage of every token and its bounds.
+
+    advantage: one per completion, [B], or one per token, [B, T]. ratio: [B, T].
+    """
+    lower, upper = _bounds(method, tokens)
+    credit = advantage[:, None].expand_as(tokens.h) if advantage.dim() == 1 else advantage
     if method.entropy_scale:
-        spread = spread * tokens.scale[:, None]
+        credit = credit * tokens.scale[:, None]
     if method.entropy_bonus > 0.0:
-        spread = add_entropy_bonus(spread, tokens.entropy, method.entropy_bonus, method.entropy_bonus_limit)
-    if method.redistribution:
-        zone = (method.eps_low, method.eps_high) if method.neutral_zone == "base" else (1.0 - lower, upper - 1.0)
-        spread = redistribute(spread, h, ratio, *zone)
-    return Credit(torch.where(trained_tokens(method, tokens.uncertain), spread, 0.0), lower, upper)
+        credit = add_entropy_bonus(credit, tokens.entropy, method.entropy_bonus, method.entropy_bonus_limit)
+    if method.redistribution and method.neutral_zone == "base":
+        credit = redistribute(credit, tokens.h, ratio, method.eps_low, method.eps_high)
+    elif method.redistribution:
+        credit = redistribute(credit, tokens.h, ratio, 1.0 - lower, upper - 1.0)
+    return Credit(torch.where(trained_tokens(method, tokens.uncertain), credit, 0.0), lower, upper)
+
+
+def _bounds(method: Method, tokens: TokenSignals) -> tuple[Tensor, Tensor]:
+    """The lower and the upper bound on the ratio of every token, [B, T] each."""
+    if method.eps_uncertain is not None:
+        return grouped_bounds(
+            tokens.uncertain, method.eps_low, method.eps_high, method.eps_uncertain, dtype=tokens.h.dtype
+        )
+    h = tokens.h if method.adaptive_clip else torch.zeros_like(tokens.h)
+    return clip_bounds(h, method.eps_low, method.eps_high)
 
 
 def loss_weights(
     mask: Tensor, average: Literal["token", "sequence"] = "token", trained: Tensor | None = None
 ) -> Tensor:
-    """Weight of each token in the loss, [B, T].
+    """The weight of each token in the loss, [B, T].
 
-    "token": 1 each, so that long completions weigh more (DAPO). "sequence": 1 / length, so that completions weigh the
-    same (GRPO); the length counts the tokens of `trained` alone, bool [B, T], where it is given.
+    average "token": every token weighs 1, so a long completion weighs more (DAPO). average "sequence": a token weighs
+    1 / length, so all completions weigh the same (GRPO). trained: bool [B, T]; if given, the length counts only these
+    tokens.
     """
     weights = mask.to(torch.float32)
     if average == "token":
@@ -144,10 +157,11 @@ def loss_weights(
 
 
 def loss_denominator(trained_counts: Tensor, average: Literal["token", "sequence"] = "token") -> float:
-    """What an optimiser step's loss is divided by. trained_counts: [B], of all the step's completions.
+    """The number that an optimiser step's loss is divided by. trained_counts: [B], trained tokens of each completion.
 
-    "token": their trained tokens. "sequence": the completions that have any. Never 0, so that a step in which no token
-    is trained has loss 0.
+    B counts all completions of the step. average "token": the number of trained tokens. average "sequence": the number
+    of completions with at least one trained token. The result is at least 1, so a step without a trained token has
+    loss 0.
     """
     count = trained_counts.sum() if average == "token" else (trained_counts > 0).sum()
     return float(count.clamp_min(1))
@@ -155,11 +169,11 @@ def loss_denominator(trained_counts: Tensor, average: Literal["token", "sequence
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the loss of a micro-batch is computed from besides the log-probabilities that are learned: all constants.
+    """The constants of a micro-batch's loss: everything but the log-probabilities that are learned.
 
-    old_logp: [B, T]. advantage: [B], or [B, T]. weights: [B, T] from `loss_weights`. sampling_logp: [B, T], under the
-    distribution that the tokens were drawn from; `importance: truncated` needs it. base_logp: [B, T], of the base
-    model; a weight on the divergence from it needs it.
+    old_logp: [B, T]. advantage: [B] or [B, T]. weights: [B, T] from `loss_weights`. sampling_logp: [B, T], the log-prob
+    of each token under the distribution that it was drawn from; a method with importance "truncated" needs it.
+    base_logp: [B, T], the log-prob of each token under the base model; a method with a KL weight needs it.
     """
 
     old_logp: Tensor
@@ -173,20 +187,23 @@ class LossInputs:
 def method_loss(
     method: Method, logp: Tensor, inputs: LossInputs, denominator: Tensor | float
 ) -> tuple[PolicyLoss, Credit]:
-    """The loss of one micro-batch under `method`. logp: [B, T]. Raises ValueError for an input that is missing."""
-    old_logp, tokens = inputs.old_logp, inputs.tokens
-    ratio = torch.where(inputs.weights != 0, logp.detach() - old_logp, 0.0).exp()
-    credit = assign_credit(method, inputs.advantage, tokens, ratio)
+    """The loss of one micro-batch under `method`, and each token's credit. logp: [B, T].
+
+    Raises ValueError if an input that the method needs is missing.
+    """
+    ratio = torch.where(inputs.weights != 0, logp.detach() - inputs.old_logp, 0.0).exp()
+    credit = assign_credit(method, inputs.advantage, inputs.tokens, ratio)
     importance = None
     if method.importance == "truncated":
         if inputs.sampling_logp is None:
             raise ValueError("importance: truncated needs the sampling log-probabilities")
-        importance = (old_logp - inputs.sampling_logp).exp().clamp_max(method.importance_cap)
+        importance = (inputs.old_logp - inputs.sampling_logp).exp().clamp_max(method.importance_cap)
     if method.needs_base and inputs.base_logp is None:
         raise ValueError("kl_certain and kl_uncertain need the base model's log-probabilities")
+    kl_weight = torch.full_like(logp, method.kl_certain).masked_fill(inputs.tokens.uncertain, method.kl_uncertain)
     loss = policy_loss(
         logp,
-        old_logp,
+        inputs.old_logp,
         credit.advantage,
         inputs.weights,
         credit.lower,
@@ -195,6 +212,6 @@ def method_loss(
         dual_clip=method.dual_clip,
         importance=importance,
         base_logp=inputs.base_logp if method.needs_base else None,
-        kl_weight=torch.full_like(logp, method.kl_certain).masked_fill(tokens.uncertain, method.kl_uncertain),
+        kl_weight=kl_weight,
     )
     return loss, credit

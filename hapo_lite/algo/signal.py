@@ -1,4 +1,4 @@
-"""The entropy signal h (Eq. 5-6): how uncertain a token is, against the other tokens of its iteration.
+"""The entropy signal h (Eq. 5-6): how uncertain a token is compared with the other tokens of its iteration.
 
 Axes: B sequences (completions), T completion tokens. Entropy in nats, over the full vocabulary, at the base
 temperature.
@@ -15,11 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class EntropySignal:
-    """Statistics of log-entropy over one declared scope of tokens, normally all completion tokens of an iteration.
+    """Statistics of log-entropy over a set of tokens (the scope), normally all completion tokens of an iteration.
 
-    pivot: the rho-quantile of log H, in log-nats. high, low: how far log H reaches above and below it, >= 0.
-    sigma: root mean square of log H about the pivot (cancels in h; used by the z-score view). floor: nats.
-    low_side: the sign of h below the pivot; "positive" is what HAPO's public code computes, h / min(h).
+    pivot: the rho-quantile of log H, in log-nats. high, low: how far log H reaches above and below the pivot, >= 0.
+    sigma: root mean square of log H about the pivot; it cancels in h. floor: nats, a lower entropy counts as this.
+    low_side: the sign of h below the pivot. "positive" is what HAPO's public code computes, h / min(h).
     """
 
     pivot: float
@@ -38,11 +38,11 @@ class EntropySignal:
         floor: float = 1e-8,
         low_side: Literal["negative", "positive"] = "negative",
     ) -> EntropySignal:
-        """Fit over the tokens where `mask` is true. entropy, mask: [B, T].
+        """Fit the signal to the tokens where `mask` is true. entropy, mask: [B, T], or any one shape.
 
-        The quantile is the nearest-rank one, sorted position round(quantile * (n - 1)): the pivot is the log-entropy of
-        a real token. Statistics are computed in float64. Raises ValueError on an empty scope, a non-finite or negative
-        entropy, or a quantile outside [0, 1].
+        The quantile is that of the nearest rank, at sorted position round(quantile * (n - 1)), so the pivot is the
+        log-entropy of a real token. Statistics are computed in float64. Raises ValueError for an empty scope, a
+        non-finite or negative entropy, or a quantile outside [0, 1].
         """
         if not 0.0 <= quantile <= 1.0:
             raise ValueError(f"quantile must lie in [0, 1], not {quantile}")
@@ -67,11 +67,12 @@ class EntropySignal:
         return entropy.double().clamp_min(self.floor).log() > self.pivot
 
     def normalize(self, entropy: Tensor) -> Tensor:
-        """h in [-1, 1], like `entropy`: positive above the pivot, 1 at the scope's largest entropy, -1 at its smallest.
+        """h in [-1, 1], shaped like `entropy`: positive above the pivot, 1 at the largest entropy, -1 at the smallest.
 
-        A token outside the fitted scope is clamped. A side on which the scope has no token gives 0. With low_side
-        "positive" it is 1 at the smallest entropy too. Computed in float64, as `fit` does, so that the ends are exact
-        and h > 0 says what `above` says.
+        Largest and smallest refer to the tokens of the fit; an entropy beyond them is clamped. h is 0 on a side of the
+        pivot where the fit had no token. With low_side "positive", h is 1 at the smallest entropy too. The computation
+        is in float64, as in `fit`, so the ends are exact, and with low_side "negative" the tokens of the fit that have
+        h > 0 are those for which `above` is true.
         """
         distance = entropy.double().clamp_min(self.floor).log() - self.pivot
         above = distance / self.high if self.high > 0 else torch.zeros_like(distance)

@@ -1,4 +1,4 @@
-"""What a method knows of the tokens before an iteration's first update: all of the old policy, all constants.
+"""What a method knows about each token before an iteration's first update. All of it is constant in the updates.
 
 Axes: B completions, T completion tokens, N = tokens flattened.
 """
@@ -16,9 +16,10 @@ from hapo_lite.algo.signal import EntropySignal
 
 @dataclass(frozen=True)
 class TokenSignals:
-    """h: [B, T]. entropy: [B, T], nats. uncertain: bool [B, T], see `uncertain_tokens`.
+    """The old policy's entropy and what follows from it.
 
-    scale: [B], the iteration's mean entropy over each completion's own (EDGE-GRPO).
+    h: [B, T]. entropy: [B, T], nats. uncertain: bool [B, T], from `uncertain_tokens`. scale: [B], from
+    `advantage.entropy_scale`: the iteration's mean entropy divided by that of each completion (EDGE-GRPO).
     """
 
     h: Tensor
@@ -28,7 +29,7 @@ class TokenSignals:
 
     @classmethod
     def of_one(cls, method: Method, signal: EntropySignal, entropy: Tensor) -> TokenSignals:
-        """Of one completion by itself, as if it were as uncertain as the iteration's mean. entropy: [T]."""
+        """The signals of a single completion, B = 1, with scale 1. entropy: [T], nats."""
         return cls(
             signal.normalize(entropy)[None],
             entropy[None],
@@ -38,19 +39,20 @@ class TokenSignals:
 
 
 def fit_signal(method: Method, entropy: Tensor) -> EntropySignal:
-    """The signal over some tokens, normally all of an iteration. entropy: [N], nats."""
+    """The signal fitted to these tokens, normally all tokens of an iteration. entropy: [N], nats."""
     return EntropySignal.fit(entropy, torch.ones_like(entropy), method.quantile, method.floor, method.low_side)
 
 
 def uncertain_tokens(method: Method, signal: EntropySignal, entropy: Tensor) -> Tensor:
     """Which tokens of one completion lie above the method's quantile of entropy, bool [T]. entropy: [T], nats.
 
-    Measured against the iteration, through its signal, or against the completion alone. The quantile is the nearest
-    rank and the token at it is certain, so a completion of one token has no uncertain one.
+    The quantile is that of the iteration, which `signal` holds, or that of this completion alone. The token at the
+    quantile itself counts as certain, so a completion of one token that is measured alone has no uncertain token.
     """
-    return (signal if method.uncertain_among == "iteration" else fit_signal(method, entropy)).above(entropy)
+    measured_against = signal if method.uncertain_among == "iteration" else fit_signal(method, entropy)
+    return measured_against.above(entropy)
 
 
 def trained_tokens(method: Method, uncertain: Tensor) -> Tensor:
-    """Which tokens the method gives an advantage, and counts in the loss; bool, like `uncertain`."""
+    """Which tokens have an advantage and count in the loss; bool, shaped like `uncertain`."""
     return uncertain.bool() if method.trained_tokens == "uncertain" else torch.ones_like(uncertain, dtype=torch.bool)

@@ -1,1 +1,1 @@
-"""`python -m hapo_lite.compare`: several methods with several seeds at equal tokens. See docs/compare.md."""
+"""`python -m hapo_lite.compare` trains several methods with several seeds at equal tokens. See docs/compare.md."""

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import torch
 from tqdm.auto import tqdm
@@ -27,25 +28,28 @@ from hapo_lite.runs.files import inside
 from hapo_lite.runs.folder import RunFolder, changed_setting, check_place, check_same_run
 from hapo_lite.runs.interrupt import Interrupted, Interrupts
 
-POLL_S, SHOW_S = 0.2, 1.0
+POLL_S = 0.2
+SHOW_S = 1.0
+"""Seconds between two drawings of the line with the time left."""
 PATIENCE_S = 60.0
-"""How long the runs of a comparison that was killed may take to save."""
+"""Seconds that the runs of a comparison that was killed may take to save."""
 
 
 @dataclass
 class Child:
-    """A run that is going on. log: what it prints."""
+    """A run that is going on. log: the file with its output; pipe: its standard input, open as long as it is to run."""
 
     run: PlannedRun
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
+    pipe: IO[bytes]
     log: Path
     started: float = field(default_factory=time.monotonic)
 
 
 def run_all(comparison: Comparison, runs: Sequence[PlannedRun]) -> dict[str, str]:
-    """Train what is not complete, and return a sentence for each run that failed, by its name.
+    """Train every run that is not complete, and return a sentence for each run that failed, by the run's name.
 
-    Raises UserError for what stands in the way of all of them, and Interrupted once the runs have saved.
+    Raises UserError if no run can be started, and Interrupted for a signal, once the runs have saved.
     """
     check_machine(comparison.workers)
     inside(comparison.folder.parent, comparison.folder)
@@ -61,10 +65,11 @@ def run_all(comparison: Comparison, runs: Sequence[PlannedRun]) -> dict[str, str
 
 
 class Runner:
-    """Starts runs, watches them, and says how far they are."""
+    """Starts runs, watches them, and shows their progress."""
 
     def __init__(self, comparison: Comparison, runs: Sequence[PlannedRun], lock: int) -> None:
-        self.comparison, self.lock = comparison, lock
+        self.comparison = comparison
+        self.lock = lock
         self.complete = {run.name for run in runs if is_complete(run)}
         self.waiting = [run for run in runs if run.name not in self.complete]
         self.failed: dict[str, str] = {}
@@ -75,6 +80,7 @@ class Runner:
         self.shown = 0.0
 
     def work(self) -> dict[str, str]:
+        """Run everything that waits, and return a sentence for each run that failed, by the run's name."""
         interrupts = Interrupts(deferred=True)
         if self.waiting:
             self.say(self.pace.beforehand())
@@ -93,6 +99,7 @@ class Runner:
         return self.failed
 
     def start(self, run: PlannedRun) -> Child:
+        """Start one run in a process of its own."""
         log = self.comparison.folder / "logs" / f"{run.name}.log"
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if self.comparison.workers > 1 else {}
         with writing(log), log.open("wb") as file:
@@ -102,22 +109,24 @@ class Runner:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=os.environ | threads,
-                # Ctrl-C reaches this process alone, which passes it on. The lock is theirs too: they may outlive it.
+                # Ctrl-C reaches this process alone, which passes it on. Runs may outlive it, so they hold the lock too.
                 start_new_session=True,
                 pass_fds=(self.lock,),
             )
-        with contextlib.suppress(BrokenPipeError):  # It ended at once; its log says why.
-            process.stdin.write(json.dumps(run.recipe.model_dump(mode="json")).encode() + b"\n")
-            process.stdin.flush()
+        pipe = process.stdin
+        assert pipe is not None
+        with contextlib.suppress(BrokenPipeError):  # The run ended at once; its log says why.
+            pipe.write(json.dumps(run.recipe.model_dump(mode="json")).encode() + b"\n")
+            pipe.flush()
         self.pace.begin(run)
-        return Child(run, process, log)
+        return Child(run, process, pipe, log)
 
     def ended(self, child: Child) -> bool:
-        """Whether a run has ended; then what came of it is noted and said."""
+        """Whether a run has ended. The outcome of a run that has is recorded and printed."""
         code = child.process.poll()
         if code is None:
             return False
-        child.process.stdin.close()
+        child.pipe.close()
         name = child.run.name
         if code == 0 and is_complete(child.run):
             self.complete.add(name)
@@ -130,11 +139,12 @@ class Runner:
         return True
 
     def show(self) -> None:
-        """The line with the time left; and once, when a run has gone a tenth of its way, a sentence that stays."""
+        """Draw the line with the time left, and once print the estimate that the first run's pace allows."""
         if time.monotonic() - self.shown < SHOW_S:
             return
         self.shown = time.monotonic()
-        if not self.announced and (estimate := self.pace.first_estimate()):
+        estimate = None if self.announced else self.pace.first_estimate()
+        if estimate is not None:
             self.announced = True
             self.say(estimate)
         going = ", ".join(f"{c.run.name} {100 * self.pace.fraction(c.run):.0f} %" for c in self.children)
@@ -143,7 +153,8 @@ class Runner:
         )
 
     def say(self, sentence: str) -> None:
-        # Above the line that is drawn, and flushed: it may be read from a file while the runs go on.
+        """Print a sentence above the line with the time left."""
+        # The output may go to a file that is read while the runs go on, so it is flushed.
         with tqdm.external_write_mode():
             print(sentence, flush=True)
 
@@ -153,11 +164,11 @@ class Runner:
             child.process.terminate()
         for child in self.children:
             child.process.wait()
-            child.process.stdin.close()
+            child.pipe.close()
 
 
 def is_complete(run: PlannedRun) -> bool:
-    """Whether the run, under this recipe, has its tokens (or iterations) and has written everything."""
+    """Whether the run was trained under this recipe to its tokens or iterations, and has written its summary."""
     folder = RunFolder(run.recipe.run_dir)
     try:
         summary = json.loads(folder.summary.read_text(encoding="utf-8"))
@@ -169,25 +180,26 @@ def is_complete(run: PlannedRun) -> bool:
 
 
 def outcome(run: PlannedRun) -> str:
-    """First and last held-out accuracy of a complete run."""
+    """A phrase with the first and last held-out accuracy of a complete run."""
     found = [x["eval/accuracy"] for x in RunFolder(run.recipe.run_dir).metrics.read() if "eval/accuracy" in x]
     return f"held-out accuracy {found[0]:.3f} -> {found[-1]:.3f}" if found else "complete"
 
 
 def failure(log: Path, code: int) -> str:
-    """Why a run ended: its own sentence, or the last thing it printed."""
+    """Why a run failed: its own error, else its exit code and its last line of output."""
     try:
         lines = [x.strip() for x in log.read_text(encoding="utf-8", errors="replace").splitlines() if x.strip()]
     except OSError:
         lines = []
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if errors:
+        return f"{errors[-1]} ({log})"
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    said = errors[-1] if errors else f"{how}: {lines[-1]}" if lines else how
-    return f"{said} ({log})"
+    return f"{how}: {lines[-1]} ({log})" if lines else f"{how} ({log})"
 
 
 def check_machine(workers: int) -> None:
-    """Refuse several runs at a time where they would share a GPU, and a launcher that starts several of us."""
+    """Raise UserError for several runs at a time on one GPU, and for a launcher that starts several processes."""
     if workers > 1 and torch.cuda.is_available():
         raise UserError(f"workers = {workers}: on a GPU runs go one after another, since each wants all of its memory")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -196,10 +208,10 @@ def check_machine(workers: int) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """Hold the comparison's folder, this process and its runs. Raises UserError if another one does not let go.
+    """Lock the comparison's folder. Raises UserError if another command does not release its lock in PATIENCE_S.
 
-    Runs inherit the lock and keep it until the last of them has ended. The package filelock would end it with
-    this process.
+    Yields the lock's file descriptor. Runs inherit the lock, which lasts until the last of them has ended; that of the
+    package filelock would end with this process.
     """
     with writing(folder), (folder / ".lock").open("w") as file:
         deadline = time.monotonic() + PATIENCE_S

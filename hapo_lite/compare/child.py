@@ -1,7 +1,7 @@
 """One run of a comparison, in a process of its own: the recipe comes as a line of JSON on standard input.
 
-That pipe stays open as long as the comparison lives. When it closes, however the comparison ended, the run saves what
-it has and ends as well.
+The comparison holds that pipe open as long as it lives. When the pipe closes, the run saves its state and ends, however
+the comparison ended.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(_: list[str] | None = None) -> None:
 
 
 def _end_with_the_comparison() -> None:
-    # The descriptor and not sys.stdin, whose lock a thread may not hold while the interpreter ends.
+    # Reading from sys.stdin would hold a lock, which no thread may hold while the interpreter ends.
     os.read(sys.stdin.fileno(), 1)
     os.kill(os.getpid(), signal.SIGTERM)
 

@@ -1,42 +1,55 @@
-"""The numbers of a comparison -> figures, for light and for dark paper."""
+"""The figures of a comparison, for light and for dark paper."""
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
+from numpy.typing import NDArray
 
 from hapo_lite.compare.numbers import CURVES, MEASURES, Band, Numbers
 from hapo_lite.inspect.figures import templates
 
 HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-"""Told apart with every common form of colour blindness, on light and on dark (Okabe and Ito 2008)."""
+"""Colours that every common form of colour blindness keeps apart, on light and on dark (Okabe and Ito 2008)."""
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 FEW = 4
-"""Arms whose bands can be told apart when they overlap; of more they are fainter."""
+"""Most arms whose overlapping bands can be told apart; the bands of more arms are fainter."""
 WIDTH, HEIGHT = 6.0, 4.2
-"""Of one figure, inches: its words can be read on a phone."""
+"""Inches of one figure: its words can be read on a phone."""
 DPI = 180
 
 
 @dataclass(frozen=True)
 class Style:
-    """How an arm is drawn, the same in every figure. The reference has the ink's colour."""
+    """How an arm is drawn, the same in every figure. The reference has the colour of the text.
+
+    label: the name in the legend, None for a line without an entry. layer: lines of a higher layer lie above others.
+    """
 
     colour: str
     dash: Any
     width: float = 1.8
+    label: str | None = None
+    layer: float = 2.0
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report. name: of its file. reading: what it shows and how to read it."""
+    """A figure of the report. name: the name of its file. reading: what it shows and how to read it.
+
+    draw: takes the numbers and the theme.
+    """
 
     name: str
     title: str
@@ -44,8 +57,17 @@ class Picture:
     draw: Callable[[Numbers, str], Figure]
 
 
+@dataclass(frozen=True)
+class DrawnPicture:
+    """A picture as PNG, for light and for dark paper."""
+
+    picture: Picture
+    light: bytes
+    dark: bytes
+
+
 def styles(numbers: Numbers, theme: str) -> dict[str, Style]:
-    """By arm, the reference first. Beyond the hues the dashes change."""
+    """The style of each arm, the reference first. Where there are more arms than hues, the dashes change."""
     base = numbers.comparison.base
     others = [arm for arm in numbers.comparison.arms if arm != base]
     found = {a: Style(HUES[i % len(HUES)], DASHES[i // len(HUES) % len(DASHES)]) for i, a in enumerate(others)}
@@ -53,14 +75,20 @@ def styles(numbers: Numbers, theme: str) -> dict[str, Style]:
 
 
 def picture_bytes(figure: Figure) -> bytes:
-    """As PNG, the same bytes for the same numbers."""
+    """A figure as PNG; the bytes are the same for the same numbers."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
 
 
+def drawn(picture: Picture, numbers: Numbers) -> DrawnPicture:
+    """A picture of these numbers."""
+    light, dark = (picture_bytes(picture.draw(numbers, theme)) for theme in ("light", "dark"))
+    return DrawnPicture(picture, light, dark)
+
+
 def pictures(numbers: Numbers) -> list[Picture]:
-    """What the report shows, in its order."""
+    """The pictures of the report, in their order."""
     n, base = len(numbers.comparison.seeds), numbers.comparison.base
     band = f"mean over seeds (up to {n}), with the 95 % bootstrap interval of that mean as a band"
     readings = {
@@ -71,7 +99,7 @@ def pictures(numbers: Numbers) -> list[Picture]:
         "clipped": f"Tokens whose gradient a clipping bound (or the dual clip) has stopped: {band}.",
     }
     curves = [
-        Picture(key, title[0].upper() + title[1:], readings[key], lambda n, t, key=key: curve_figure(n, key, t))
+        Picture(key, title[0].upper() + title[1:], readings[key], partial(curve_figure, key))
         for key, title in CURVES.items()
     ]
     differences = Picture(
@@ -91,18 +119,19 @@ def pictures(numbers: Numbers) -> list[Picture]:
     return [curves[0], differences, each, *curves[1:]]
 
 
-def curve_figure(numbers: Numbers, quantity: str, theme: str) -> Figure:
-    """All arms in one panel, with bands, and the legend underneath."""
+def curve_figure(quantity: str, numbers: Numbers, theme: str) -> Figure:
+    """The curves of all arms in one panel, with their bands, and the legend underneath."""
     with _theme(theme):
         columns = 3
-        rows = -(-len(numbers.arms) // columns)
+        rows = math.ceil(len(numbers.arms) / columns)
         figure = Figure(figsize=(WIDTH, HEIGHT + 0.22 * rows), layout="constrained")
         axes = figure.subplots()
         alpha = 0.15 if len(numbers.arms) <= FEW else 0.06
         for layer, (arm, style) in enumerate(styles(numbers, theme).items()):
             if arm in numbers.arms:
                 # The reference is wide and lies under the others, so that none is hidden.
-                _draw_band(axes, numbers.grid, numbers.band(arm, quantity), style, alpha, label=arm, layer=2 + layer)
+                style = replace(style, label=arm, layer=2.0 + layer)
+                _draw_band(axes, numbers.grid, numbers.band(arm, quantity), style, alpha)
         _token_axis(axes, numbers)
         axes.set_ylabel(CURVES[quantity])
         if quantity != "accuracy":
@@ -115,10 +144,10 @@ def curve_figure(numbers: Numbers, quantity: str, theme: str) -> Figure:
 
 
 def each_figure(numbers: Numbers, theme: str) -> Figure:
-    """A panel for every arm but the reference: its lead over the reference."""
+    """A panel for every arm but the reference, with the arm's lead over the reference."""
     others = [arm for arm in numbers.others if len(numbers.curves(arm, "accuracy", less_reference=True))]
     columns = 1 if len(others) < 2 else 2
-    rows = max(1, -(-len(others) // columns))
+    rows = max(1, math.ceil(len(others) / columns))
     with _theme(theme):
         figure = Figure(figsize=(WIDTH, 0.5 + 2.0 * rows), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -140,9 +169,9 @@ def each_figure(numbers: Numbers, theme: str) -> Figure:
 
 
 def difference_figure(numbers: Numbers, theme: str) -> Figure:
-    """Final accuracy and area: each arm less the reference, with intervals and the seeds."""
+    """The final accuracy and the area of each arm less the reference's, with intervals and the seeds."""
     base = numbers.comparison.base
-    others = [arm for arm in numbers.others if numbers.difference(arm, "final")]
+    others = [arm for arm in numbers.others if numbers.difference(arm, "final") is not None]
     with _theme(theme):
         figure = Figure(figsize=(WIDTH, 1.3 + 0.42 * max(len(others), 1)), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
@@ -150,14 +179,15 @@ def difference_figure(numbers: Numbers, theme: str) -> Figure:
         paper = templates()[theme]["paper_bgcolor"]
         for axes, measure in zip(panels, ("final", "area"), strict=True):
             for row, arm in enumerate(others):
-                before, after = numbers.pairs(arm, measure)
                 interval = numbers.difference(arm, measure)
+                if interval is None:
+                    continue
                 colour = look[arm].colour
                 axes.plot([interval.low, interval.high], [row, row], color=colour, linewidth=2.2)
+                before, after = numbers.pairs(arm, measure)
                 seeds = [b - a for a, b in zip(before, after, strict=True)]
                 axes.plot(seeds, [row + 0.26] * len(seeds), ".", color=colour, alpha=0.7, markersize=4)
-                sure = interval.above_zero or interval.below_zero
-                fill = colour if sure else paper
+                fill = colour if interval.above_zero or interval.below_zero else paper
                 axes.plot(interval.value, row, "o", color=colour, markerfacecolor=fill, markersize=7)
             axes.axvline(0.0, color=look[base].colour, linewidth=1.0)
             axes.set_title(MEASURES[measure].heading, fontsize=10, loc="left")
@@ -171,12 +201,11 @@ def difference_figure(numbers: Numbers, theme: str) -> Figure:
     return figure
 
 
-def _draw_band(
-    axes: Axes, grid: Any, band: Band, style: Style, alpha: float, label: str | None = None, layer: float = 2.0
-) -> None:
+def _draw_band(axes: Axes, grid: NDArray[np.float64], band: Band, style: Style, alpha: float) -> None:
+    """Draw a mean and the band around it. alpha: the opacity of the band."""
     axes.fill_between(grid, band.low, band.high, color=style.colour, alpha=alpha, linewidth=0)
-    line = {"color": style.colour, "linestyle": style.dash, "linewidth": style.width, "zorder": layer}
-    axes.plot(grid, band.mean, label=label, **line)
+    line = {"color": style.colour, "linestyle": style.dash, "linewidth": style.width, "zorder": style.layer}
+    axes.plot(grid, band.mean, label=style.label, **line)
 
 
 def _token_axis(axes: Axes, numbers: Numbers, label: bool = True) -> None:
@@ -187,8 +216,8 @@ def _token_axis(axes: Axes, numbers: Numbers, label: bool = True) -> None:
         axes.set_xlabel("completion tokens sampled")
 
 
-def _theme(theme: str):
-    """matplotlib's settings for light or dark paper, as a context."""
+def _theme(theme: str) -> AbstractContextManager[None]:
+    """A context with matplotlib's settings for light or dark paper."""
     colours = templates()[theme]
     text, line, paper = colours["font.color"], colours["xaxis.gridcolor"], colours["paper_bgcolor"]
     return matplotlib.rc_context(

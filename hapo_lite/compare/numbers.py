@@ -1,11 +1,11 @@
-"""The runs of a comparison -> curves over a common grid of tokens, a number per run and measure, paired differences.
+"""The numbers of a comparison: curves over a common grid of tokens, a number per run and measure, paired differences.
 
 Axes: S seeds, K points of the grid, which goes from 0 to the comparison's tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,14 +21,17 @@ Lines = Sequence[dict[str, Any]]
 
 POINTS = 101
 BAND_RESAMPLES = 1000
-"""Of the bootstrap at each point of a curve; the tables take the default."""
+"""Resamples of the bootstrap at each point of a curve; the tables take the default."""
 LATE = 0.9
-"""Entropy and length in training are those of the tokens from here on."""
+"""Fraction of the tokens behind which the training entropy is averaged."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a run. unit: how it is written, as in `format(value, unit)`; good: +1 more, -1 less, 0 neither."""
+    """One number of a run. unit: its format, as in `format(value, unit)`.
+
+    good: +1 where more is better, -1 where less is, 0 where neither is.
+    """
 
     heading: str
     meaning: str
@@ -55,10 +58,10 @@ CURVES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class RunNumbers:
-    """A complete run.
+    """The numbers of a complete run.
 
-    before: accuracy before training. sampled: tokens at its end. reach: tokens to the threshold, None if it was not
-    reached. curves: [K] by quantity.
+    before: accuracy before training. sampled: tokens at the end of the run. reach: tokens to the threshold, None if the
+    accuracy did not reach it. curves: [K] by quantity.
     """
 
     before: float
@@ -71,7 +74,7 @@ class RunNumbers:
 
 @dataclass(frozen=True)
 class Band:
-    """Mean over seeds and the interval about it, each [K]."""
+    """The mean over seeds and the interval around the mean, each [K]."""
 
     mean: NDArray[np.float64]
     low: NDArray[np.float64]
@@ -80,7 +83,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What the complete runs of a comparison say. runs: by arm and seed; grid: [K] tokens."""
+    """The numbers of the complete runs of a comparison. runs: by arm and seed; grid: [K] tokens."""
 
     comparison: Comparison
     runs: dict[tuple[str, int], RunNumbers]
@@ -89,7 +92,7 @@ class Numbers:
     _bands: dict[tuple[str, str, bool], Band] = field(default_factory=dict, compare=False, repr=False)
 
     def seeds(self, arm: str) -> list[int]:
-        """Seeds with which the arm is complete."""
+        """Seeds with which the arm has a complete run."""
         return [seed for seed in self.comparison.seeds if (arm, seed) in self.runs]
 
     @property
@@ -99,17 +102,19 @@ class Numbers:
 
     @property
     def others(self) -> list[str]:
-        """Arms with a complete run, but for the reference."""
+        """Arms with a complete run, without the reference."""
         return [arm for arm in self.arms if arm != self.comparison.base]
 
     def values(self, arm: str, measure: str) -> list[float]:
+        """The arm's values of a measure, one for each seed."""
         return [self.runs[arm, seed].measures[measure] for seed in self.seeds(arm)]
 
     def mean(self, arm: str, measure: str) -> Interval:
+        """The mean over seeds with its interval."""
         return _interval(self.values(arm, measure))
 
     def pairs(self, arm: str, measure: str) -> tuple[list[float], list[float]]:
-        """The reference's values and the arm's, of the seeds with which both are complete."""
+        """The reference's values and the arm's, for the seeds with which both have a complete run."""
         base = self.comparison.base
         seeds = [seed for seed in self.seeds(arm) if (base, seed) in self.runs]
         return (
@@ -123,31 +128,36 @@ class Numbers:
         return paired_interval(before, after) if before and np.isfinite(before + after).all() else None
 
     def reached(self, arm: str) -> int:
-        """Of how many seeds the accuracy came up to the threshold."""
+        """The number of seeds with which the accuracy reached the threshold."""
         return sum(self.runs[arm, seed].reach is not None for seed in self.seeds(arm))
 
     def curves(self, arm: str, quantity: str, less_reference: bool = False) -> NDArray[np.float64]:
         """[S, K]: the arm's curves, or how much they lie above the reference's with the same seed."""
         base = self.comparison.base
-        seeds = [s for s in self.seeds(arm) if not less_reference or (base, s) in self.runs]
-        rows = [
-            self.runs[arm, s].curves[quantity] - (self.runs[base, s].curves[quantity] if less_reference else 0.0)
-            for s in seeds
-        ]
-        return np.array(rows).reshape(len(seeds), len(self.grid))
+        seeds = self.seeds(arm)
+        if less_reference:
+            seeds = [seed for seed in seeds if (base, seed) in self.runs]
+        rows = np.array([self.runs[arm, seed].curves[quantity] for seed in seeds])
+        if less_reference:
+            rows = rows - np.array([self.runs[base, seed].curves[quantity] for seed in seeds])
+        return rows.reshape(len(seeds), len(self.grid))
 
     def band(self, arm: str, quantity: str, less_reference: bool = False) -> Band:
-        """Of those curves, of which there is at least one."""
+        """The mean of `curves` and its interval. There must be at least one curve."""
         key = arm, quantity, less_reference
         if key not in self._bands:
             columns = self.curves(arm, quantity, less_reference).T
             points = [_interval(column, resamples=BAND_RESAMPLES) for column in columns]
-            self._bands[key] = Band(*(np.array([getattr(p, n) for p in points]) for n in ("value", "low", "high")))
+            self._bands[key] = Band(
+                mean=np.array([point.value for point in points]),
+                low=np.array([point.low for point in points]),
+                high=np.array([point.high for point in points]),
+            )
         return self._bands[key]
 
 
 def collect(comparison: Comparison, runs: Sequence[PlannedRun]) -> Numbers:
-    """The numbers of every run that is complete."""
+    """The numbers of every run that is complete, from its metrics."""
     grid = np.linspace(0.0, comparison.tokens, POINTS)
     lines = {(r.arm, r.seed): RunFolder(r.recipe.run_dir).metrics.read() for r in runs if is_complete(r)}
     threshold = comparison.threshold or half_way(comparison, lines)
@@ -155,9 +165,9 @@ def collect(comparison: Comparison, runs: Sequence[PlannedRun]) -> Numbers:
 
 
 def run_numbers(lines: Lines, grid: NDArray[np.float64], threshold: float) -> RunNumbers:
-    """One run's lines of metrics, from no token to the last of `grid`.
+    """The numbers of one run, from its lines of metrics up to the last tokens of `grid`.
 
-    Between two lines a quantity is interpolated; after the last it stays, for a run that max_iterations ended early.
+    A quantity is interpolated between two lines. It stays at its last value for a run that max_iterations ended early.
     """
     budget = float(grid[-1])
     evaluated = [x for x in lines if "eval/accuracy" in x]
@@ -165,7 +175,7 @@ def run_numbers(lines: Lines, grid: NDArray[np.float64], threshold: float) -> Ru
     accuracy = line_through(evaluated, "eval/accuracy", budget)
     entropy = line_through(trained, "entropy/all_mean", budget)
     clipped = line_through(trained, "clipped", budget)
-    # The end is the first evaluation with all the tokens: a run may have been made for more of them.
+    # A run may have sampled more tokens than the comparison asks for: it ends with the first evaluation at all of them.
     final = next((x for x in evaluated if x.get("tokens", 0) >= budget), evaluated[-1])
     reach = first_reach(accuracy, threshold)
     return RunNumbers(
@@ -192,7 +202,7 @@ def run_numbers(lines: Lines, grid: NDArray[np.float64], threshold: float) -> Ru
 
 
 def line_through(lines: Lines, key: str, budget: float) -> NDArray[np.float64]:
-    """[2, M]: tokens, from 0 to `budget` exactly, and a metric at them; NaN if no line has it."""
+    """[2, M]: tokens from 0 to exactly `budget`, and the value of a metric at each; NaN if no line has the metric."""
     found = [(x.get("tokens", 0), x[key]) for x in lines if key in x] or [(0, float("nan"))]
     tokens, values = (np.array(column, dtype=np.float64) for column in zip(*found, strict=True))
     inner = tokens[(tokens > 0) & (tokens < budget)]
@@ -201,19 +211,19 @@ def line_through(lines: Lines, key: str, budget: float) -> NDArray[np.float64]:
 
 
 def mean_height(line: NDArray[np.float64], start: float = 0.0) -> float:
-    """Mean of a line over the tokens from `start` on: the area under it, by the width."""
+    """Mean of a line over the tokens from `start` on: the area under the line divided by its width."""
     tokens, values = line
     at = np.concatenate([[start], tokens[tokens > start]])
     return float(np.trapezoid(np.interp(at, tokens, values), at) / (at[-1] - start))
 
 
 def clipped_share(line: dict[str, Any]) -> float:
-    """Tokens stopped at either bound, whatever their entropy."""
+    """Fraction of tokens stopped at either bound, whatever their entropy."""
     return sum(value for key, value in line.items() if key.startswith("clip/"))
 
 
 def first_reach(line: NDArray[np.float64], threshold: float) -> float | None:
-    """Tokens at which a line first comes up to the threshold; None if it never does."""
+    """Tokens at which a line first reaches the threshold; None if it never does."""
     tokens, values = line
     above = np.flatnonzero(values >= threshold)
     if not above.size:
@@ -225,8 +235,8 @@ def first_reach(line: NDArray[np.float64], threshold: float) -> float | None:
     return float(tokens[i - 1] + part * (tokens[i] - tokens[i - 1]))
 
 
-def half_way(comparison: Comparison, lines: dict[tuple[str, int], Lines]) -> float:
-    """Half-way from the accuracy before training to the reference's at the end, means over its seeds."""
+def half_way(comparison: Comparison, lines: Mapping[tuple[str, int], Lines]) -> float:
+    """The mean of the reference's accuracy before training and at the end, over its seeds; NaN without a run of it."""
     evaluated = [
         [x["eval/accuracy"] for x in its if "eval/accuracy" in x]
         for (arm, _), its in lines.items()
@@ -236,5 +246,8 @@ def half_way(comparison: Comparison, lines: dict[tuple[str, int], Lines]) -> flo
 
 
 def _interval(values: Sequence[float] | NDArray[np.float64], **options: int) -> Interval:
-    """The bootstrap's, or NaN where a run has no such number."""
-    return bootstrap_interval(values, **options) if np.isfinite(values).all() else Interval(*[float("nan")] * 3)
+    """The bootstrap interval of a mean; NaN where a run lacks the number."""
+    if np.isfinite(values).all():
+        return bootstrap_interval(values, **options)
+    nan = float("nan")
+    return Interval(nan, nan, nan)

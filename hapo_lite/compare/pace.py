@@ -1,4 +1,4 @@
-"""How long a comparison takes, from the pace of the runs that were made."""
+"""How long a comparison takes, estimated from the pace of its runs."""
 
 from __future__ import annotations
 
@@ -11,69 +11,83 @@ from hapo_lite.runs.folder import RunFolder
 from hapo_lite.runs.progress import in_words
 
 ENOUGH = 0.1
-"""Share of a run from which its pace is believed."""
+"""Smallest fraction of a run from which its pace is estimated."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The fraction of a run that was done at a time, in seconds of the monotonic clock."""
+
+    time: float
+    done: float
 
 
 @dataclass
-class Begun:
-    """A run that is going on: when it was started and with how much of it done.
+class RunningRun:
+    """A run that is going on. started: when it was started, and the fraction that an earlier command had done.
 
-    first, last: when its first and its latest iteration were seen, and how much was done then.
+    first, latest: its first and its latest iteration that were seen.
     """
 
     run: PlannedRun
-    started: float
-    before: float
-    first: tuple[float, float] | None = None
-    last: tuple[float, float] | None = None
+    started: Seen
+    first: Seen | None = None
+    latest: Seen | None = None
 
 
 class Pace:
-    """Seconds of a whole run, and what follows for those that are left.
+    """Seconds of a whole run, and of the runs that are left.
 
-    A run that ended under our eyes is timed by the clock, start-up included; one from an earlier command by its own
-    metrics; where there is neither, by the part that a running one has done.
+    A run that this command has made is timed by the clock, start-up included; a run of an earlier command by its own
+    metrics. Without either, the seconds follow from the part that a running run has done.
     """
 
     def __init__(self, runs: Sequence[PlannedRun], complete: Collection[str], workers: int) -> None:
-        self.count, self.workers = len(runs), workers
+        self.count = len(runs)
+        self.workers = workers
         self.left = [run for run in runs if run.name not in complete]
         self.earlier = [recorded_seconds(run) for run in runs if run.name in complete]
         self.timed: list[float] = []
-        self.begun: dict[str, Begun] = {}
+        self.running: dict[str, RunningRun] = {}
 
     def begin(self, run: PlannedRun) -> None:
-        self.begun[run.name] = Begun(run, time.monotonic(), self.fraction(run))
+        """A run has been started."""
+        self.running[run.name] = RunningRun(run, Seen(time.monotonic(), self.fraction(run)))
 
     def end(self, run: PlannedRun) -> None:
-        begun = self.begun.pop(run.name)
+        """A run is complete."""
+        started = self.running.pop(run.name).started
         self.left.remove(run)
-        if begun.before < 1.0 - ENOUGH:
-            self.timed.append((time.monotonic() - begun.started) / (1.0 - begun.before))
+        if started.done < 1.0 - ENOUGH:
+            self.timed.append((time.monotonic() - started.time) / (1.0 - started.done))
 
     def give_up(self, run: PlannedRun) -> None:
-        self.begun.pop(run.name)
+        """A run has failed."""
+        self.running.pop(run.name)
         self.left.remove(run)
 
     def fraction(self, run: PlannedRun) -> float:
-        """How much of its tokens, or of its iterations, a run has done."""
+        """The fraction of its tokens or iterations, whichever is larger, that a run has done."""
         last = RunFolder(run.recipe.run_dir).metrics.last()
         training = run.recipe.training
-        done = last.get("tokens", 0) / training.max_tokens, last.get("iteration", 0) / training.iterations
-        return min(1.0, max(done))
+        tokens = last.get("tokens", 0) / training.max_tokens
+        return min(1.0, max(tokens, last.get("iteration", 0) / training.iterations))
 
     def seconds_per_run(self) -> float | None:
-        """None as long as nothing is known."""
+        """Mean seconds of a run; None as long as no pace is known."""
         known = self.timed or self.earlier
         if not known:
-            known = [seconds for begun in self.begun.values() if (seconds := self._projected(begun)) is not None]
+            projected = [self._projected(running) for running in self.running.values()]
+            known = [seconds for seconds in projected if seconds is not None]
         return sum(known) / len(known) if known else None
 
     def seconds_left(self) -> float | None:
+        """Seconds until all runs have ended; None as long as no pace is known."""
         each = self.seconds_per_run()
-        if each is None:
-            return None
-        missing = [1.0 - self.fraction(run) if run.name in self.begun else 1.0 for run in self.left]
+        return None if each is None else self._seconds_left_at(each)
+
+    def _seconds_left_at(self, each: float) -> float:
+        missing = [1.0 - self.fraction(run) if run.name in self.running else 1.0 for run in self.left]
         return each * max(sum(missing) / self.workers, max(missing, default=0.0))
 
     def left_in_words(self) -> str:
@@ -81,43 +95,51 @@ class Pace:
         return "time left not known yet" if seconds is None else f"{in_words(seconds)} left"
 
     def beforehand(self) -> str:
-        """What is ahead, before any of it."""
+        """A sentence about the time that the runs will take, before any is started."""
         done = self.count - len(self.left)
-        each, several = self.seconds_per_run(), f", {self.workers} at a time" if self.workers > 1 else ""
+        each = self.seconds_per_run()
+        several = f", {self.workers} at a time" if self.workers > 1 else ""
         if each is None:
             return f"{self.count} runs{several}; how long they take is known when the first is a tenth through"
-        total = in_words(self.seconds_left())
+        total = in_words(self._seconds_left_at(each))
         return f"{done} of {self.count} runs are complete; the others take about {total}{several}, at the pace of those"
 
     def first_estimate(self) -> str | None:
-        """From the first run's pace, how long all of them take; None where it is not known, or was said beforehand."""
-        if self.timed or self.earlier or (each := self.seconds_per_run()) is None:
+        """A sentence about the time that all runs take, from the pace of the first.
+
+        None where that pace is not known, or where `beforehand` has stated the time.
+        """
+        each = self.seconds_per_run()
+        if self.timed or self.earlier or each is None:
             return None
+        left = self._seconds_left_at(each)
         return (
             f"at this pace a run takes {in_words(each)}, and {len(self.left)} of them "
-            f"{in_words(each * max(len(self.left) / self.workers, 1.0))}: {in_words(self.seconds_left())} left, "
-            f"until {until(self.seconds_left())}"
+            f"{in_words(each * max(len(self.left) / self.workers, 1.0))}: {in_words(left)} left, until {until(left)}"
         )
 
-    def _projected(self, begun: Begun) -> float | None:
-        """Seconds of the whole of a running run: up to its first iteration, and the pace from there on."""
-        done = self.fraction(begun.run)
-        if done > (begun.last[1] if begun.last else begun.before):
-            begun.last = time.monotonic(), done
-            begun.first = begun.first or begun.last
-        if begun.first is None or begun.last[1] - begun.first[1] < ENOUGH:
+    def _projected(self, running: RunningRun) -> float | None:
+        """Seconds of a whole run that is going on: those to its first iteration, then the pace since that iteration."""
+        done = self.fraction(running.run)
+        started = running.started
+        if done > (running.latest or started).done:
+            running.latest = Seen(time.monotonic(), done)
+            running.first = running.first or running.latest
+        first, latest = running.first, running.latest
+        if first is None or latest is None or latest.done - first.done < ENOUGH:
             return None
-        (since, at), (now, done) = begun.first, begun.last
-        return (since - begun.started) + (now - since) / (done - at) * (1.0 - at + begun.before)
+        pace = (latest.time - first.time) / (latest.done - first.done)
+        return (first.time - started.time) + pace * (1.0 - first.done + started.done)
 
 
 def recorded_seconds(run: PlannedRun) -> float:
-    """Training and evaluation of a complete run, by its metrics."""
+    """Seconds of training and evaluation of a complete run, from its metrics."""
     lines = RunFolder(run.recipe.run_dir).metrics.read()
     return sum(x.get("seconds/iteration", 0.0) + x.get("seconds/evaluate", 0.0) for x in lines)
 
 
 def until(seconds: float) -> str:
-    """The time of day at which so many seconds will have passed, with the date if it is another day."""
+    """The time of day after so many seconds, with the date if it is another day."""
     end = time.localtime(time.time() + seconds)
-    return time.strftime("%H:%M" if time.strftime("%j", end) == time.strftime("%j") else "%d %b %H:%M", end)
+    today = time.strftime("%j", end) == time.strftime("%j")
+    return time.strftime("%H:%M" if today else "%d %b %H:%M", end)

@@ -1,6 +1,6 @@
-"""report.html: one file without a script or a request, for a phone and a laptop, in light and in dark.
+"""report.html: one file without scripts or requests, for a phone and a laptop, in light and in dark.
 
-page.html is the template, and page.css its style. Jinja escapes every text that is put into it.
+page.html is the template, and page.css its style. Jinja escapes every text that is put into the template.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import hapo_lite
-from hapo_lite.compare.figures import Picture
+from hapo_lite.compare.figures import DrawnPicture
 from hapo_lite.compare.numbers import MEASURES, Numbers
 from hapo_lite.compare.plan import PlannedRun
 from hapo_lite.compare.words import caveats, findings, shown, signed, verdict
@@ -22,13 +22,13 @@ from hapo_lite.runs.progress import in_words
 from hapo_lite.train.intervals import Interval
 
 COMPARED = ("final", "area", "to_threshold", "length", "entropy")
-"""Measures in the table of differences; differences.csv has all."""
+"""Measures in the table of differences; differences.csv has all measures."""
 SIGNS = {"better": "▲", "worse": "▼", "more": "△", "less": "▽"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table. below: lines in small print under it; verdict: a key of SIGNS, or nothing."""
+    """A number of a table. below: lines in small print under the number; verdict: a key of SIGNS, or ""."""
 
     text: str
     below: tuple[str, ...] = ()
@@ -37,7 +37,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """rows: each an arm and its cells. heads: of the arm, then of the cells. caption: the text below, or nothing."""
+    """A table. heads: the heading of the arms, then those of the cells; rows: each an arm and its cells.
+
+    caption: the text below the table, or "".
+    """
 
     heads: Sequence[str]
     rows: Sequence[tuple[str, Sequence[Cell]]]
@@ -48,9 +51,9 @@ def page(
     numbers: Numbers,
     runs: Sequence[PlannedRun],
     failed: dict[str, str],
-    drawn: Sequence[tuple[Picture, bytes, bytes]],
+    drawn: Sequence[DrawnPicture],
 ) -> str:
-    """The report. drawn: each picture with its PNG for light and for dark."""
+    """The text of report.html. failed: a sentence for each run that failed, by its name."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -68,7 +71,7 @@ def page(
         every_run=_run_table(numbers),
         signs=SIGNS,
         caveats=caveats(numbers),
-        figures=[(picture, _address(light), _address(dark)) for picture, light, dark in drawn],
+        figures=[(d.picture, _address(d.light), _address(d.dark)) for d in drawn],
         version=hapo_lite.__version__,
         training_time=in_words(sum(run.measures["seconds"] for run in numbers.runs.values())),
     )
@@ -131,10 +134,11 @@ def _interval_cell(interval: Interval | None, unit: str, verdict: str = "") -> C
 
 
 def _missing(numbers: Numbers, runs: Sequence[PlannedRun], failed: dict[str, str]) -> list[str]:
-    """What the report lacks: a line for each run that is not complete."""
+    """A line for each run that is not complete."""
     lacking = [run.name for run in runs if (run.arm, run.seed) not in numbers.runs]
     return [f"{name} failed: {failed[name]}" if name in failed else name for name in lacking]
 
 
 def _address(png: bytes) -> str:
+    """A URL that holds the picture itself."""
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"

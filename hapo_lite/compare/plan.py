@@ -1,6 +1,6 @@
-"""The comparison file: arms, seeds and a budget of tokens; and the recipe of every run that follows from them.
+"""The comparison file with its arms, seeds and tokens, and the recipe of every run that follows from them.
 
-recipe: tiny_cpu.yaml             # of one run, beside this file, or its settings themselves
+recipe: tiny_cpu.yaml             # the recipe of one run: a file beside this one, or the settings themselves
 settings: {evaluation.every: 5}   # changes for all arms
 arms:
   dapo: {method: dapo}            # changes for one arm, written as on the command line of a run
@@ -23,29 +23,30 @@ from pydantic import Field, field_validator, model_validator
 
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import FOLDER_NAME, NonNegative, Positive, Recipe, find_recipe, parse_recipe, read_recipe_file
+from hapo_lite.recipe.sections import FolderName
 from hapo_lite.recipe.settings import Section, nearest, parse_override, put, read_mapping, validate
 
 CAP = 4
-"""Times the recipe's iterations that a run may take to its tokens, where max_iterations is null."""
+"""Most iterations of a run as a multiple of the recipe's, where max_iterations is null."""
 OURS = {
     "name": "a run is named after its arm and seed",
     "output_dir": "it is a field of the comparison",
     "seed": "use seeds",
     "training.max_tokens": "use tokens",
 }
-"""Settings of a run that the comparison makes itself, and what to do instead."""
+"""Settings of a run that the comparison decides, and what to do instead."""
 ALIKE = {
     "data": "pairs of runs see the same prompts in the same order",
     "evaluation": "all arms are measured alike",
     "training.iterations": "an arm ends by its tokens; max_iterations bounds all of them",
 }
-"""Settings in which arms may not differ, and why."""
+"""Settings that must be the same for all arms, and why."""
 
 
 class Comparison(Section):
     """Methods x seeds at equal tokens."""
 
-    name: str = Field(description="The comparison's folder below output_dir")
+    name: FolderName = Field(description="The comparison's folder below output_dir")
     output_dir: str = Field("runs", description="Where that folder is made")
     about: str = Field("", description="What is asked, in a sentence or two; heads the report")
     recipe: dict[str, Any] = Field(description="Recipe of a run: a file, relative to this one, or the settings")
@@ -71,38 +72,31 @@ class Comparison(Section):
         """The arm that the others are compared with."""
         return self.reference or next(iter(self.arms))
 
-    @field_validator("name")
-    @classmethod
-    def _name_is_one_folder(cls, name: str) -> str:
-        if not re.fullmatch(FOLDER_NAME, name):
-            raise ValueError("must be one folder name of letters, digits and . _ + -")
-        return name
-
     @field_validator("arms", mode="before")
     @classmethod
     def _an_arm_may_change_nothing(cls, arms: Any) -> Any:
-        return {str(n): {} if a is None else a for n, a in arms.items()} if isinstance(arms, dict) else arms
+        if not isinstance(arms, dict):
+            return arms
+        return {str(name): {} if changes is None else changes for name, changes in arms.items()}
 
     @model_validator(mode="after")
     def _rules(self) -> Comparison:
         for name in self.arms:
-            # No dot, which on the command line leads into the arm.
+            # A dot in an override, such as arms.hapo.method, leads into the arm.
             if not re.fullmatch(FOLDER_NAME, name) or "." in name:
                 raise ValueError(f"arms: {name!r} must be of letters, digits and _ + -: folders are named after it")
-        for broken, sentence in (
-            (len(self.arms) < 2, "arms must hold at least two: there is nothing to compare"),
-            (
-                self.base not in self.arms,
-                f"reference: {self.reference!r} is not one of the arms{nearest(self.base, self.arms)}",
-            ),
-            (not self.seeds, "seeds must hold at least one"),
-            (len(set(self.seeds)) < len(self.seeds), "seeds must differ: a repeated seed repeats its runs"),
-        ):
-            if broken:
-                raise ValueError(sentence)
+        if len(self.arms) < 2:
+            raise ValueError("arms must hold at least two: there is nothing to compare")
+        if self.base not in self.arms:
+            raise ValueError(f"reference: {self.reference!r} is not one of the arms{nearest(self.base, self.arms)}")
+        if not self.seeds:
+            raise ValueError("seeds must hold at least one")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds must differ: a repeated seed repeats its runs")
         return self
 
     def to_yaml(self) -> str:
+        """The comparison as the text of a comparison file."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -139,14 +133,14 @@ def load_comparison(path: str | Path, overrides: list[str] | tuple[str, ...] = (
 
 
 def planned_runs(comparison: Comparison) -> list[PlannedRun]:
-    """Every run, seed by seed, so that the arms advance together. Raises UserError naming the arm that is wrong."""
+    """Every run, seed by seed, so that the arms advance together. Raises UserError that names an arm with a mistake."""
     return [
         PlannedRun(arm, seed, _recipe_of(comparison, arm, seed)) for seed in comparison.seeds for arm in comparison.arms
     ]
 
 
 def flat_changes(changes: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """{"method": {"tau": 0.1}, "reward.wrong": 0} -> ("method.tau", 0.1), ("reward.wrong", 0)."""
+    """The dotted key and value of each change: {"method": {"tau": 0.1}} -> ("method.tau", 0.1)."""
     for key, value in changes.items():
         if isinstance(value, dict) and value:
             yield from flat_changes(value, f"{prefix}{key}.")
@@ -161,7 +155,7 @@ def _override(fields: dict[str, Any], override: str) -> None:
         changes = fields.get("settings") or {}
         if not isinstance(changes, dict):
             raise UserError("settings is a single value, not a section")
-        # To the end, so that it comes after what the file says about the same field.
+        # The override goes to the end, behind what the file says about the same field.
         changes.pop(key, None)
         fields["settings"] = {**changes, key: value}
     else:
@@ -187,10 +181,15 @@ def _recipe_of(comparison: Comparison, arm: str, seed: int) -> Recipe:
 
 
 def _check_change(where: str, key: str) -> None:
-    def inside(table: dict[str, str]) -> str | None:
-        return next((reason for known, reason in table.items() if f"{key}.".startswith(f"{known}.")), None)
-
-    if reason := inside(OURS):
+    """Raise UserError for a change that the comparison, or an arm of it, may not make."""
+    reason = _reason_for(key, OURS)
+    if reason is not None:
         raise UserError(f"{where}: {key} is not set here: {reason}")
-    if where != "settings" and (reason := inside(ALIKE)):
+    reason = _reason_for(key, ALIKE) if where != "settings" else None
+    if reason is not None:
         raise UserError(f"{where}: {key} must be the same for all arms, since {reason}: put it under settings")
+
+
+def _reason_for(key: str, table: dict[str, str]) -> str | None:
+    """The reason that a table gives for a key or for a section around it."""
+    return next((reason for known, reason in table.items() if f"{key}.".startswith(f"{known}.")), None)

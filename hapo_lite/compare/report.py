@@ -1,4 +1,4 @@
-"""What a comparison leaves beside its runs: report.html, figures as PNG, numbers as CSV; a table for the terminal."""
+"""The report of a comparison: report.html, PNG figures and CSV numbers beside the runs, a table on the terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hapo_lite.compare.figures import picture_bytes, pictures
+from hapo_lite.compare.figures import DrawnPicture, drawn, pictures
 from hapo_lite.compare.numbers import CURVES, MEASURES, Numbers, collect
 from hapo_lite.compare.page import page
 from hapo_lite.compare.plan import Comparison, PlannedRun
@@ -22,24 +22,21 @@ def write_report(comparison: Comparison, runs: Sequence[PlannedRun], failed: dic
         print("no run is complete yet: there is nothing to report on")
         return
     folder = comparison.folder
-    drawn = [
-        (picture, *(picture_bytes(picture.draw(numbers, theme)) for theme in ("light", "dark")))
-        for picture in pictures(numbers)
-    ]
+    figures: list[DrawnPicture] = [drawn(picture, numbers) for picture in pictures(numbers)]
     with writing(folder):
-        for picture, light, _ in drawn:
-            (folder / f"{picture.name}.png").write_bytes(light)
+        for figure in figures:
+            (folder / f"{figure.picture.name}.png").write_bytes(figure.light)
         _write_csv(folder / "table.csv", table_rows(numbers))
         _write_csv(folder / "differences.csv", difference_rows(numbers))
         _write_csv(folder / "runs.csv", run_rows(numbers))
         _write_csv(folder / "curves.csv", curve_rows(numbers))
-        (folder / "report.html").write_text(page(numbers, runs, failed, drawn), encoding="utf-8")
+        (folder / "report.html").write_text(page(numbers, runs, failed, figures), encoding="utf-8")
     print(text_table(numbers))
     print(f"{folder}: report.html, table.csv, differences.csv, runs.csv, curves.csv, and the figures as PNG")
 
 
 def table_rows(numbers: Numbers) -> Iterable[dict[str, Any]]:
-    """A row an arm: each measure's mean over seeds and its 95 % interval."""
+    """A row for each arm: every measure's mean over seeds and its 95 % interval."""
     for arm in numbers.arms:
         row: dict[str, Any] = {"arm": arm, "seeds": len(numbers.seeds(arm)), "reached_threshold": numbers.reached(arm)}
         for measure in MEASURES:
@@ -49,10 +46,11 @@ def table_rows(numbers: Numbers) -> Iterable[dict[str, Any]]:
 
 
 def difference_rows(numbers: Numbers) -> Iterable[dict[str, Any]]:
-    """A row an arm and measure: the arm less the reference, paired by seed, with its 95 % interval."""
+    """A row for each arm and measure: the arm less the reference, paired by seed, with its 95 % interval."""
     for arm in numbers.others:
         for measure in MEASURES:
-            if found := numbers.difference(arm, measure):
+            found = numbers.difference(arm, measure)
+            if found is not None:
                 yield {
                     "arm": arm,
                     "reference": numbers.comparison.base,
@@ -66,7 +64,7 @@ def difference_rows(numbers: Numbers) -> Iterable[dict[str, Any]]:
 
 
 def run_rows(numbers: Numbers) -> Iterable[dict[str, Any]]:
-    """A row a run."""
+    """A row for each complete run."""
     for (arm, seed), run in numbers.runs.items():
         yield {
             "arm": arm,
@@ -80,7 +78,7 @@ def run_rows(numbers: Numbers) -> Iterable[dict[str, Any]]:
 
 
 def curve_rows(numbers: Numbers) -> Iterable[dict[str, Any]]:
-    """A row a curve, arm and point of the grid: mean over seeds and the 95 % interval of the mean."""
+    """A row for each curve, arm and point of the grid: the mean over seeds and its 95 % interval."""
     for quantity in CURVES:
         for arm in numbers.arms:
             band = numbers.band(arm, quantity)
@@ -91,20 +89,23 @@ def curve_rows(numbers: Numbers) -> Iterable[dict[str, Any]]:
 def text_table(numbers: Numbers) -> str:
     """The final table for a terminal."""
     base = numbers.comparison.base
-    rows = [("arm", "seeds", "final accuracy", "area", f"final less {base}'s", f"area less {base}'s")]
+    measures = ("final", "area")
+    rows = [["arm", "seeds", "final accuracy", "area", f"final less {base}'s", f"area less {base}'s"]]
     for arm in numbers.arms:
-        differences = [numbers.difference(arm, m) if arm != base else None for m in ("final", "area")]
-        rows.append(
-            (
-                arm,
-                str(len(numbers.seeds(arm))),
-                *(spread(numbers.mean(arm, m), ".3f") for m in ("final", "area")),
-                *("" if d is None else spread(d, "+.3f") + ("" if d.low <= 0 <= d.high else " *") for d in differences),
-            )
-        )
+        means = [spread(numbers.mean(arm, measure), ".3f") for measure in measures]
+        differences = ["" if arm == base else _difference_text(numbers, arm, measure) for measure in measures]
+        rows.append([arm, str(len(numbers.seeds(arm))), *means, *differences])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, "[95 % bootstrap interval over seeds]; * the interval excludes 0"])
+
+
+def _difference_text(numbers: Numbers, arm: str, measure: str) -> str:
+    """The difference to the reference with its interval, and a star where the interval excludes 0."""
+    found = numbers.difference(arm, measure)
+    if found is None:
+        return ""
+    return spread(found, "+.3f") + ("" if found.low <= 0 <= found.high else " *")
 
 
 def _write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:

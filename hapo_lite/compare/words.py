@@ -12,7 +12,7 @@ FALSE_ALARMS = {2: 0.49, 3: 0.26, 4: 0.19, 5: 0.17, 6: 0.16, 8: 0.12, 10: 0.11, 
 
 
 def shown(value: float, unit: str) -> str:
-    """A number as `unit` formats it, without a sign where it rounds to 0; - where there is none."""
+    """A number as `unit` formats it, without a sign where it rounds to 0; "-" for NaN."""
     if math.isnan(value):
         return "-"
     text = f"{value:{unit}}"
@@ -20,18 +20,19 @@ def shown(value: float, unit: str) -> str:
 
 
 def spread(interval: Interval, unit: str) -> str:
-    """0.912 [0.890, 0.931]."""
+    """An interval as text, such as 0.912 [0.890, 0.931]."""
     if math.isnan(interval.value):
         return "-"
     return f"{shown(interval.value, unit)} [{shown(interval.low, unit)}, {shown(interval.high, unit)}]"
 
 
 def signed(unit: str) -> str:
+    """The format `unit` with a sign for positive numbers too."""
     return f"+{unit}"
 
 
 def verdict(numbers: Numbers, arm: str, measure: str) -> str:
-    """better, worse, more, less, or nothing where the interval of the difference holds 0."""
+    """ "better", "worse", "more" or "less"; "" where the interval of the difference includes 0."""
     found = numbers.difference(arm, measure)
     if found is None or not (found.above_zero or found.below_zero):
         return ""
@@ -42,7 +43,7 @@ def verdict(numbers: Numbers, arm: str, measure: str) -> str:
 
 
 def findings(numbers: Numbers) -> list[str]:
-    """What the final accuracies and the areas say, one sentence each."""
+    """Sentences about the final accuracies and the areas."""
     comparison, base = numbers.comparison, numbers.comparison.base
     ranked = sorted(numbers.arms, key=lambda arm: -numbers.mean(arm, "final").value)
     ends = ", ".join(f"{arm} {numbers.mean(arm, 'final').value:.3f}" for arm in ranked)
@@ -51,7 +52,8 @@ def findings(numbers: Numbers) -> list[str]:
     for measure, what in (("final", "final accuracy"), ("area", "area under the learning curve")):
         sorts: dict[str, list[str]] = {"better": [], "worse": [], "": []}
         for arm in numbers.others:
-            if found := numbers.difference(arm, measure):
+            found = numbers.difference(arm, measure)
+            if found is not None:
                 sorts[verdict(numbers, arm, measure)].append(f"{arm} ({shown(found.value, '+.3f')})")
         parts = [f"{kind} than {base}: {', '.join(sorts[kind])}" for kind in ("better", "worse") if sorts[kind]]
         if sorts[""]:
@@ -62,23 +64,10 @@ def findings(numbers: Numbers) -> list[str]:
 
 
 def caveats(numbers: Numbers) -> list[str]:
-    """What the intervals cannot say."""
+    """Sentences about the limits of the intervals and of the comparison."""
     comparison = numbers.comparison
     pairs = [len(numbers.pairs(arm, "final")[0]) for arm in numbers.others]
-    pairs = [count for count in pairs if count]
-    said = []
-    if not pairs:
-        said.append(f"There is no pair of runs to compare with {comparison.base} yet.")
-    elif min(pairs) < 2:
-        said.append("One seed has no interval: repeat with five or more before believing a difference.")
-    else:
-        alarms = FALSE_ALARMS[max(n for n in FALSE_ALARMS if n <= min(pairs))]
-        expected = alarms * len(pairs)
-        said.append(
-            f"With {min(pairs)} seeds a 95 % bootstrap interval is too narrow: that of two equal methods excludes 0 "
-            f"in about {100 * alarms:.0f} % of cases. Of these {len(pairs)} comparisons about {expected:.1f} would "
-            "do so by chance alone in each measure, so a lone mark is a hint and no proof."
-        )
+    said = [_about_intervals(comparison.base, [count for count in pairs if count])]
     sampled = [run.sampled for run in numbers.runs.values()]
     over = max(sampled) / comparison.tokens - 1.0
     said.append(
@@ -93,3 +82,19 @@ def caveats(numbers: Numbers) -> list[str]:
             "the last value, and the comparison is not at equal tokens for them."
         )
     return said
+
+
+def _about_intervals(base: str, pairs: list[int]) -> str:
+    """How far the intervals can be believed. pairs: the number of pairs with the reference, by arm."""
+    if not pairs:
+        return f"There is no pair of runs to compare with {base} yet."
+    fewest = min(pairs)
+    if fewest < 2:
+        return "One seed has no interval: repeat with five or more before believing a difference."
+    alarms = FALSE_ALARMS[max(n for n in FALSE_ALARMS if n <= fewest)]
+    expected = alarms * len(pairs)
+    return (
+        f"With {fewest} seeds a 95 % bootstrap interval is too narrow: that of two equal methods excludes 0 "
+        f"in about {100 * alarms:.0f} % of cases. Of these {len(pairs)} comparisons about {expected:.1f} would "
+        "do so by chance alone in each measure, so a lone mark is a hint and no proof."
+    )

@@ -1,4 +1,4 @@
-"""`python -m hapo_lite.evaluate`: suites, samples that resume, the verdict. In Python: `hapo_lite.evaluate(recipe)`."""
+"""`python -m hapo_lite.evaluate` compares a base and its adapter on suites. In Python: `hapo_lite.evaluate(recipe)`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class _Callable(ModuleType):
-    """A package and the function it is named after: `hapo_lite.evaluate` can only be one object."""
+    """A package that can be called: `hapo_lite.evaluate` is both this package and the function of that name."""
 
     def __call__(self, *arguments: Any, **options: Any) -> dict[str, Any]:
         from hapo_lite.evaluate.evaluation import evaluate

@@ -1,7 +1,7 @@
 """One evaluation: the base and the adapter on every suite, resumed where it was stopped, and its summaries.
 
-What it leaves in `runs/NAME/evaluations/`: for each suite a folder with the samples and summary.json, and a
-summary.json over the suites. The model is loaded once; the base is the same model with its adapter switched off.
+It writes to `runs/NAME/evaluations/` a folder for each suite, with the samples and summary.json, and a summary.json
+over all suites. The model is loaded once; the base is the same model with its adapter switched off.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ from hapo_lite.train.collect import Collector
 from hapo_lite.train.memory.room import unpacks
 from hapo_lite.train.verdict import judge
 
-BASE, ADAPTER = "base", "adapter"
+BASE = "base"
+ADAPTER = "adapter"
 
 
 @dataclass
 class Work:
-    """One model on one suite. seconds: spent on it by this command, by stage; sampled: prompts it did."""
+    """One model on one suite. seconds: the time of this command, by stage; sampled: the prompts that it sampled."""
 
     suite: Suite
     file: SampleFile
@@ -53,13 +54,14 @@ class Work:
     sampled: int = 0
 
     def took(self, stage: str, seconds: float) -> None:
+        """Add the time of a stage."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
 def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
-    """Evaluate, and return the summaries by suite. adapter: a folder; None: the run's own, if it has one.
+    """Evaluate, and return the summaries by suite. adapter: a folder; None: the run's own adapter, if it has one.
 
-    Raises UserError for what the user can mend, and Interrupted for a signal; what was sampled by then is kept.
+    Raises UserError for a mistake that the user can mend, and Interrupted for a signal; the samples are kept.
     """
     if adapter is None and (recipe.run_dir / "adapter").is_dir():
         adapter = recipe.run_dir / "adapter"
@@ -67,7 +69,7 @@ def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
     recipe = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"report_to": "none"})})
     accelerator = make_accelerator(recipe)
     check_place(RunFolder(recipe.run_dir))
-    folder = recipe.run_dir / "evaluations"
+    folder = _folder(recipe)
     main = accelerator.is_main_process
     with (
         Status(folder / "status.json" if main else None) as status,
@@ -80,7 +82,7 @@ def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
             policy = load_policy(
                 recipe.model, recipe.seed, accelerator.device, adapter, recipe.rollout.engine, unpacked
             )
-        limit = recipe.benchmark.max_new_tokens or recipe.rollout.max_new_tokens
+        limit = _max_new_tokens(recipe)
         suites = [fit(p, policy, recipe.data.max_prompt_tokens, limit) for p in problems]
         if main:
             with writing(folder):
@@ -91,11 +93,20 @@ def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
             with display.progress.within(f"rollout.engine = {recipe.rollout.engine}"):
                 engine = make_engine(recipe, policy, limit)
             collector = Collector(engine, scorer, accelerator, display.progress)
-            return Evaluation(recipe, policy, adapter, suites, collector, display, folder, limit).run()
+            return Evaluation(recipe, policy, adapter, suites, collector, display).run()
+
+
+def _folder(recipe: Recipe) -> Path:
+    return recipe.run_dir / "evaluations"
+
+
+def _max_new_tokens(recipe: Recipe) -> int:
+    """Longest completion of an evaluation, tokens."""
+    return recipe.benchmark.max_new_tokens or recipe.rollout.max_new_tokens
 
 
 class Evaluation:
-    """The moving parts of one evaluation."""
+    """The base and the adapter on every suite: sampling, summaries, verdicts. adapter: its folder, if there is one."""
 
     def __init__(
         self,
@@ -105,44 +116,50 @@ class Evaluation:
         suites: Sequence[Suite],
         collector: Collector,
         display: Display,
-        folder: Path,
-        max_new_tokens: int,
     ) -> None:
-        self.recipe, self.policy, self.adapter, self.suites = recipe, policy, adapter, suites
-        self.collector, self.display, self.folder = collector, display, folder
-        self.accelerator = accelerator = collector.accelerator
-        self.max_new_tokens, self.settings = max_new_tokens, recipe.benchmark
-        self.main = accelerator.is_main_process
+        self.recipe = recipe
+        self.settings = recipe.benchmark
+        self.folder = _folder(recipe)
+        self.max_new_tokens = _max_new_tokens(recipe)
+        self.policy = policy
+        self.adapter = adapter
+        self.suites = suites
+        self.collector = collector
+        self.display = display
+        self.accelerator = collector.accelerator
+        self.main = self.accelerator.is_main_process
         per_process = max(1, recipe.rollout.batch_size // self.settings.samples)
-        self.at_once = per_process * accelerator.num_processes
-        self.interrupts = Interrupts(deferred=accelerator.num_processes > 1)
+        self.at_once = per_process * self.accelerator.num_processes
+        self.interrupts = Interrupts(deferred=self.accelerator.num_processes > 1)
 
     def run(self) -> dict[str, Any]:
+        """Sample what is missing, print and write the summaries, and return them by suite."""
         work = self.plan()
         self.display.say(self.opening(work))
         n = self.settings.samples
         total = sum(len(w.suite.prompts) for w in work) * n
         done = sum(w.file.done for w in work) * n
-        found: dict[str, dict[str, Any]] = {}
+        summaries: dict[str, dict[str, Any]] = {}
         values: dict[str, list[Values]] = {}
         with (
             self.interrupts.listening(),
-            # The time left is reckoned from the mean pace: suites differ in length.
+            # The time left follows from the mean pace, since suites differ in length.
             self.display.bar(total, done, "sample", smoothing=0.0) as bar,
         ):
             for suite in self.suites:
-                mine = {w.file.label: w for w in work if w.suite is suite}
-                for label, w in mine.items():
+                models = {w.file.label: w for w in work if w.suite is suite}
+                for label, w in models.items():
                     with self.display.progress.within(f"{suite.name}, {label}"):
                         self.sample(w, bar)
-                for label, w in mine.items():
-                    values.setdefault(label, []).append(by_prompt(w.file.samples, n))
-                found[suite.name] = self.report(suite, mine, {label: v[-1] for label, v in values.items()})
-        self.close(found, values)
-        return found
+                of_suite = {label: by_prompt(w.file.samples, n) for label, w in models.items()}
+                for label, found in of_suite.items():
+                    values.setdefault(label, []).append(found)
+                summaries[suite.name] = self.report(suite, models, of_suite)
+        self.close(summaries, values)
+        return summaries
 
     def plan(self) -> list[Work]:
-        """Every model on every suite, with what earlier commands sampled."""
+        """Every model on every suite, with the samples of earlier commands."""
         digest = file_hash(self.adapter / "adapter_model.safetensors") if self.adapter else None
         work = []
         for suite in self.suites:
@@ -153,15 +170,20 @@ class Evaluation:
                     file = SampleFile(self.folder / suite.name, label, protocol, ids, self.settings.samples)
                     work.append(Work(suite, file))
         # The main process cuts off what is unfinished before the others read.
-        for turn in (True, False):
-            if self.main is turn:
-                for w in work:
-                    w.file.resume(self.at_once)
-            self.accelerator.wait_for_everyone()
+        if self.main:
+            self._resume(work)
+        self.accelerator.wait_for_everyone()
+        if not self.main:
+            self._resume(work)
+        self.accelerator.wait_for_everyone()
         return work
 
+    def _resume(self, work: Sequence[Work]) -> None:
+        for w in work:
+            w.file.resume(self.at_once)
+
     def protocol(self, suite: Suite, adapter_sha256: str | None) -> dict[str, Any]:
-        """All that decides what the samples and their grades are, but for the machine's rounding."""
+        """Everything that the samples and their grades depend on, except the machine's rounding."""
         model, settings = self.recipe.model, self.settings
         asked = json.dumps([(e.index, e.prompt.id, e.prompt.answer, e.ids) for e in suite.prompts])
         return {
@@ -184,8 +206,8 @@ class Evaluation:
             "timeout_s": self.recipe.reward.timeout_s,
         }
 
-    def sample(self, work: Work, bar: tqdm) -> None:
-        """Sample and grade what is missing, a few prompts at a time; a signal stops it between two parts."""
+    def sample(self, work: Work, bar: tqdm[Any]) -> None:
+        """Sample and grade the missing prompts, a few at a time. A signal stops the work between two parts."""
         settings, prompts = self.settings, work.suite.prompts
         processor = AdaptiveTemperature(None, settings.temperature, top_p=settings.top_p)
         key = DrawKey(self.recipe.seed, Stage.BENCHMARK, 0)
@@ -206,9 +228,9 @@ class Evaluation:
                 if someone_wants_to_stop(self.accelerator, self.interrupts):
                     raise Interrupted(self.interrupts.pending or signal.SIGTERM)
 
-    def report(self, suite: Suite, mine: Mapping[str, Work], values: Mapping[str, Values]) -> dict[str, Any]:
-        """Print a suite's table and verdict, write its summary.json, and return that."""
-        counts = {label: outcomes(w.file.samples) for label, w in mine.items()}
+    def report(self, suite: Suite, models: Mapping[str, Work], values: Mapping[str, Values]) -> dict[str, Any]:
+        """Print a suite's table and verdict, write its summary.json, and return that. models, values: by label."""
+        numbers = self.numbers({label: [v] for label, v in values.items()}, len(suite.prompts))
         summary = {
             "suite": suite.name,
             "source": suite.problems.source,
@@ -216,12 +238,17 @@ class Evaluation:
             "prompts": len(suite.prompts),
             "too_long": {"more_tokens_than": suite.most, "prompts": list(suite.too_long)},
             "rows_skipped": dict(suite.problems.skipped),
-            "files": {label: w.file.path.name for label, w in mine.items()},
-            "outcomes": counts,
-            **(numbers := self.numbers({label: [v] for label, v in values.items()}, len(suite.prompts))),
-            # Of this command alone: what an earlier one sampled is not in it.
-            "seconds": {label: {"prompts": w.sampled, **w.seconds} for label, w in mine.items()},
+            "files": {label: w.file.path.name for label, w in models.items()},
+            "outcomes": {label: outcomes(w.file.samples) for label, w in models.items()},
+            **numbers,
+            # The time of this command alone, without that of earlier ones.
+            "seconds": {label: {"prompts": w.sampled, **w.seconds} for label, w in models.items()},
         }
+        self.write(self.folder / suite.name, summary)
+        self.display.say("\n".join(self._report_lines(suite, models, numbers)))
+        return summary
+
+    def _report_lines(self, suite: Suite, models: Mapping[str, Work], numbers: Mapping[str, Any]) -> list[str]:
         lines = [
             f"\n{suite.name}: {len(suite.prompts):,} prompts x {self.settings.samples} from {suite.problems.source}"
         ]
@@ -230,28 +257,27 @@ class Evaluation:
             named = ", ".join(suite.too_long[:3]) + (", ..." if len(suite.too_long) > 3 else "")
             lines.append(f"{len(suite.too_long)} prompts left out: longer than {suite.most} tokens ({named})")
         lines += self.lines(numbers)
-        for label, kinds in counts.items():
+        for label, w in models.items():
+            kinds = outcomes(w.file.samples)
             lines.append(f"{label}: " + ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count))
-        for label, w in mine.items():
+        for label, w in models.items():
             if w.sampled:
                 pace = sum(w.seconds.values()) / w.sampled
                 lines.append(f"{label}: {pace:.3g} seconds a prompt, over {w.sampled:,} prompts")
-        self.write(self.folder / suite.name, summary)
-        self.display.say("\n".join(lines))
-        return summary
+        return lines
 
-    def close(self, found: Mapping[str, dict[str, Any]], values: Mapping[str, Sequence[Values]]) -> None:
-        """The mean over the suites, each weighing the same, as the paper reports it."""
+    def close(self, summaries: Mapping[str, dict[str, Any]], values: Mapping[str, Sequence[Values]]) -> None:
+        """Print and write the mean over the suites, each with the same weight, as the paper reports it."""
         count = sum(len(suite.prompts) for suite in self.suites)
         numbers = self.numbers(values, count)
-        self.write(self.folder, {"suites": list(found), "prompts": count, **numbers})
-        if len(found) > 1:
-            text = [f"\nmean of {len(found)} suites, {count:,} prompts", *self.lines(numbers)]
+        self.write(self.folder, {"suites": list(summaries), "prompts": count, **numbers})
+        if len(summaries) > 1:
+            text = [f"\nmean of {len(summaries)} suites, {count:,} prompts", *self.lines(numbers)]
             self.display.say("\n".join(text))
         self.display.say(f"\n{self.folder}: summary.json, and the samples of each suite")
 
     def numbers(self, values: Mapping[str, Sequence[Values]], prompts: int) -> dict[str, Any]:
-        """Figures of each model over some suites, their difference, and the verdict."""
+        """The figures of each model over some suites, their difference, and the verdict."""
         figures = {label: intervals(suites) for label, suites in values.items()}
         out: dict[str, Any] = {"figures": figures}
         if ADAPTER in values:
@@ -261,12 +287,14 @@ class Evaluation:
         return out | {"notes": notes(figures, self.max_new_tokens)}
 
     def lines(self, numbers: Mapping[str, Any]) -> list[str]:
+        """The table, the verdict and the notes of some numbers."""
         shown = [table(numbers["figures"], numbers.get("difference"), self.settings.samples)]
-        shown += [numbers["sentence"]] if "sentence" in numbers else []
+        if "sentence" in numbers:
+            shown.append(numbers["sentence"])
         return shown + [f"note: {note}" for note in numbers["notes"]]
 
     def write(self, folder: Path, summary: Mapping[str, Any]) -> None:
-        """summary.json, with the settings it was made under."""
+        """Write summary.json, with the settings of the evaluation."""
         if not self.main:
             return
         settings = self.settings.model_dump(include={"samples", "temperature", "top_p", "limit"})
@@ -278,6 +306,7 @@ class Evaluation:
             (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
 
     def opening(self, work: Sequence[Work]) -> str:
+        """The first line of output: the model, the suites and the settings."""
         settings = self.settings
         who = f"{self.recipe.model.name} and {self.adapter}" if self.adapter else f"{self.recipe.model.name} alone"
         done = sum(w.file.done for w in work) * settings.samples

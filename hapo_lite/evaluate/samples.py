@@ -1,7 +1,7 @@
-"""The samples of one model on one suite: a JSONL file that a killed evaluation goes on with.
+"""The samples of one model on one suite: a JSONL file with which a killed evaluation continues.
 
-Its first line is the protocol, all that decides what the samples are; a hash of it is in the file's name, so that
-samples made in another way never meet. Then a line a completion, prompt by prompt.
+The first line is the protocol, which is everything that the samples depend on. A hash of the protocol is in the file's
+name, so that samples of different protocols never mix. A line for each completion follows, prompt by prompt.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hapo_lite.records import Completion, Score
 
 @dataclass(frozen=True)
 class Sample:
-    """One graded completion. prompt: its id; length: tokens, stop token included; outcome, answer: as in Grade."""
+    """One graded completion. prompt: the prompt's id; length: tokens, with the stop's; outcome, answer: as in Grade."""
 
     prompt: str
     sample: int
@@ -33,16 +33,17 @@ class Sample:
 
     @classmethod
     def of(cls, completion: Completion, score: Score) -> Sample:
+        """The sample of a completion and its score."""
         prompt = completion.prompt.prompt
         return cls(
-            prompt.id,
-            completion.sample,
-            prompt.answer,
-            score.outcome,
-            score.answer,
-            completion.length,
-            completion.truncated,
-            completion.text,
+            prompt=prompt.id,
+            sample=completion.sample,
+            gold=prompt.answer,
+            outcome=score.outcome,
+            answer=score.answer,
+            length=completion.length,
+            truncated=completion.truncated,
+            text=completion.text,
         )
 
     @property
@@ -51,21 +52,24 @@ class Sample:
 
 
 class SampleFile:
-    """`folder/LABEL-HASH.jsonl`, grown a few prompts at a time.
+    """The file `folder/LABEL-HASH.jsonl`, to which the samples of a few prompts at a time are added.
 
-    prompts: ids, in order; per_prompt: samples of each. `done` is how many prompts are in it.
+    prompts: ids, in order; per_prompt: samples of each prompt.
     """
 
     def __init__(
         self, folder: Path, label: str, protocol: dict[str, Any], prompts: Sequence[str], per_prompt: int
     ) -> None:
-        self.label, self.prompts, self.per_prompt = label, tuple(prompts), per_prompt
+        self.label = label
+        self.prompts = tuple(prompts)
+        self.per_prompt = per_prompt
         self._header = json.dumps({"protocol": protocol}, ensure_ascii=True) + "\n"
         self.path = folder / f"{label}-{hashlib.sha256(self._header.encode()).hexdigest()[:8]}.jsonl"
         self.samples: list[Sample] = []
 
     @property
     def done(self) -> int:
+        """The number of prompts whose samples are in the file."""
         return len(self.samples) // self.per_prompt
 
     @property
@@ -73,11 +77,11 @@ class SampleFile:
         return self.done == len(self.prompts)
 
     def resume(self, at_once: int) -> None:
-        """Read what is there and cut off what a kill left unfinished.
+        """Read the samples in the file and cut off the part that a kill left unfinished.
 
-        What stays are prompts in whole parts of `at_once`, or all of them: the rest is then sampled in the batches that
-        an uninterrupted evaluation would have used, and comes out the same to the last byte. Raises UserError where
-        the file is not of this protocol or cannot be written.
+        A number of prompts that `at_once` divides is kept, or all prompts. The others are then sampled in the batches
+        of an uninterrupted evaluation, so that the file is the same to the last byte. Raises UserError if the file has
+        another protocol or cannot be written.
         """
         if not self.path.is_file():
             return
@@ -95,7 +99,7 @@ class SampleFile:
             os.truncate(self.path, sum(map(len, keep)))
 
     def _whole(self, lines: Sequence[bytes]) -> Iterator[Sample]:
-        """The samples up to the first line that is cut off, damaged or out of place."""
+        """The samples in front of the first line that is cut off, damaged or out of place."""
         for i, line in enumerate(lines[: len(self.prompts) * self.per_prompt]):
             try:
                 sample = Sample(**json.loads(line))
@@ -107,9 +111,9 @@ class SampleFile:
             yield sample
 
     def append(self, samples: Sequence[Sample], write: bool = True) -> None:
-        """Add the samples of the next prompts and see them on the disk. Raises UserError if the disk refuses.
+        """Add the samples of the next prompts and wait for the disk to have them. Raises UserError if the disk refuses.
 
-        write: false in the processes that are not the main one.
+        write: false in processes other than the main one, which only remember the samples.
         """
         if write:
             self._write(samples)

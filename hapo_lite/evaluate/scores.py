@@ -1,6 +1,6 @@
-"""What samples say: avg@n, pass@k and maj@k with intervals, base against adapter.
+"""The numbers of an evaluation: avg@n, pass@k and maj@k with intervals, base against adapter.
 
-Axes: P prompts, n samples of each. Pure functions; the intervals are hapo_lite.train.intervals'.
+Axes: P prompts, n samples of each. All functions are pure; the intervals come from hapo_lite.train.intervals.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from hapo_lite.train.metrics import OUTCOMES
 from hapo_lite.train.verdict import CUT_OFF, percent, signed
 
 Values = Mapping[str, NDArray[np.float64]]
+"""[P] values of each number that is reported: their mean is the number of the suite."""
 
 
 def steps(n: int) -> list[int]:
-    """The k of pass@k: 1, 2, 4, ... and n."""
+    """The values of k in pass@k: 1, 2, 4, ... and n."""
     return sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
 
 
 def by_prompt(samples: Sequence[Sample], n: int) -> dict[str, NDArray[np.float64]]:
-    """[P] values, one a prompt, of every number that is reported: their means are the suite's."""
+    """[P] values, one for each prompt, of every number that is reported."""
     rows = [samples[i : i + n] for i in range(0, len(samples), n)]
     correct = np.array([[s.correct for s in row] for row in rows], dtype=np.float64)
     votes = [[None if s.answer is None else normal_form(s.answer) for s in row] for row in rows]
@@ -40,22 +41,23 @@ def by_prompt(samples: Sequence[Sample], n: int) -> dict[str, NDArray[np.float64
 
 
 def outcomes(samples: Sequence[Sample]) -> dict[str, int]:
+    """The number of samples of each outcome."""
     counts = Counter(s.outcome for s in samples)
     return {name: counts[name] for name in OUTCOMES}
 
 
 def intervals(suites: Sequence[Values]) -> dict[str, Interval]:
-    """Each number's mean over the suites, with its interval; one suite is a list of one."""
+    """The mean of each number over the suites, with its interval."""
     return {name: macro_interval([values[name] for values in suites]) for name in suites[0]}
 
 
 def differences(base: Sequence[Values], adapter: Sequence[Values]) -> dict[str, Interval]:
-    """adapter - base on the same prompts, suite by suite."""
+    """The mean of adapter - base on the same prompts over the suites, with its interval."""
     return intervals([{name: a[name] - b[name] for name in b} for b, a in zip(base, adapter, strict=True)])
 
 
 def notes(arms: Mapping[str, Mapping[str, Interval]], max_new_tokens: int) -> list[str]:
-    """What a reader must know about the numbers, each with the setting to change."""
+    """Warnings about the numbers, each with the setting to change."""
     return [
         f"{label}: {percent(figures['truncated'].value)} of the completions were cut off at {max_new_tokens:,} tokens; "
         "raise benchmark.max_new_tokens to see what they would have answered"
@@ -65,16 +67,20 @@ def notes(arms: Mapping[str, Mapping[str, Interval]], max_new_tokens: int) -> li
 
 
 def table(arms: Mapping[str, Mapping[str, Interval]], change: Mapping[str, Interval] | None, n: int) -> str:
-    """The numbers of each model, a column a model, as text."""
-    labels = {f"avg@{n}": f"avg@{n}"} | {f"pass@{k}": f"pass@{k}" for k in steps(n)[1:]}
-    labels |= {f"maj@{n}": f"maj@{n}"} if n > 1 else {}
-    labels |= {"length": "length, tokens", "truncated": "cut off at the limit"}
-    columns = list(arms) + (["difference"] if change else [])
-    rows = [["", *columns]]
+    """The numbers as text, with a column for each model and one for the difference, if there is one."""
+    names = [f"avg@{n}", *(f"pass@{k}" for k in steps(n)[1:])]
+    if n > 1:
+        names.append(f"maj@{n}")
+    labels = {name: name for name in names} | {"length": "length, tokens", "truncated": "cut off at the limit"}
+    rows = [["", *arms]]
+    if change:
+        rows[0].append("difference")
     for name, label in labels.items():
         digits = 1 if name == "length" else 3
-        cells = [_cell(figures[name], digits) for figures in arms.values()]
-        rows.append([label, *cells, *([signed(change[name], digits)] if change else [])])
+        row = [label, *(_cell(figures[name], digits) for figures in arms.values())]
+        if change:
+            row.append(signed(change[name], digits))
+        rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

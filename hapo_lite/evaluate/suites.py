@@ -39,7 +39,7 @@ HELD_OUT = "held_out"
 
 @dataclass(frozen=True)
 class Problems:
-    """A suite as read. source: where from, in words; skipped: rows that could not be used, by reason.
+    """The problems of a suite. source: their source in words; skipped: the number of unusable rows, by reason.
 
     origin: as in tasks.sources.Table.
     """
@@ -53,7 +53,10 @@ class Problems:
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite as asked. prompts: in the data's order; too_long: ids of those that do not fit; most: tokens that do."""
+    """The prompts of a suite that fit, in the order of the data.
+
+    too_long: ids of the prompts that do not fit; most: the largest number of tokens that fits.
+    """
 
     problems: Problems
     prompts: tuple[EncodedPrompt, ...]
@@ -66,7 +69,7 @@ class Suite:
 
 
 def chosen(recipe: Recipe) -> tuple[SuiteSettings, ...]:
-    """`benchmark.suites`, or its default: the built-in task for a run on it, else the paper's six."""
+    """`benchmark.suites`, or the default: the built-in task for a run on it, else the paper's six benchmarks."""
     if recipe.benchmark.suites is not None:
         return recipe.benchmark.suites
     names = ("tiny",) if recipe.data.source == "tiny" else PAPER
@@ -74,7 +77,7 @@ def chosen(recipe: Recipe) -> tuple[SuiteSettings, ...]:
 
 
 def read_problems(settings: SuiteSettings, recipe: Recipe) -> Problems:
-    """The suite's problems, under the recipe's system prompt. Raises UserError that names the suite."""
+    """The suite's problems, with the recipe's system prompt. Raises UserError that names the suite."""
     name, limit = settings.name, recipe.benchmark.limit
     if settings.source is None and name == HELD_OUT:
         if recipe.evaluation.prompts == 0:
@@ -109,9 +112,9 @@ def _data(settings: SuiteSettings, recipe: Recipe) -> DataSettings:
 
 
 def fit(problems: Problems, policy: Policy, max_prompt_tokens: int, max_new_tokens: int) -> Suite:
-    """Tokenise, and leave out the prompts that are too long, or beside which a completion would not fit.
+    """Tokenise the problems, and leave out prompts that are too long by themselves or with a completion.
 
-    Raises UserError where none is left.
+    Raises UserError if no prompt is left.
     """
     encoded = [EncodedPrompt(i, p, tuple(policy.encode(p.chat()))) for i, p in enumerate(problems.prompts)]
     room = policy.context - max_new_tokens

@@ -1,1 +1,1 @@
-"""`python -m hapo_lite.export`: a run as a merged model, as one for llama.cpp, or as an adapter with its papers."""
+"""`python -m hapo_lite.export` writes a run as a merged model, a model for llama.cpp, or an adapter with its card."""

@@ -10,6 +10,7 @@ from hapo_lite.cli import program_name, run_command
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Read the command line and export. argv: None for the arguments of this process. Raises UserError."""
     parser = argparse.ArgumentParser(
         prog=program_name("export"),
         description="Write a run's adapter as a model to pass on, with a model card, after comparing what was written "
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         help="merged: one model, no peft needed; gguf-ready: the same, checked for llama.cpp's converter; "
         "adapter: the adapter alone",
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where to; without it RUN/export/KIND")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder to write; default: RUN/export/KIND")
     parser.add_argument(
         "--adapter", type=Path, metavar="DIR", help="a checkpoint of the run instead of its last adapter"
     )
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         "--dtype",
         choices=("auto", "bf16", "fp16", "fp32"),
         default="auto",
-        help="of the merged weights; auto: the base's own",
+        help="dtype of the merged weights; auto: that of the base",
     )
     arguments = parser.parse_args(argv)
     from hapo_lite.export.export import export

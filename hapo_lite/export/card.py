@@ -1,4 +1,4 @@
-"""The model card that lies beside what is passed on."""
+"""The model card, README.md of an exported folder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ TITLES = {
     "gguf-ready": "merged into its base, for llama.cpp",
     "adapter": "LoRA adapter",
 }
+LOAD_MERGED = (
+    "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")\n'
+    'tokenizer = AutoTokenizer.from_pretrained(".")'
+)
 
 
 def model_card(source: Source, record: dict[str, Any], output: Path) -> str:
-    """README.md: YAML for the hub, then how to load it, what it was trained on, what came of it, and the recipe."""
+    """The text of README.md: YAML for the hub, how to load the model, its training, its results and the recipe.
+
+    record: the content of export.json. output: the folder that is exported.
+    """
     parts = [
         f"---\n{front_matter(source, record).to_yaml()}\n---",
         f"# {source.recipe.name}: {TITLES[record['kind']]}",
@@ -30,15 +38,15 @@ def model_card(source: Source, record: dict[str, Any], output: Path) -> str:
         "## How to load it\n\n" + how_to_load(source, record, output),
         "## What it is\n\n" + facts(source, record),
         "## Before and after\n\n" + before_and_after(source),
-        "## Licence\n\nThe base model's licence applies to what is derived from it; so may that of the data. Read both "
-        "before passing this on.",
+        "## Licence\n\nThe base model's licence applies to what is derived from it, and that of the data may apply "
+        "too. Read both before you pass this on.",
         f"## Recipe\n\n```yaml\n{source.recipe.to_yaml().strip()}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def front_matter(source: Source, record: dict[str, Any]) -> ModelCardData:
-    """What the hub sorts models by. A base or data that is on no hub is left out."""
+    """The metadata that the hub sorts models by. A base model or data set that is not on the hub is left out."""
     adapter = record["kind"] == "adapter"
     base = source.model.name if is_hub_name(source.model.name) else None
     data = source.recipe.data.source
@@ -55,53 +63,56 @@ def front_matter(source: Source, record: dict[str, Any]) -> ModelCardData:
 
 
 def is_hub_name(name: str) -> bool:
-    """OWNER/NAME, and no file or folder here."""
+    """Whether `name` reads as OWNER/NAME and is not a file or folder on this machine."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def how_to_load(source: Source, record: dict[str, Any], output: Path) -> str:
-    revision = f', revision="{source.revision}"' if source.revision else ""
-    if record["kind"] == "adapter":
-        name = "TINY_MODEL" if source.model.name == "tiny" else f'"{source.base}"'
-        tiny = "from hapo_lite.model.origins import TINY_MODEL\n" if source.model.name == "tiny" else ""
-        lines = (
-            f"from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n{tiny}\n"
-            f'base = AutoModelForCausalLM.from_pretrained({name}{revision}, dtype="auto")\n'
-            'model = PeftModel.from_pretrained(base, ".")\n'
-            'tokenizer = AutoTokenizer.from_pretrained(".")'
-        )
-    else:
-        lines = (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")\n'
-            'tokenizer = AutoTokenizer.from_pretrained(".")'
-        )
-    text = [f"In this folder (elsewhere, its path for the dot):\n\n```python\n{lines}\n```", how_to_ask(source)]
+    """Python lines that load the export, how to prompt it, and for llama.cpp the commands that convert it."""
+    lines = _load_adapter(source) if record["kind"] == "adapter" else LOAD_MERGED
+    text = [f"Run this in the folder, or replace the dot by its path:\n\n```python\n{lines}\n```", how_to_ask(source)]
     if record["kind"] == "gguf-ready":
         names = {"folder": output, "name": source.recipe.name}
         text.append(
             "For llama.cpp, in a checkout of it with `requirements/requirements-convert_hf_to_gguf.txt` installed:\n\n"
             f"```\n{COMMAND.format(**names)}\n{QUANTISE.format(**names)}\n```\n\n"
-            "The converter knows a tokenizer by what it makes of a test text, and refuses one that it does not know."
+            "The converter recognises a tokenizer by how it splits a test text, and refuses one that it does not know."
         )
     return "\n\n".join(text)
 
 
+def _load_adapter(source: Source) -> str:
+    """Python lines that load the base and the adapter."""
+    tiny = source.model.name == "tiny"
+    name = "TINY_MODEL" if tiny else f'"{source.base}"'
+    more_imports = "from hapo_lite.model.origins import TINY_MODEL\n" if tiny else ""
+    revision = f', revision="{source.revision}"' if source.revision else ""
+    return (
+        f"from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n{more_imports}\n"
+        f'base = AutoModelForCausalLM.from_pretrained({name}{revision}, dtype="auto")\n'
+        'model = PeftModel.from_pretrained(base, ".")\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")'
+    )
+
+
 def how_to_ask(source: Source) -> str:
+    """The system message and the temperature that the run used, as sentences."""
     prompt = source.recipe.data.system_prompt
-    said = f"the system message\n\n> {prompt}\n\nThat was" if prompt else "no system message, which was"
-    sampled = source.recipe.evaluation.temperature
-    return f"Ask through the chat template with {said} training's too. It was evaluated at temperature {sampled:g}."
+    if prompt:
+        system = f"Ask through the chat template with the system message of the training:\n\n> {prompt}\n\n"
+    else:
+        system = "Ask through the chat template without a system message, as in training. "
+    return f"{system}The model was evaluated at temperature {source.recipe.evaluation.temperature:g}."
 
 
 def facts(source: Source, record: dict[str, Any]) -> str:
-    recipe, summary = source.recipe, source.summary
-    data = recipe.data
-    where = ", ".join(f"{k} {v}" for k in ("config", "split", "revision") if (v := getattr(data, k)) is not None)
+    """A table of the run's facts, and what the comparison with the adapter found, if the model was merged."""
+    recipe = source.recipe
+    summary = source.summary
     rows = {
         "base": _base(source) + (", 4-bit (NF4) in training" if source.model.quantization == "nf4" else ""),
         "method": recipe.method.preset,
-        "data": "the built-in task" if data.source == "tiny" else f"{data.source} ({where})",
+        "data": _data(source),
         **{f"{what} as loaded": origin for what, origin in source.origins.items() if origin},
         "seed": recipe.seed,
     }
@@ -121,16 +132,17 @@ def facts(source: Source, record: dict[str, Any]) -> str:
         if record["four_bit"]:
             lines += ["", f"Note: {QuantisationGap(**record['four_bit']).sentence()}."]
     elif source.model.quantization == "nf4":
-        lines += ["", "It was trained on the 4-bit base: on the 16-bit base it behaves a little differently."]
+        lines += ["", "The adapter was trained on the 4-bit base. On the 16-bit base it behaves a little differently."]
     return "\n".join(lines)
 
 
 def before_and_after(source: Source) -> str:
-    """The run's closing table, of summary.json, and its verdict."""
+    """The run's closing table and its verdict, both from summary.json."""
     if not source.summary:
-        return "Not known: this is a checkpoint of a run, not what it ended with."
-    evaluation, verdict = source.summary["evaluation"], source.summary["verdict"]
-    # Of the line that ended the run, training's numbers too are in it; there is no "before" to those.
+        return "Not known: this is a checkpoint of a run, not the adapter that the run ended with."
+    evaluation = source.summary["evaluation"]
+    verdict = source.summary["verdict"]
+    # The last line of metrics has training's numbers too, which have no "before".
     ends = [
         {key: value for key, value in line.items() if key.startswith("eval/")}
         for line in (evaluation["before"], evaluation["after"])
@@ -147,6 +159,15 @@ def _base(source: Source) -> str:
     if source.model.name == "tiny":
         return "hapo_lite's bundled model"
     return source.model.name + (f" at {source.revision}" if source.revision else "")
+
+
+def _data(source: Source) -> str:
+    data = source.recipe.data
+    if data.source == "tiny":
+        return "the built-in task"
+    parts = {"config": data.config, "split": data.split, "revision": data.revision}
+    named = ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
+    return f"{data.source} ({named})"
 
 
 def _versions(versions: dict[str, str]) -> str:

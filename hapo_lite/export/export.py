@@ -1,4 +1,4 @@
-"""One export from the run's folder to the folder that is passed on."""
+"""One export, from the run's folder to the exported folder."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from hapo_lite.runs.files import replacing_folder
 from hapo_lite.runs.folder import check_place
 
 MARK = "export.json"
-"""Says that a folder is an export, of which run and kind; only such a one is written anew."""
+"""The file that marks a folder as an export and names its run and kind. Only a marked folder is overwritten."""
 
 
 def export(
     run: Path, kind: str, output: Path | None = None, adapter: Path | None = None, dtype: str = "auto"
 ) -> dict[str, Any]:
-    """Write the run's adapter as `kind` (merged, gguf-ready or adapter), and return what export.json says of it.
+    """Write the run's adapter as `kind` (merged, gguf-ready or adapter), and return the content of export.json.
 
-    output: the folder; None: RUN/export/KIND. adapter: a checkpoint instead of the run's adapter. dtype: of merged
-    weights. Raises UserError, and leaves nothing new, where the run, the folder or the disk will not do, or where the
-    merged model is not the adapter on its base.
+    output: the folder to write; None: RUN/export/KIND. adapter: the folder of a checkpoint; None: the run's last
+    adapter. dtype: that of the merged weights (auto, bf16, fp16 or fp32). Raises UserError if the run, the folder or
+    the disk cannot be used, or if the merged model differs from the adapter on its base; nothing new is left behind.
     """
     source = open_source(run, adapter)
     check_place(source.folder)
@@ -51,8 +51,8 @@ def export(
         if kind == "adapter":
             write_adapter(source, aside)
         else:
-            found, gap = merge(source, aside, dtype, print)
-            record |= {"dtype": found.dtype, "drift": asdict(found), "four_bit": asdict(gap) if gap else None}
+            drift, gap = merge(source, aside, dtype, print)
+            record |= {"dtype": drift.dtype, "drift": asdict(drift), "four_bit": asdict(gap) if gap else None}
             if kind == "gguf-ready":
                 check_for_converter(aside)
         (aside / MARK).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -62,7 +62,7 @@ def export(
 
 
 def check_is_own(output: Path, source: Source, kind: str) -> None:
-    """Raises UserError where `output` holds anything but an earlier export of this run to the same kind."""
+    """Raise UserError if `output` holds anything but an earlier export of this run to the same kind."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     try:
@@ -72,13 +72,13 @@ def check_is_own(output: Path, source: Source, kind: str) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise UserError(
-        f"{output} is there already and is no {kind} export of {source.recipe.name}: give another --output, or move it "
-        "away"
+        f"{output} is there already and is no {kind} export of {source.recipe.name}: give another --output, or move "
+        "the folder away"
     )
 
 
 def write_adapter(source: Source, folder: Path) -> None:
-    """The adapter with its base named as a user elsewhere will find it, and the base's tokenizer."""
+    """Write the adapter and the base's tokenizer. The adapter names its base as `from_pretrained` takes it."""
     shutil.copyfile(source.adapter / WEIGHTS, folder / WEIGHTS)
     shutil.copyfile(source.adapter / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
     named = {"base_model_name_or_path": source.base, "revision": source.revision}
@@ -87,10 +87,11 @@ def write_adapter(source: Source, folder: Path) -> None:
     for name, path in files.items():
         shutil.copyfile(path, folder / name)
     if not files:
-        print(f"note: the tokenizer of {source.model.name} is not on this machine and so not beside the adapter")
+        print(f"note: the adapter comes without a tokenizer: that of {source.model.name} is not on this machine")
 
 
 def versions() -> dict[str, str]:
+    """The versions of the packages that made the export, and of Python."""
     return {
         "hapo_lite": hapo_lite.__version__,
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Merge an adapter into its 16-bit base, write that, and read it back."""
+"""Merge an adapter into its 16-bit base, write the merged model, and compare it as it is read back."""
 
 from __future__ import annotations
 
@@ -14,67 +14,75 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hapo_lite.errors import UserError
-from hapo_lite.export.parity import Drift, QuantisationGap, drift, quantisation_gap, refer
-from hapo_lite.export.probes import compute_in_fp32, gather
+from hapo_lite.export.parity import Drift, QuantisationGap, effect_of_adapter, measure_drift, quantisation_gap, refer
+from hapo_lite.export.probes import compute_in_fp32, gather_probes
 from hapo_lite.export.source import TOKENIZER_FILES, Source, base_config, base_files, own_dtype
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-SPARE = 1.3
-"""Memory for the weights, and for the widest layer in fp32 and activations beside them, as a factor."""
+MEMORY_FACTOR = 1.3
+"""Memory that merging takes, as a multiple of the weights. The rest is the widest layer in fp32, and activations."""
 
 
 def merge(source: Source, folder: Path, dtype: str, say: Callable[[str], None]) -> tuple[Drift, QuantisationGap | None]:
-    """Write the merged model into `folder`, and compare what is read back with the adapter on its base.
+    """Write the merged model into `folder`, and compare it, read back, with the adapter on its base.
 
-    dtype: of the weights, by its name; auto: the base's own. Both sides are computed in fp32, so that what differs is
-    the weights. Raises UserError where they differ by more than rounding.
+    dtype: that of the written weights, by name; auto: that of the base. say: prints a line. Both sides are computed in
+    fp32, so a difference comes from the weights. Returns the difference, and for a run on a 4-bit base also the
+    difference that the 4-bit weights make. Raises UserError if the models differ by more than rounding explains.
     """
     config = base_config(source)
-    own = own_dtype(config)
-    written = own if dtype == "auto" else DTYPES[dtype]
-    loaded = torch.promote_types(own, written)
+    base_dtype = own_dtype(config)
+    written = base_dtype if dtype == "auto" else DTYPES[dtype]
+    loaded = torch.promote_types(base_dtype, written)
     parameters = count_parameters(config)
     need_disk(folder, parameters * written.itemsize)
     device = placement(parameters * loaded.itemsize)
     say(f"merging {source.adapter} into {source.model.name} on {device}, to {NAMES[written]}")
     policy = _load(source, source.base, device, loaded, source.adapter)
-    trained_on = source.origins.get("model", policy.origin)
-    if policy.origin != trained_on:
-        raise UserError(
-            f"model.name = {source.model.name} is not the model that the run was trained on ({trained_on}; now "
-            f"{policy.origin}): put that back, or use --to adapter"
-        )
-    probes = gather(source, policy, say)
-    reference, effect = refer(policy, probes)
+    _check_origin(source, policy)
+    probes = gather_probes(source, policy, say)
+    reference = refer(policy, probes)
+    effect = effect_of_adapter(policy, reference)
     _write(source, policy, folder, written)
     del policy
     _free()
     merged = _load(source, str(folder), device, written, None)
     with merged.base_alone():
-        found = drift(merged, probes, reference, effect, written)
+        drift = measure_drift(merged, probes, reference, effect, written)
     del merged
     _free()
-    if problem := found.problem():
+    if problem := drift.problem():
         raise UserError(f"the merged model is {problem}")
-    say(found.sentence())
+    say(drift.sentence())
     if source.model.quantization != "nf4":
-        return found, None
+        return drift, None
     gap = quantisation_gap(_load_four_bit(source, device), probes, reference)
     say(gap.sentence())
     _free()
-    return found, gap
+    return drift, gap
+
+
+def _check_origin(source: Source, policy: Policy) -> None:
+    """Raise UserError if the base is not the one that the run recorded. A run without a record passes."""
+    trained_on = source.origins.get("model", policy.origin)
+    if policy.origin != trained_on:
+        raise UserError(
+            f"model.name = {source.model.name} is not the model that the run was trained on ({trained_on}; now "
+            f"{policy.origin}): put that model back, or use --to adapter"
+        )
 
 
 def count_parameters(config: Any) -> int:
+    """The number of parameters of a model with this configuration. No weight is allocated."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
 def need_disk(folder: Path, size: int) -> None:
-    """Raises UserError where `size` bytes do not fit beside what is there."""
+    """Raise UserError if the disk of `folder` has less than `size` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(
@@ -84,34 +92,43 @@ def need_disk(folder: Path, size: int) -> None:
 
 
 def placement(size: int) -> torch.device:
-    """Where to hold `size` bytes of weights and compare: on a GPU if they fit, else on the CPU. Raises UserError."""
+    """The device to merge and compare on: the GPU if `size` bytes of weights fit, else the CPU.
+
+    Raises UserError if neither has enough memory.
+    """
     free = {"cuda": torch.cuda.mem_get_info()[0]} if torch.cuda.is_available() else {}
     free |= {"cpu": psutil.virtual_memory().available}
     for device, left in free.items():
-        if SPARE * size <= left:
+        if MEMORY_FACTOR * size <= left:
             return torch.device(device)
     raise UserError(
-        f"merging takes {SPARE * size / 1e9:.2g} GB of memory and {free['cpu'] / 1e9:.2g} GB are free: close other "
-        "programs, or use --to adapter"
+        f"merging takes {MEMORY_FACTOR * size / 1e9:.2g} GB of memory and {free['cpu'] / 1e9:.2g} GB are free: close "
+        "other programs, or use --to adapter"
     )
 
 
 def _load(source: Source, name: str, device: torch.device, dtype: torch.dtype, adapter: Path | None) -> Policy:
-    changes = {"name": name, "quantization": "none", "dtype": NAMES[dtype], "gradient_checkpointing": False}
-    changes["attention"] = "sdpa"  # flash attention takes no fp32
-    changes |= {"revision": source.revision if name == source.base else None}
+    """The model `name` in full weights of `dtype`, computing in fp32. adapter: None for the model alone."""
+    changes = {
+        "name": name,
+        "revision": source.revision if name == source.base else None,
+        "quantization": "none",
+        "dtype": NAMES[dtype],
+        "gradient_checkpointing": False,
+        "attention": "sdpa",  # flash attention does not compute in fp32
+    }
     policy = load_policy(source.model.model_copy(update=changes), source.recipe.seed, device, adapter)
     return compute_in_fp32(policy)
 
 
 def _load_four_bit(source: Source, device: torch.device) -> Policy:
-    """As the run trained it."""
+    """The adapter on the 4-bit base, as the run trained it."""
     settings = source.model.model_copy(update={"revision": source.revision, "gradient_checkpointing": False})
     return load_policy(settings, source.recipe.seed, device, source.adapter)
 
 
 def _write(source: Source, policy: Policy, folder: Path, dtype: torch.dtype) -> None:
-    """Weights, configuration, generation settings with every token that ended a completion, and the tokenizer."""
+    """Write the weights, the configuration, the generation settings with all stop tokens, and the tokenizer."""
     try:
         model = policy.model.merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -125,18 +142,19 @@ def _write(source: Source, policy: Policy, folder: Path, dtype: torch.dtype) -> 
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replace the content of a JSON file by `change` of it."""
     fields = change(json.loads(path.read_text(encoding="utf-8")))
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def readable_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The base's configuration in words that transformers 4 knows as well as 5: llama.cpp's converter uses 4.57.
+    """The base's configuration with keys for transformers 4 as well as 5, since llama.cpp's converter uses 4.57.
 
-    To version 4, which does not know rope_parameters, the model would have the default rope_theta.
+    Version 4 does not know rope_parameters, and would give the model the default rope_theta.
     """
     name = str(dtype).removeprefix("torch.")
     rope = config.get("rope_parameters")
-    older = {}
+    older: dict[str, Any] = {}
     if isinstance(rope, dict) and "rope_theta" in rope:
         older["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
@@ -145,7 +163,7 @@ def readable_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any
 
 
 def readable_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
-    """The same for tokenizer_config.json: version 4 knows no TokenizersBackend, and has another word for a list."""
+    """tokenizer_config.json for both versions. Version 4 has other names for two of version 5's values."""
     config = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -1,13 +1,12 @@
-"""Is the merged model what was trained? Its log-probabilities and greedy answers beside those of adapter-on-base.
+"""A check that the merged model is the trained one, by log-probabilities and greedy answers.
 
-Merging rounds W + B A to the weights' dtype, and nothing else is lost. So the difference is small against two measures:
-a fixed one, and what the adapter itself changes. A merge without effect, or at a wrong scale, differs from the adapter
-by as much as the adapter from the base.
+The reference is the adapter on its base. Merging rounds W + B A to the weights' dtype and loses nothing else, so the
+difference has to be small by two measures: a fixed tolerance, and a fraction of what the adapter itself changes. A
+merge that has no effect, or a wrong scale, differs from the reference about as much as the base does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,16 +16,20 @@ from hapo_lite.export.probes import Probes, Text, answers, logprobs
 from hapo_lite.model.policy import Policy
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Most that the log-probabilities may differ by on average, nats a token, by the dtype of the written weights."""
-SHARE = 0.25
-"""And most of it as a share of what the adapter changes."""
+"""Largest allowed mean difference of log-probabilities, nats a token, by the dtype of the written weights."""
+FRACTION = 0.25
+"""Largest allowed mean difference, as a fraction of what the adapter changes."""
 TIE = 3.0
-"""A greedy answer may go another way where the two tokens are within so many tolerances of each other."""
+"""Two tokens whose log-probabilities are within this many tolerances are a tie, where greedy answers may part."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a model says: log-probabilities of `texts` [T of all], nats, and its greedy answers to the prompts."""
+    """The results of the adapter on its base, which other models are compared with.
+
+    texts: the completions that are scored. logp: their log-probabilities, [all T], nats. answers: the greedy answers
+    to the prompts.
+    """
 
     texts: tuple[Text, ...]
     logp: Tensor
@@ -35,10 +38,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Drift:
-    """merged against adapter-on-base. mean, largest: |difference| of log-probabilities, nats a token, over `tokens`.
+    """The difference between the merged model and the adapter on its base.
 
-    effect: the same mean between base and adapter-on-base. same, ties, other: of the greedy answers, the equal ones,
-    those that part where both tokens are as good as equally likely, and the rest.
+    tokens: number of tokens compared. mean, largest: |difference| of log-probabilities, nats a token. effect: the mean
+    |difference| between the base and the adapter on it. same, ties, other: numbers of greedy answers. `same` are equal,
+    `ties` part where both tokens are about equally likely, and `other` are the rest.
     """
 
     dtype: str
@@ -53,10 +57,11 @@ class Drift:
 
     @property
     def allowed(self) -> float:
-        return min(self.tolerance, SHARE * self.effect)
+        """The largest mean difference that is accepted, nats a token."""
+        return min(self.tolerance, FRACTION * self.effect)
 
     def problem(self) -> str | None:
-        """Why the merged model may not be passed on, with the numbers; None: it may."""
+        """A clause that says why the merged model is refused, with the numbers; None if it is accepted."""
         numbers = (
             f"{self.mean:.2g} nats a token from the adapter on its base ({self.allowed:.2g} allowed: at most "
             f"{self.tolerance:g}, and a quarter of the {self.effect:.2g} that the adapter changes), and of "
@@ -65,7 +70,7 @@ class Drift:
         )
         if self.mean <= self.allowed and not self.other:
             return None
-        if SHARE * self.effect < self.mean <= self.tolerance and not self.other:
+        if FRACTION * self.effect < self.mean <= self.tolerance and not self.other:
             return (
                 f"{numbers}: either the adapter changes less than rounding to {self.dtype} does, or the merge is "
                 "wrong; --dtype fp32 tells, and --to adapter needs no merge"
@@ -74,6 +79,7 @@ class Drift:
         return f"{numbers}: it is not the model that was trained; use --to adapter{rounding}"
 
     def sentence(self) -> str:
+        """The comparison in one sentence, with the numbers."""
         return (
             f"reloaded from disk, the merged model is {self.mean:.2g} nats a token from the adapter on its base, at "
             f"most {self.largest:.2g}, over {self.tokens:,} tokens ({self.allowed:.2g} allowed; the adapter itself "
@@ -84,7 +90,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class QuantisationGap:
-    """Adapter on the 4-bit base it was trained on, against adapter on the 16-bit base; as in Drift."""
+    """The difference between the adapter on its 4-bit base and the adapter on the 16-bit base. Fields as in Drift."""
 
     tokens: int
     mean: float
@@ -93,29 +99,38 @@ class QuantisationGap:
     prompts: int
 
     def sentence(self) -> str:
+        """The comparison in one sentence, with the numbers."""
         return (
             f"training saw the 4-bit base: there the adapter is {self.mean:.2g} nats a token away, at most "
             f"{self.largest:.2g}, and {self.same} of {self.prompts} greedy answers are the same"
         )
 
 
-def refer(policy: Policy, probes: Probes) -> tuple[Reference, float]:
-    """What adapter-on-base says, and the mean |difference| of the base without it, nats a token."""
+def refer(policy: Policy, probes: Probes) -> Reference:
+    """The reference, computed by the adapter on its base. Its own greedy answers are scored with the other texts."""
     written = answers(policy, probes.prompts)
     texts = (*probes.texts, *zip(probes.prompts, written, strict=True))
-    logp = logprobs(policy, texts)
+    return Reference(texts, logprobs(policy, texts), tuple(written))
+
+
+def effect_of_adapter(policy: Policy, reference: Reference) -> float:
+    """The mean |difference| of log-probabilities between the base and the reference, nats a token."""
     with policy.base_alone():
-        effect = (logprobs(policy, texts) - logp).abs().mean()
-    return Reference(texts, logp, tuple(written)), float(effect)
+        return float((logprobs(policy, reference.texts) - reference.logp).abs().mean())
 
 
-def drift(merged: Policy, probes: Probes, reference: Reference, effect: float, dtype: torch.dtype) -> Drift:
-    """merged: as read back from disk."""
+def measure_drift(merged: Policy, probes: Probes, reference: Reference, effect: float, dtype: torch.dtype) -> Drift:
+    """Compare the merged model with the reference.
+
+    merged: the model as read back from disk. effect: from `effect_of_adapter`. dtype: that of the written weights.
+    """
     gap = (logprobs(merged, reference.texts) - reference.logp).abs()
     tolerance = TOLERANCE[dtype]
     kinds = {"same": 0, "ties": 0, "other": 0}
-    for prompt, mine, theirs in zip(probes.prompts, answers(merged, probes.prompts), reference.answers, strict=True):
-        kinds[_kind(merged, prompt, mine, theirs, TIE * tolerance)] += 1
+    for prompt, answer, expected in zip(
+        probes.prompts, answers(merged, probes.prompts), reference.answers, strict=True
+    ):
+        kinds[_kind(merged, prompt, answer, expected, TIE * tolerance)] += 1
     return Drift(
         dtype=str(dtype).removeprefix("torch."),
         tokens=gap.numel(),
@@ -127,19 +142,22 @@ def drift(merged: Policy, probes: Probes, reference: Reference, effect: float, d
     )
 
 
-def _kind(merged: Policy, prompt: tuple[int, ...], mine: Sequence[int], theirs: Sequence[int], within: float) -> str:
-    """within: nats between the two tokens where the answers part, for a tie."""
-    if tuple(mine) == tuple(theirs):
+def _kind(
+    merged: Policy, prompt: tuple[int, ...], answer: tuple[int, ...], expected: tuple[int, ...], within: float
+) -> str:
+    """The field of Drift that counts this answer. within: largest difference that makes a tie, nats."""
+    if answer == expected:
         return "same"
-    where = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
+    where = next((i for i, (a, b) in enumerate(zip(answer, expected, strict=False)) if a != b), None)
     if where is None:
-        return "other"  # One goes on where the other has stopped, without a stop token.
-    before = (*prompt, *mine[:where])
-    own, other = logprobs(merged, [(before, (mine[where],)), (before, (theirs[where],))]).tolist()
+        return "other"  # One answer goes on where the other has stopped, without a stop token.
+    before = (*prompt, *answer[:where])
+    own, other = logprobs(merged, [(before, (answer[where],)), (before, (expected[where],))]).tolist()
     return "ties" if abs(own - other) <= within else "other"
 
 
 def quantisation_gap(four_bit: Policy, probes: Probes, reference: Reference) -> QuantisationGap:
+    """Compare the adapter on its 4-bit base with the reference."""
     gap = (logprobs(four_bit, reference.texts) - reference.logp).abs()
     same = sum(a == b for a, b in zip(answers(four_bit, probes.prompts), reference.answers, strict=True))
     return QuantisationGap(gap.numel(), float(gap.mean()), float(gap.max()), same, len(probes.prompts))

@@ -1,4 +1,4 @@
-"""What is exported: a run's recipe and adapter, and the model it was trained on, as its own files describe that."""
+"""The source of an export: a run's recipe, its adapter, and the base model that its files name."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-"""What a base's tokenizer may consist of."""
+"""The files that a base's tokenizer may consist of."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """folder: the run's; sha256: of the adapter's weights; summary: of the run, or {} where that is of another adapter.
+    """A run and the adapter of it that is exported.
 
-    origins: which model and data the run was trained on, as it recorded them; base: what `from_pretrained` takes.
+    adapter: the adapter's folder. sha256: the digest of its weights. summary: the run's summary.json, or {} if that
+    describes another adapter. origins: the model and the data that the run was trained on, as the run recorded them.
     """
 
     folder: RunFolder
@@ -47,24 +48,28 @@ class Source:
 
     @property
     def model(self) -> ModelSettings:
+        """The recipe's section on the model."""
         return self.recipe.model
 
     @property
     def base(self) -> str:
+        """The base's name for `from_pretrained`: a hub name, or the absolute path of a folder."""
         if self.model.name == "tiny":
             return str(TINY_MODEL)
-        # A folder is named from anywhere, not from where the run was started alone.
         return str(Path(self.model.name).resolve()) if Path(self.model.name).is_dir() else self.model.name
 
     @property
     def revision(self) -> str | None:
-        """Of a hub name: the commit that the run loaded, else the recipe's, which may be a branch."""
+        """The commit of the base that the run loaded, else the revision in the recipe, which may be a branch."""
         kind, _, commit = self.origins.get("model", "").partition(" ")
         return commit if kind == "commit" else self.model.revision
 
 
 def open_source(run: Path, adapter: Path | None) -> Source:
-    """adapter: another folder than the run's own. Raises UserError where there is nothing to export."""
+    """The run with the adapter to export. adapter: the folder of a checkpoint; None: the run's last adapter.
+
+    Raises UserError if there is nothing to export.
+    """
     folder = RunFolder(run)
     if not folder.recipe.is_file():
         raise UserError(f"{run} is no run: it has no recipe.yaml; give a folder like runs/NAME")
@@ -75,34 +80,41 @@ def open_source(run: Path, adapter: Path | None) -> Source:
             raise UserError(
                 f"{chosen} has no {needed}: let the run finish, or give --adapter {folder.checkpoints}/NNNNNN"
             )
-    sha256, summary = file_hash(chosen / WEIGHTS), {}
-    if folder.summary.is_file():
-        try:
-            summary = json.loads(folder.summary.read_text(encoding="utf-8"))
-            trained = summary["adapter_sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder.summary} cannot be read: {type(error).__name__}: {error}") from None
-        if trained != sha256:
-            if adapter is None:
-                raise UserError(
-                    f"{chosen / WEIGHTS} is not what the run ended with: run its training command again, which writes "
-                    "it anew, or name a folder with --adapter"
-                )
-            summary = {}
-    origins = summary.get("origins") or _of_checkpoint(chosen)
+    sha256 = file_hash(chosen / WEIGHTS)
+    summary = _read_summary(folder)
+    if summary and summary["adapter_sha256"] != sha256:
+        if adapter is None:
+            raise UserError(
+                f"{chosen / WEIGHTS} is not what the run ended with: run its training command again, which writes "
+                "the adapter anew, or name a folder with --adapter"
+            )
+        summary = {}
+    origins = summary.get("origins") or _origins_of_checkpoint(chosen)
     return Source(folder, recipe, chosen, sha256, summary, origins)
 
 
-def _of_checkpoint(folder: Path) -> dict[str, str]:
-    """The origins that a checkpoint recorded; {} where `folder` is none."""
+def _read_summary(folder: RunFolder) -> dict[str, Any]:
+    """The run's summary.json, which names its adapter; {} if there is none. Raises UserError if it is broken."""
+    if not folder.summary.is_file():
+        return {}
+    try:
+        summary: dict[str, Any] = json.loads(folder.summary.read_text(encoding="utf-8"))
+        summary["adapter_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder.summary} cannot be read: {type(error).__name__}: {error}") from None
+    return summary
+
+
+def _origins_of_checkpoint(folder: Path) -> dict[str, str]:
+    """The origins that a checkpoint recorded; {} if `folder` is not a checkpoint."""
     return read_record(folder).get("origins", {}) if (folder / STATE).is_file() else {}
 
 
 def base_config(source: Source) -> Any:
-    """The base's configuration. Raises UserError if it is not there, or of a model that is not merged into."""
+    """The base's configuration. Raises UserError if it cannot be loaded, or if an adapter cannot be merged into it."""
     if source.model.trust_remote_code:
         raise UserError(
-            f"model.name = {source.model.name} brings code of its own, which a merged folder would have to carry: use "
+            f"model.name = {source.model.name} brings code of its own, which the merged folder would need too: use "
             "--to adapter"
         )
     try:
@@ -118,13 +130,13 @@ def base_config(source: Source) -> Any:
 
 
 def own_dtype(config: Any) -> torch.dtype:
-    """Of the base's weights; fp32 where it does not say or has another than these."""
+    """The dtype of the base's weights: bf16 or fp16 if its configuration says so, else fp32."""
     dtype = getattr(config, "dtype", None)
     return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
 
 
 def base_files(source: Source, names: tuple[str, ...]) -> dict[str, Path]:
-    """Those of the base's files that it has, as they are on this machine."""
+    """The paths on this machine of those of the base's files that exist, by name."""
     found = {
         name: cached_file(
             source.base,

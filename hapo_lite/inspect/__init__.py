@@ -1,4 +1,4 @@
-"""From traces to tables, HTML and figures: pure functions, wired together by app.py.
+"""The inspector: pure functions that turn traces into tables, HTML and figures, and a page in `tabs/` that shows them.
 
 Axes: T completion tokens. Nothing here imports the training loop.
 """

@@ -1,6 +1,6 @@
 """The inspector: `python app.py [--run runs/NAME]` shows what HAPO does to every token.
 
-It reads traces and runs single generations. The rest of this room makes what it shows; `tabs/` puts that on a page.
+The inspector reads traces and runs single generations. `tabs/` builds its page from the other modules of this room.
 """
 
 from __future__ import annotations
@@ -9,26 +9,34 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hapo_lite.cli import program_name, run_command
 
+if TYPE_CHECKING:
+    import gradio as gr
 
-def serve(argv: list[str] | None = None, block: bool = True):
-    """Start the inspector; returns its gradio page and its address. block: until Ctrl-C."""
+
+def serve(argv: list[str] | None = None, block: bool = True) -> tuple[gr.Blocks, str]:
+    """Start the inspector, and return its gradio page with its address.
+
+    argv: the command line; None: that of this process. block: return only after Ctrl-C. Raises UserError if the run
+    cannot be opened or the port is in use.
+    """
     parser = argparse.ArgumentParser(prog=program_name("inspect"), description="See what HAPO does to every token.")
     parser.add_argument("--run", type=Path, metavar="DIR", help="a run to open, such as runs/tiny_cpu")
     parser.add_argument("--model", default="", metavar="NAME_OR_PATH", help="hub name, folder, or tiny (bundled)")
     parser.add_argument("--adapter", default="", metavar="DIR", help="a trained adapter, such as runs/tiny_cpu/adapter")
-    parser.add_argument("--port", type=int, default=7860, help="0: the first from 7860 on that is free")
-    parser.add_argument("--host", default="127.0.0.1", help="127.0.0.1 keeps it on this machine")
+    parser.add_argument("--port", type=int, default=7860, help="0: the first free port from 7860 on")
+    parser.add_argument("--host", default="127.0.0.1", help="127.0.0.1 admits only this machine")
     arguments = parser.parse_args(argv)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # Imported late: gradio reads these when it is imported.
-    from hapo_lite.inspect.tabs.desk import Desk
+    # Gradio reads these variables when it is imported, so its import comes after them.
     from hapo_lite.inspect.tabs.page import launch
+    from hapo_lite.inspect.tabs.state import AppState
 
-    return launch(Desk(arguments.model, arguments.adapter, arguments.run), arguments.host, arguments.port, block)
+    return launch(AppState(arguments.model, arguments.adapter, arguments.run), arguments.host, arguments.port, block)
 
 
 def command() -> int:

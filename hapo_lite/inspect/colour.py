@@ -1,7 +1,7 @@
-"""Colour scales that colour-blind readers can tell apart: lightness alone orders them, in light and in dark.
+"""Colour scales that colour-blind readers can tell apart, since lightness alone orders them in both themes.
 
-A value becomes one of 16 (sequential) or 15 (diverging) steps, and a step a CSS class; the two themes give the classes
-their colours.
+A value becomes one of 16 steps of a sequential scale, or one of 15 steps of a diverging scale. Each step is a CSS
+class, and the light and the dark theme give the class its colour.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from plotly.colors import sample_colorscale
 from hapo_lite.inspect.tokens import Quantity
 
 STEPS = {"s": 16, "d": 15}
-"""Steps of the sequential and the diverging scale."""
+"""Number of steps of the sequential scale (s) and the diverging scale (d)."""
 _SCALES = {
     ("s", "light"): ["#fbf9e7", "#e4eebf", "#a9d3b5", "#62adb9", "#3b7ca8", "#2f4b8c", "#1f2358"],
     ("s", "dark"): ["#1d2536", "#2b3a5c", "#4c566f", "#717379", "#9a9372", "#c9b861", "#ffe945"],
     ("d", "light"): ["#0b5c97", "#5a9fcb", "#b9d6e8", "#f6f5f1", "#f8cf9f", "#e78f3c", "#a95404"],
     ("d", "dark"): ["#8ccbf3", "#4592c2", "#285674", "#26282d", "#74481c", "#c97a2b", "#ffc078"],
 }
-INK, PAPER = "#000000", "#ffffff"
+INK = "#000000"
+PAPER = "#ffffff"
 
 
 def palette(kind: str, theme: str) -> list[str]:
-    """The steps of a scale as #rrggbb. kind: s or d; theme: light or dark."""
+    """The colours of a scale's steps as #rrggbb. kind: s or d. theme: light or dark."""
     count = STEPS[kind]
     sampled = sample_colorscale(_SCALES[kind, theme], [i / (count - 1) for i in range(count)], colortype="tuple")
     return ["#" + "".join(f"{round(255 * channel):02x}" for channel in colour) for colour in sampled]
 
 
 def text_colour(background: str) -> str:
-    """Ink or paper, whichever stands out more on `background`."""
+    """INK or PAPER, whichever has more contrast with `background`."""
     return max((INK, PAPER), key=lambda colour: contrast(colour, background))
 
 
@@ -51,7 +52,7 @@ def _luminance(colour: str) -> float:
 
 @dataclass(frozen=True)
 class Colouring:
-    """One quantity's colours. steps: [T]; low, high: the values at the ends of the scale."""
+    """One quantity's colours. kind: s or d. steps: [T]. low, high: the values at the ends of the scale."""
 
     kind: str
     steps: list[int]
@@ -60,11 +61,16 @@ class Colouring:
 
     @property
     def classes(self) -> list[str]:
+        """The CSS class of each token, [T]."""
         return [f"{self.kind}{step:x}" for step in self.steps]
 
 
 def span_of(values: Sequence[float], quantity: Quantity, floor: float = 1e-8) -> tuple[float, float]:
-    """The ends of a scale for these values: the smallest and the largest, a diverging one equally far to both sides."""
+    """The ends of a scale for these values: the smallest and the largest.
+
+    A diverging scale reaches equally far to both sides of its centre. floor: on a log axis, a lower value counts as
+    this one.
+    """
     placed = [_place(v, quantity, floor) for v in values]
     low, high = min(placed, default=0.0), max(placed, default=0.0)
     if quantity.centre is not None:
@@ -77,12 +83,12 @@ def span_of(values: Sequence[float], quantity: Quantity, floor: float = 1e-8) ->
 def colour_values(
     values: Sequence[float], quantity: Quantity, floor: float = 1e-8, span: tuple[float, float] | None = None
 ) -> Colouring:
-    """Steps of a scale. span: its ends, where several texts share one; None for those of `values`."""
+    """The step of each value. span: the ends of a scale that several texts share; None: the ends of `values`."""
     low, high = span or span_of(values, quantity, floor)
     start, end = _place(low, quantity, floor), _place(high, quantity, floor)
     kind = "s" if quantity.centre is None else "d"
     last = STEPS[kind] - 1
-    # Of equal values none is high, and on a diverging scale all are in the middle.
+    # If all values are equal, a sequential scale shows its lowest step and a diverging scale its middle.
     resting = 0 if kind == "s" else last // 2
     scale = last / (end - start) if end - start > 1e-12 else 0.0
     steps = [round(scale * (_place(v, quantity, floor) - start)) if scale else resting for v in values]
@@ -94,7 +100,7 @@ def _place(value: float, quantity: Quantity, floor: float) -> float:
 
 
 def palette_css() -> str:
-    """`.s0`-`.sf` and `.d0`-`.de` in texts and legends, for the light theme and under .dark for the dark one."""
+    """CSS rules for the classes `.s0`-`.sf` and `.d0`-`.de`. Those under `.dark` are for the dark theme."""
     rules = []
     for kind, theme in _SCALES:
         scope = f"{'.dark ' if theme == 'dark' else ''}:is(.hapo-text, .hapo-legend)"

@@ -1,8 +1,8 @@
-"""Tables -> figures, and figures -> HTML that the page's script draws when it comes into view.
+"""Figures from tables, and the HTML of a figure, which the page's script draws when it comes into view.
 
-A figure is what Plotly draws, a mapping of "data" and "layout". Plotly's own classes would check every value of every
-series, which takes a second for a few thousand tokens; a test holds the figures against them instead. The script adds
-the light or the dark template, and buttons that save the picture and its numbers.
+A figure is a mapping of "data" and "layout" that Plotly draws. Plotly's own classes would check every value of every
+series, which takes a second for a few thousand tokens, so a test checks the figures with these classes instead. The
+script adds the light or the dark template, and buttons that save the picture and its numbers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from hapo_lite.inspect.tokens import QUANTITIES, DualWord, TokenTable, show_numb
 from hapo_lite.train.curves import PANELS
 
 BLUE, ORANGE, GREY = "#2f7fb8", "#d9822b", "#8a8f98"
-"""Tell apart under every common form of colour blindness, on light and on dark."""
+"""Colours that differ for every common form of colour blindness, in both themes."""
 MOST_MARKERS = 600
-"""Tokens that are drawn one by one; of more, only the line can be made out."""
+"""A longer text is drawn as a line without a marker for each token."""
 SERIES = (BLUE, ORANGE, "#7a68a6", "#3a9c8b", GREY)
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
 DASHED = {"color": ORANGE, "dash": "dash", "width": 1.5}
@@ -29,9 +29,9 @@ Figure = dict[str, Any]
 
 
 def templates() -> dict[str, dict[str, Any]]:
-    """The layout colours of the light and of the dark theme."""
+    """The layout colours of the themes "light" and "dark"."""
 
-    def one(text: str, grid: str, paper: str) -> dict[str, Any]:
+    def colours(text: str, grid: str, paper: str) -> dict[str, Any]:
         axis = {"gridcolor": grid, "linecolor": grid, "zerolinecolor": grid, "color": text}
         return {
             "font.color": text,
@@ -40,12 +40,13 @@ def templates() -> dict[str, dict[str, Any]]:
             **{f"{which}.{key}": value for which in ("xaxis", "yaxis") for key, value in axis.items()},
         }
 
-    return {"light": one("#33373d", "#e3e2dc", "#fdfdfb"), "dark": one("#d5d7db", "#363a42", "#15171b")}
+    return {"light": colours("#33373d", "#e3e2dc", "#fdfdfb"), "dark": colours("#d5d7db", "#363a42", "#15171b")}
 
 
 def figure_html(figure: Figure, name: str, reading: str) -> str:
-    """A figure with its sentence. name: of the files that its PNG and CSV buttons save."""
-    height, hidden = figure["layout"]["height"], hidden_json({"name": name, **figure}, "hapo-spec")
+    """The HTML of a figure. name: that of the files that its buttons save. reading: the sentence that explains it."""
+    height = figure["layout"]["height"]
+    hidden = hidden_json({"name": name, **figure}, "hapo-spec")
     return (
         f'<figure class="hapo-figure" data-key="{content_key(hidden)}"><figcaption>{html.escape(reading)}</figcaption>'
         f'<div class="hapo-plot" style="min-height:{height}px" role="img" aria-label="{html.escape(reading)}"></div>'
@@ -54,8 +55,9 @@ def figure_html(figure: Figure, name: str, reading: str) -> str:
 
 
 def token_figures(table: TokenTable, method: Method) -> str:
-    """Everything there is to draw about one generation, apart from the what-if."""
+    """The HTML of all figures of one generation, except the what-if."""
     rho = f"{100 * method.quantile:g} %"
+    ratios = " Dots: actual ratios; crosses: clipped." if "ratio" in table.numbers else ""
     parts = [
         figure_html(
             entropy_figure(table),
@@ -70,13 +72,13 @@ def token_figures(table: TokenTable, method: Method) -> str:
         figure_html(
             bounds_figure(table),
             "bounds",
-            "Band of clipping bounds around ratio 1: deep where certain, high where uncertain (Eq. 12-13)."
-            + (" Dots: actual ratios; crosses: clipped." if "ratio" in table.numbers else ""),
+            "Clipping bounds around ratio 1: the band reaches lower for certain tokens and higher for uncertain ones "
+            f"(Eq. 12-13).{ratios}",
         ),
         figure_html(
             histogram_figure(table),
             "log_entropy",
-            f"How log-entropy is spread. The line is the pivot, below which lie {rho} of the tokens it was fitted on "
+            f"Distribution of log-entropy. The line is the pivot: {rho} of the tokens that it was fitted on lie below "
             "(Eq. 5).",
         ),
     ]
@@ -84,19 +86,19 @@ def token_figures(table: TokenTable, method: Method) -> str:
 
 
 def entropy_figure(table: TokenTable) -> Figure:
-    """Entropy along the sequence, log axis, with the pivot line."""
+    """Entropy of each token on a log axis, with the pivot as a line."""
     values = [max(v, table.signal.floor) for v in table.numbers["entropy"]]
     return _figure("entropy, nats", [_along(table, values, "entropy"), _pivot(table)], yaxis=_log_axis(values))
 
 
 def temperature_figure(table: TokenTable) -> Figure:
-    """Temperature along the sequence, with its base."""
+    """Temperature of each token, with the base temperature as a line."""
     series = _along(table, table.numbers["temperature"], "temperature")
     return _figure("temperature", [series], shapes=[_level(table.base_temperature, DASHED)])
 
 
 def bounds_figure(table: TokenTable) -> Figure:
-    """The band between lower and upper bound, and the actual ratios where the trace has them."""
+    """The band between the lower and the upper bound, and the actual ratios if the trace has them."""
     line = {"mode": "lines", "line": {"color": BLUE, "width": 1, "shape": "hvh"}}
     lower = _series(table, table.numbers["lower"], "lower", **line)
     upper = _series(table, table.numbers["upper"], "upper", **line, fill="tonexty", fillcolor="rgba(47,127,184,.18)")
@@ -112,7 +114,7 @@ def bounds_figure(table: TokenTable) -> Figure:
 
 
 def histogram_figure(table: TokenTable) -> Figure:
-    """Log-entropy, with the pivot."""
+    """A histogram of log-entropy, with the pivot as a line."""
     logs = [math.log(max(v, table.signal.floor)) for v in table.numbers["entropy"]]
     bars = {"type": "histogram", "x": logs, "nbinsx": 40, "marker": {"color": BLUE}, "name": "log-entropy"}
     pivot = {"type": "line", "x0": table.signal.pivot, "x1": table.signal.pivot, "y0": 0, "y1": 1, "yref": "paper"}
@@ -120,7 +122,10 @@ def histogram_figure(table: TokenTable) -> Figure:
 
 
 def what_if_figure(table: TokenTable, method: Method, ratio: float, advantage: float) -> Figure:
-    """Redistributed advantage of every token, were its ratio `ratio`; hollow bars are those that clipping stops."""
+    """The redistributed advantage of every token if its ratio were `ratio`.
+
+    A hollow bar is a token whose gradient clipping stops.
+    """
     outcome = what_if(table, method, ratio, advantage)
     stopped = [bool(c) for c in outcome.clipped]
     bars = {
@@ -145,7 +150,7 @@ def what_if_figure(table: TokenTable, method: Method, ratio: float, advantage: f
 
 
 def dual_entropy_figure(words: Sequence[DualWord]) -> Figure:
-    """Every occurrence of each word, by entropy, on a log axis."""
+    """A row for each word, with the entropy of every occurrence on a log axis."""
     data: list[dict[str, Any]] = []
     for word in reversed(words):
         label = _plain(word.word, 24)
@@ -167,7 +172,7 @@ def dual_entropy_figure(words: Sequence[DualWord]) -> Figure:
 
 
 def side_by_side_figure(left: TokenTable, right: TokenTable, quantity: str, title: str) -> Figure:
-    """One quantity of two generations along their tokens, entropy on a log axis."""
+    """One quantity of two generations along their tokens. Entropy has a log axis."""
     log = QUANTITIES[quantity].axis == "log"
     data = []
     for table, name, colour in ((left, "left", BLUE), (right, "right", ORANGE)):
@@ -179,38 +184,41 @@ def side_by_side_figure(left: TokenTable, right: TokenTable, quantity: str, titl
 
 
 def curve_figures(lines: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]] = ()) -> list[tuple[str, Figure]]:
-    """(heading, figure) for every panel of `report.PANELS` that metrics.jsonl has numbers for.
+    """(heading, figure) for every panel of `train.curves.PANELS` that has numbers.
 
-    other: the lines of a second run, drawn dashed.
+    lines: the lines of metrics.jsonl. other: those of a second run, which is drawn dashed.
     """
     figures = []
     for heading, panel in PANELS:
-        data = []
+        curves = []
         for (key, label), colour in zip(panel.items(), SERIES, strict=False):
-            for which, suffix, dash in ((lines, ", left" if other else "", "solid"), (other, ", right", "dash")):
-                points = [(line["iteration"], line[key]) for line in which if _number(line.get(key))]
-                if points:
-                    x, y = zip(*points, strict=True)
-                    data.append(
-                        {
-                            "type": "scatter",
-                            "x": list(x),
-                            "y": list(y),
-                            "name": label + suffix,
-                            "mode": "lines+markers",
-                            "line": {"color": colour, "width": 1.6, "dash": dash},
-                            "marker": {"size": 4},
-                        }
-                    )
-        if data:
-            figures.append((heading, _figure("", data, "", 230 + 16 * len(data), showlegend=True)))
+            solid = {"color": colour, "width": 1.6, "dash": "solid"}
+            curves.append(_curve(lines, key, f"{label}, left" if other else label, solid))
+            curves.append(_curve(other, key, f"{label}, right", {**solid, "dash": "dash"}))
+        drawn = [curve for curve in curves if curve["x"]]
+        if drawn:
+            figures.append((heading, _figure("", drawn, "", 230 + 16 * len(drawn), showlegend=True)))
     return figures
+
+
+def _curve(lines: Sequence[dict[str, Any]], key: str, name: str, look: dict[str, Any]) -> dict[str, Any]:
+    """One metric by iteration, from the lines that have a number for it."""
+    measured = [line for line in lines if _is_number(line.get(key))]
+    return {
+        "type": "scatter",
+        "x": [line["iteration"] for line in measured],
+        "y": [line[key] for line in measured],
+        "name": name,
+        "mode": "lines+markers",
+        "line": look,
+        "marker": {"size": 4},
+    }
 
 
 def _figure(y: str, data: list[dict[str, Any]], x: str = "token", height: int = 280, **layout: Any) -> Figure:
     axes = {name: {"title": {"text": title}, **layout.pop(name, {})} for name, title in (("xaxis", x), ("yaxis", y))}
     return {
-        # A click on a point shows the token at its x in the text above.
+        # A click on a point of such a figure shows the token at its x in the text above.
         "tokens": x == "token",
         "data": data,
         "layout": {
@@ -226,14 +234,14 @@ def _figure(y: str, data: list[dict[str, Any]], x: str = "token", height: int = 
 
 
 def _log_axis(values: Sequence[float]) -> dict[str, Any]:
-    """A log axis that labels whole decades, at most seven, where there are two or more."""
+    """A log axis. If the values span more than two decades, it labels whole decades, about seven at most."""
     decades = math.log10(max(values) / min(values))
     ticks = {"dtick": math.ceil(decades / 7)} if decades > 2 else {"nticks": 6}
     return {"type": "log", "exponentformat": "power", **ticks}
 
 
 def _series(table: TokenTable, values: Sequence[float], name: str, **look: Any) -> dict[str, Any]:
-    """Values along the tokens. A point tells its token, and its value with four digits."""
+    """A series of one value per token. The label of a point shows its token, and its value with four digits."""
     return {
         "type": "scatter",
         "x": list(range(len(table))),
@@ -270,14 +278,14 @@ def _pivot(table: TokenTable) -> dict[str, Any]:
 
 
 def _level(y: float, line: dict[str, Any]) -> dict[str, Any]:
-    """A line across the figure, drawn under no hover."""
+    """A horizontal line across the figure, without a label."""
     return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": line}
 
 
 def _plain(text: str, longest: int) -> str:
-    """Text for a plotly label, which reads a subset of HTML."""
+    """Text for a Plotly label, escaped because Plotly reads some HTML there."""
     return html.escape(text[:longest].replace("\n", ""), quote=False)
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)

@@ -1,7 +1,7 @@
-"""One generation, token by token: what the trainer's sampler does to each token, with the alternatives it had.
+"""One generation, token by token, sampled as the trainer samples it, with the alternatives to each token.
 
-Axes: V vocabulary. The signal is that of the run that was opened, or is fitted on a first pass over the same prompt at
-the base temperature with the same random numbers, so that the two passes differ by the adaptive temperature alone.
+Axes: V vocabulary. The signal is that of an opened run, or it is fitted on a first pass. The first pass has the same
+prompt and the same random numbers at the base temperature, so only the adaptive temperature makes the passes differ.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,13 +28,23 @@ from hapo_lite.rollout.sampling import AdaptiveTemperature, Drawn, draw
 from hapo_lite.runs.trace import Trace
 
 ALTERNATIVES = 10
+"""Alternatives that are recorded for each token."""
 MOST_TOKENS = 4096
 MOST_SECONDS = 600.0
+OUT_OF_TIME = "stopped at the time limit"
+
+NAMES = ("id", "text", "logp_sampling", "logp_base", "entropy", "temperature", "alternatives")
+Tokens = dict[str, list[Any]]
+"""A list for each of NAMES, [T], as in `Trace.tokens`."""
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What one generation depends on, apart from the model. signal: of a run; None fits one on a first pass."""
+    """The inputs of one generation, except the model.
+
+    signal: that of a run; None fits one on a first pass. seconds: the time limit. Raises UserError for a value that is
+    out of range.
+    """
 
     problem: str
     method: Method = field(default_factory=Method)
@@ -46,7 +57,7 @@ class GenerationSettings:
 
     @property
     def messages(self) -> list[tuple[str, str]]:
-        """The chat, as data sets give it: a system prompt, if any, and the problem."""
+        """The chat as (role, content) pairs: the system prompt, if any, and the problem."""
         system = [("system", self.system_prompt)] if self.system_prompt else []
         return [*system, ("user", self.problem)]
 
@@ -65,9 +76,10 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a generation stands after a token. first_pass: it is the plain one, which the signal is fitted on.
+    """A generation after one more token.
 
-    ended: "" while it runs, then why it ended, as a clause.
+    first_pass: the pass at the base temperature, which the signal is fitted on. ended: a clause that says why the
+    generation ended; "" while it runs.
     """
 
     trace: Trace
@@ -75,10 +87,24 @@ class Progress:
     ended: str = ""
 
 
-def generate(policy: Policy, settings: GenerationSettings) -> Iterator[Progress]:
-    """Write one completion, token by token; the last item holds it whole. Closing the iterator cancels.
+@dataclass(frozen=True)
+class _Job:
+    """One generation. prompt: token ids. draws: a random number for each token that may be written, [limit].
 
-    Without the adaptive temperature the first pass is all there is. Raises UserError on a prompt that does not fit.
+    deadline: a time of `time.monotonic`.
+    """
+
+    policy: Policy
+    settings: GenerationSettings
+    prompt: list[int]
+    draws: Tensor
+    deadline: float
+
+
+def generate(policy: Policy, settings: GenerationSettings) -> Iterator[Progress]:
+    """Write one completion, token by token. The last item holds the whole completion. Closing the iterator cancels.
+
+    Without the adaptive temperature there is only one pass. Raises UserError if the prompt does not fit the model.
     """
     prompt = policy.encode([{"role": role, "content": content} for role, content in settings.messages])
     room = policy.context - len(prompt)
@@ -86,117 +112,125 @@ def generate(policy: Policy, settings: GenerationSettings) -> Iterator[Progress]
         raise UserError(f"the problem has {len(prompt):,} tokens; the model takes {policy.context:,} in all")
     limit = min(settings.max_new_tokens, room)
     draws = uniforms(DrawKey(settings.seed, Stage.TRAINING, iteration=0), prompt=0, sample=0, count=limit)
-    deadline = time.monotonic() + settings.seconds
+    job = _Job(policy, settings, prompt, draws, time.monotonic() + settings.seconds)
     with policy.unpacked():
-        yield from _passes(policy, settings, prompt, draws, deadline)
+        if settings.method.adaptive_temperature and settings.signal is None:
+            yield from _two_passes(job)
+        else:
+            yield from _one_pass(job, settings.signal)
 
 
-def _passes(
-    policy: Policy, settings: GenerationSettings, prompt: list[int], draws: Tensor, deadline: float
-) -> Iterator[Progress]:
-    signal = settings.signal
-    if settings.method.adaptive_temperature and signal is None:
-        last = None
-        for last in _one_pass(policy, settings, prompt, draws, None, deadline):
-            if not last.ended:
-                yield Progress(last.trace, first_pass=True)
-        assert last is not None
-        if last.ended == _OUT_OF_TIME:
-            yield Progress(last.trace, True, f"{last.ended}, before the adaptive temperature could be used")
+def _two_passes(job: _Job) -> Iterator[Progress]:
+    """A first pass at the base temperature, and then the completion under the signal of the first pass."""
+    entropy: list[float] = []
+    for progress in _one_pass(job, None):
+        if progress.ended == OUT_OF_TIME:
+            yield Progress(progress.trace, True, f"{OUT_OF_TIME}, before the adaptive temperature could be used")
             return
-        signal = fit_signal(settings.method, torch.tensor(last.trace.tokens["entropy"]))
-    yield from _one_pass(policy, settings, prompt, draws, signal, deadline)
+        if not progress.ended:
+            yield Progress(progress.trace, first_pass=True)
+        entropy = progress.trace.tokens["entropy"]
+    yield from _one_pass(job, fit_signal(job.settings.method, torch.tensor(entropy)))
 
 
-_OUT_OF_TIME = "stopped at the time limit"
-
-
-def _one_pass(
-    policy: Policy,
-    settings: GenerationSettings,
-    prompt: list[int],
-    draws: Tensor,
-    signal: EntropySignal | None,
-    deadline: float,
-) -> Iterator[Progress]:
-    method = settings.method
-    processor = AdaptiveTemperature(signal if method.adaptive_temperature else None, settings.temperature, method.tau)
-    names = ("id", "text", "logp_sampling", "logp_base", "entropy", "temperature", "alternatives")
-    tokens: dict[str, list] = {name: [] for name in names}
-    inputs, cache, ended = torch.tensor([prompt], device=policy.device), None, ""
-    for step in range(len(draws)):
-        # Entered anew for each token: while the iterator waits at its yield, nobody else may be left without gradients.
+def _one_pass(job: _Job, signal: EntropySignal | None) -> Iterator[Progress]:
+    """One completion, token by token. signal: None for the base temperature."""
+    policy = job.policy
+    settings = job.settings
+    adaptive = signal if settings.method.adaptive_temperature else None
+    processor = AdaptiveTemperature(adaptive, settings.temperature, settings.method.tau)
+    tokens: Tokens = {name: [] for name in NAMES}
+    inputs = torch.tensor([job.prompt], device=policy.device)
+    cache = None
+    for step in range(len(job.draws)):
+        # The context is entered for each token. While the iterator waits at its yield, other code on the same model
+        # must not find it in the sampler's state.
         with policy.sampling() as model:
             out = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits, cache = out.logits[:, -1], out.past_key_values
-            drawn = draw(processor, logits, draws[step : step + 1].to(logits.device))
-            _record(tokens, policy, drawn, logits.float() / settings.temperature)
+            logits = out.logits[:, -1]
+            cache = out.past_key_values
+            drawn = draw(processor, logits, job.draws[step : step + 1].to(logits.device))
+            token = _token(policy, drawn, logits.float() / settings.temperature)
+        for name, value in token.items():
+            tokens[name].append(value)
         inputs = drawn.ids[:, None]
-        if int(drawn.ids) in policy.stop_ids:
-            ended = "ended by itself"
-        elif step + 1 == len(draws):
-            ended = "cut off at the token limit"
-        elif time.monotonic() > deadline:
-            ended = _OUT_OF_TIME
-        yield Progress(_trace(policy, settings, tokens, signal, ended), False, ended)
+        ended = _reason_to_end(job, int(drawn.ids), written=step + 1)
+        yield Progress(_trace(job, tokens, signal, ended), False, ended)
         if ended:
             return
 
 
-def _record(tokens: dict[str, list], policy: Policy, drawn: Drawn, base: Tensor) -> None:
-    """Add one token and its alternatives. drawn: one row; base: [1, V], the logits at the base temperature."""
+def _reason_to_end(job: _Job, last: int, written: int) -> str:
+    """The clause of `Progress.ended` after `written` tokens. last: the id of the last one."""
+    if last in job.policy.stop_ids:
+        return "ended by itself"
+    if written == len(job.draws):
+        return "cut off at the token limit"
+    return OUT_OF_TIME if time.monotonic() > job.deadline else ""
+
+
+def _token(policy: Policy, drawn: Drawn, base: Tensor) -> dict[str, Any]:
+    """One token with its alternatives, a value for each of NAMES.
+
+    drawn: one row. base: [1, V], the logits at the base temperature.
+    """
     chosen = int(drawn.ids)
-    base_logp, own_logp = (torch.log_softmax(z[0].double(), dim=-1) for z in (base, drawn.scores))
+    base_logp = torch.log_softmax(base[0].double(), dim=-1)
+    own_logp = torch.log_softmax(drawn.scores[0].double(), dim=-1)
     best = base_logp.topk(min(ALTERNATIVES, base_logp.shape[0])).indices
     texts = policy.tokenizer.batch_decode([[i] for i in [chosen, *best.tolist()]], skip_special_tokens=False)
-    tokens["id"].append(chosen)
-    tokens["text"].append(texts[0])
-    tokens["logp_sampling"].append(float(own_logp[chosen]))
-    tokens["logp_base"].append(float(base_logp[chosen]))
-    tokens["entropy"].append(float(drawn.entropy))
-    tokens["temperature"].append(float(drawn.temperature))
-    tokens["alternatives"].append(
-        list(zip(texts[1:], base_logp[best].exp().tolist(), own_logp[best].exp().tolist(), strict=True))
-    )
+    return {
+        "id": chosen,
+        "text": texts[0],
+        "logp_sampling": float(own_logp[chosen]),
+        "logp_base": float(base_logp[chosen]),
+        "entropy": float(drawn.entropy),
+        "temperature": float(drawn.temperature),
+        "alternatives": list(
+            zip(texts[1:], base_logp[best].exp().tolist(), own_logp[best].exp().tolist(), strict=True)
+        ),
+    }
 
 
-def _trace(
-    policy: Policy, settings: GenerationSettings, tokens: dict[str, list], signal: EntropySignal | None, ended: str
-) -> Trace:
+def _trace(job: _Job, tokens: Tokens, signal: EntropySignal | None, ended: str) -> Trace:
+    """The completion so far. Until it ends it shares the lists of `tokens` and has no text.
+
+    Decoding and copying at every token would take quadratic time.
+    """
     return Trace(
         stage="inspect",
         iteration=0,
         prompt_id="prompt",
         sample=0,
-        messages=settings.messages,
+        messages=job.settings.messages,
         gold="",
-        # Decoding everything again at every token would make a long generation quadratic.
-        text=policy.decode(tokens["id"]) if ended else "",
+        text=job.policy.decode(tokens["id"]) if ended else "",
         reward=0.0,
         outcome="",
-        truncated=bool(ended) and tokens["id"][-1] not in policy.stop_ids,
+        truncated=bool(ended) and tokens["id"][-1] not in job.policy.stop_ids,
         tokens={name: list(values) for name, values in tokens.items()} if ended else tokens,
         sampling_signal=signal,
     )
 
 
 class ModelShelf:
-    """The last few models that were loaded, for all pages together; a loaded model is only read."""
+    """The last few models that were loaded. All pages share them, since a loaded model is only read."""
 
     def __init__(self, keep: int = 2) -> None:
         self.keep = keep
         self._held: OrderedDict[tuple[str, str, str], Policy] = OrderedDict()
 
-    def get(self, name: str, adapter: str = "", quantization: str = "none") -> Policy:
-        """The model `name` (hub name, folder or `tiny`), with the adapter in a folder, if any. Raises UserError."""
-        key = (name.strip(), adapter.strip(), quantization)
-        if not key[0]:
+    def get(self, name: str, adapter: str = "", quantization: Literal["none", "nf4"] = "none") -> Policy:
+        """The model `name` (hub name, folder or `tiny`). adapter: a folder; "" for none. Raises UserError."""
+        name, adapter = name.strip(), adapter.strip()
+        if not name:
             raise UserError("there is no model: type a hub name or a folder, or `tiny` for the bundled one")
+        key = (name, adapter, quantization)
         if key not in self._held:
             while len(self._held) >= self.keep:
                 self._held.popitem(last=False)
-            settings = ModelSettings(name=key[0], quantization=quantization)
+            settings = ModelSettings(name=name, quantization=quantization)
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._held[key] = load_policy(settings, 0, device, adapter=Path(key[1]) if key[1] else None)
+            self._held[key] = load_policy(settings, 0, device, adapter=Path(adapter) if adapter else None)
         self._held.move_to_end(key)
         return self._held[key]

@@ -1,4 +1,4 @@
-"""Views for the output of a notebook: a page in a frame with its style and its script inside. No server, no request."""
+"""Views for the output of a notebook. Each is a page in a frame that holds its style and script and needs no server."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ ASSETS = Path(__file__).parent
 
 
 def completion(run: Run, iteration: int | None = None, place: int = 0, height: int = 420) -> str:
-    """One recorded completion token by token: point at a token for its numbers.
+    """One recorded completion token by token. A reader points at a token for its numbers.
 
-    iteration: None for the last one; place: which of its completions; height: of the frame, pixels. Raises UserError
-    if there is no such completion.
+    iteration: None for the last one. place: the number of the completion in its iteration. height: that of the frame,
+    pixels. Raises UserError if there is no such completion.
     """
     entries = entries_of(run, iteration)
     if not 0 <= place < len(entries):
         raise UserError(f"iteration {entries[0].iteration} has completions 0 to {len(entries) - 1}, not {place}")
     entry = entries[place]
-    trace, table = run.traces(entry.iteration)[0][entry.place], run.table_of(entry)
+    trace = run.trace_of(entry)
+    table = run.table(trace)
     return frame(markup.summary(trace, table) + markup.token_text(table), height)
 
 
 def right_against_wrong(run: Run, iteration: int | None = None, height: int = 420) -> str:
-    """An iteration's right completions beside its others, coloured by entropy under one scale."""
+    """An iteration's right completions beside its other ones, coloured by entropy on one scale."""
     right, wrong = views.right_against_wrong(run, entries_of(run, iteration))
     return frame(f'<div style="display:flex;gap:20px"><div>{right}</div><div>{wrong}</div></div>', height)
 
 
 def entries_of(run: Run, iteration: int | None) -> Sequence[Entry]:
-    """The completions of an iteration; None: of the last. Raises UserError where none was recorded."""
+    """The completions of an iteration. iteration: None for the last one. Raises UserError if none was recorded."""
     iterations = run.iterations()
     chosen = iteration if iteration is not None or not iterations else iterations[-1]
     entries = run.entries(chosen)[0] if chosen in iterations else []
@@ -46,7 +47,10 @@ def entries_of(run: Run, iteration: int | None) -> Sequence[Entry]:
 
 
 def frame(body: str, height: int) -> str:
-    """HTML whose style stays its own. In the sandbox its script can run and save a picture, and nothing else."""
+    """The HTML in a frame, so its style and that of the notebook do not mix. height: pixels.
+
+    The sandbox lets the page run its script and save a picture, and nothing else.
+    """
     page = (
         f'<!doctype html><meta charset="utf-8"><style>{(ASSETS / "page.css").read_text("utf-8")}{colour.palette_css()}'
         f'</style><body style="margin:8px;font-family:system-ui,sans-serif">{body}'

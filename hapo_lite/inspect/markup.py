@@ -1,8 +1,8 @@
-"""Tables -> HTML: the coloured text, its legend, and what a token tells when it is pointed at.
+"""HTML from tables: the coloured text, its legend, and the details of a token that a reader points at.
 
-Every piece of text that a model or a file may hold passes through `html.escape`, also inside the JSON that the page's
-script reads: it sits escaped in a hidden element and is read back as text. The tokens are formatted by hand, because
-a page holds thousands of them and is made anew as they arrive: jinja takes about 25 times as long.
+Every piece of text from a model or a file passes through `html.escape`. The JSON for the page's script does so too: it
+is escaped in a hidden element, and the script reads it back as text. The tokens are formatted by hand, because a page
+has thousands of them and is made anew as they arrive, and jinja takes about 25 times as long.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import html
 import json
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from hapo_lite.inspect.colour import STEPS, Colouring, colour_values, span_of
 from hapo_lite.inspect.tokens import QUANTITIES, TokenTable, show_number, treated_tokens, visible
@@ -23,27 +23,27 @@ POINT_AT = "Point at a token, tap it, or move along with the arrow keys."
 
 
 def hidden_json(data: Any, name: str) -> str:
-    """Data for the page's script, in a hidden element of class `name`."""
+    """A hidden element of class `name` that holds data for the page's script as JSON."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return f'<div hidden class="{name}">{html.escape(text, quote=False)}</div>'
 
 
 def content_key(text: str) -> str:
-    """Changes with the content, which tells the page's script to read it again."""
+    """A digest of the content. When it changes, the page's script reads the element again."""
     return hashlib.blake2s(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def note(text: str, kind: str = "note") -> str:
-    """One sentence. kind: note, error or reading (how to read a view)."""
+    """A paragraph with one sentence. kind: note, error, or reading for a sentence that explains a view."""
     return f'<p class="hapo-{kind}" role="{"alert" if kind == "error" else "note"}">{html.escape(text)}</p>'
 
 
 Spans = dict[str, tuple[float, float]]
-"""Ends of the colour scale of each quantity."""
+"""The ends of the colour scale of each quantity."""
 
 
 def shared_spans(tables: Sequence[TokenTable]) -> Spans:
-    """Scales that several texts can share, so that a colour means the same number in all of them."""
+    """Scales for several texts, on which a colour means the same number in all of them."""
     names = [name for name in tables[0].numbers if all(name in table.numbers for table in tables)]
     return {
         name: span_of([v for table in tables for v in table.numbers[name]], QUANTITIES[name], tables[0].signal.floor)
@@ -61,8 +61,9 @@ def token_text(
 ) -> str:
     """The generation as coloured tokens, with a legend and a panel of details that the page's script fills.
 
-    differs: positions to underline. streaming: while tokens still arrive, without the details. spans: scales that are
-    shared with another text. csv: id of the page's download, which a button beside the legend then asks for.
+    quantity: the one that colours the tokens at first. differs: positions to underline. streaming: tokens still arrive,
+    so the details are left out. spans: scales that another text shares. csv: the id of the page's download, which a
+    button beside the legend starts; "": no such button.
     """
     quantity = quantity if quantity in table.numbers else DEFAULT_QUANTITY
     spans = spans or {}
@@ -70,18 +71,6 @@ def token_text(
         name: colour_values(values, QUANTITIES[name], table.signal.floor, spans.get(name))
         for name, values in table.numbers.items()
     }
-    classes = colours[quantity].classes
-    tokens = []
-    for i, piece in enumerate(table.pieces):
-        marks = [classes[i]]
-        marks += ["special"] * piece.special + ["part"] * bool(piece.part) + ["differs"] * (i in differs)
-        marks += [f"clip-{table.clipped[i]}"] if table.clipped[i] else []
-        focus = "0" if i == 0 else "-1"
-        # A line may break before a space, which is drawn as a dot and is no place to break by itself.
-        brk = "<wbr>" if piece.shown.startswith("·") else ""
-        tokens.append(
-            f'{brk}<span class="t {" ".join(marks)}" data-i="{i}" tabindex="{focus}">{html.escape(piece.shown)}</span>'
-        )
     data = {
         "colours": {name: "".join(f"{step:x}" for step in c.steps) for name, c in colours.items()},
         "kinds": {name: c.kind for name, c in colours.items()},
@@ -94,13 +83,36 @@ def token_text(
         f'<div class="hapo-bar"><label>Colour by <select class="hapo-choose">{options}</select></label>{legends}'
         f"{'' if streaming else export_buttons(csv=bool(csv))}</div>"
         f'<div class="hapo-pair"><div class="hapo-tokens" dir="auto" role="group" aria-label="Tokens">'
-        f'{"".join(tokens)}</div><aside class="hapo-details" aria-live="polite" data-hint="{POINT_AT}">'
-        f"{note(POINT_AT)}</aside></div>{hidden}</section>"
+        f'{_spans(table, colours[quantity], differs)}</div><aside class="hapo-details" aria-live="polite" '
+        f'data-hint="{POINT_AT}">{note(POINT_AT)}</aside></div>{hidden}</section>'
     )
 
 
+def _spans(table: TokenTable, colouring: Colouring, differs: Collection[int]) -> str:
+    """An element for each token, with the classes that its colour, its kind and its clipping give it."""
+    spans = []
+    for i, (piece, colour, clipped) in enumerate(zip(table.pieces, colouring.classes, table.clipped, strict=True)):
+        marks = ["t", colour]
+        if piece.special:
+            marks.append("special")
+        if piece.part:
+            marks.append("part")
+        if i in differs:
+            marks.append("differs")
+        if clipped:
+            marks.append(f"clip-{clipped}")
+        focus = "0" if i == 0 else "-1"
+        # A space is drawn as a dot, where a browser does not break a line by itself.
+        line_break = "<wbr>" if piece.shown.startswith("·") else ""
+        spans.append(
+            f'{line_break}<span class="{" ".join(marks)}" data-i="{i}" tabindex="{focus}">'
+            f"{html.escape(piece.shown)}</span>"
+        )
+    return "".join(spans)
+
+
 def _details(table: TokenTable) -> dict[str, Any]:
-    """What the page's script tells about the token that is pointed at."""
+    """The data from which the page's script shows the details of a token."""
     return {
         "labels": {name: QUANTITIES[name].label for name in table.numbers},
         "rows": {name: [show_number(v) for v in values] for name, values in table.numbers.items()},
@@ -115,13 +127,13 @@ def _details(table: TokenTable) -> dict[str, Any]:
 
 
 def export_buttons(csv: bool = True) -> str:
-    """Buttons that save what stands in the same section."""
+    """Buttons that save the content of the section they are in. csv: whether there is one for CSV."""
     more = '<button type="button" class="hapo-save" data-kind="csv">CSV</button>' if csv else ""
     return f'<span class="hapo-saves"><button type="button" class="hapo-save" data-kind="png">PNG</button>{more}</span>'
 
 
 def summary(trace: Trace, table: TokenTable) -> str:
-    """The prompt, how the completion ended, and what h was measured against."""
+    """The prompt, the facts about the completion, and the tokens that its h is measured with."""
     prompt = "".join(
         f'<div class="hapo-message"><span class="hapo-role">{html.escape(str(role))}</span>'
         f'<span dir="auto">{html.escape(_cut(str(content)))}</span></div>'
@@ -143,7 +155,7 @@ def summary(trace: Trace, table: TokenTable) -> str:
 
 
 def small_text(table: TokenTable, span: tuple[float, float] | None = None) -> str:
-    """A completion in one paragraph, coloured by entropy, without details: for lists of many."""
+    """A completion as one paragraph, coloured by entropy, without details. Lists of completions show it."""
     classes = colour_values(table.numbers["entropy"], QUANTITIES["entropy"], table.signal.floor, span).classes
     spans = "".join(
         f'<span class="t {c}">{html.escape(piece.shown)}</span>' for c, piece in zip(classes, table.pieces, strict=True)
@@ -157,15 +169,20 @@ def entropy_legend(span: tuple[float, float]) -> str:
     return f"<span>Entropy, nats</span>{legend}"
 
 
-def cards(items: Sequence[tuple[str, str, str]], name: str, above: str = "") -> str:
-    """(heading, mark, HTML) -> a list of cards. mark: an outcome, shown beside the heading. The HTML is ours.
+class Card(NamedTuple):
+    """One completion in a list. outcome: shown beside the heading. body: HTML that this package made."""
 
-    name: of the files that its buttons save. above: HTML to the left of the buttons.
-    """
+    heading: str
+    outcome: str
+    body: str
+
+
+def cards(items: Sequence[Card], name: str, above: str = "") -> str:
+    """A list of cards. name: that of the files that its buttons save. above: HTML to the left of the buttons."""
     inner = "".join(
         f'<article class="hapo-card"><header>{html.escape(_cut(heading, 200))} '
-        f'<b class="hapo-chip">{html.escape(mark)}</b></header>{body}</article>'
-        for heading, mark, body in items
+        f'<b class="hapo-chip">{html.escape(outcome)}</b></header>{body}</article>'
+        for heading, outcome, body in items
     )
     return (
         f'<section class="hapo-list" data-name="{name}"><div class="hapo-bar">{above}{export_buttons()}</div>'
@@ -174,17 +191,16 @@ def cards(items: Sequence[tuple[str, str, str]], name: str, above: str = "") -> 
 
 
 def plain_table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str, name: str) -> str:
-    """A table of text and numbers. name: of the files that its buttons save."""
+    """A table of text and numbers. name: that of the files that its buttons save."""
 
     def cell(value: Any, tag: str, number: bool) -> str:
         look = ' class="n"' if number else ""
         return f"<{tag}{look}>{html.escape(str(value))}</{tag}>"
 
     numbers = [isinstance(value, int) for value in rows[0]]
-    top = "".join(cell(h, "th", n) for h, n in zip(head, numbers, strict=True))
-    body = "".join(
-        "<tr>" + "".join(cell(v, "td", n) for v, n in zip(row, numbers, strict=True)) + "</tr>" for row in rows
-    )
+    top = "".join(cell(title, "th", number) for title, number in zip(head, numbers, strict=True))
+    lines = ("".join(cell(v, "td", number) for v, number in zip(row, numbers, strict=True)) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     return (
         f'<section class="hapo-list" data-name="{name}"><div class="hapo-bar"><span>{html.escape(caption)}</span>'
         f'{export_buttons()}</div><div class="hapo-scroll"><table class="hapo-table"><thead><tr>{top}</tr></thead>'

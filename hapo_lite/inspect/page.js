@@ -279,7 +279,7 @@
     sections.forEach((section) => section.querySelector(".hapo-choose") && colour(section, chosenQuantity));
     const plots = root.matches(".hapo-plot") ? [root] : root.querySelectorAll(".hapo-plot");
     plots.forEach((plot) => {
-      // Observed anew, it reports at once whether it is in view.
+      // An element that is observed again reports at once whether it is in view.
       inView.unobserve(plot);
       inView.observe(plot);
     });
@@ -294,7 +294,7 @@
           welcome(change.target);
         }
         for (const node of change.addedNodes) {
-          // What a figure or a token panel adds to itself is no news.
+          // A node that a figure or a token panel adds to itself needs no handling.
           if (node instanceof Element && !node.closest(".hapo-plot .js-plotly-plot, .hapo-details, svg")) welcome(node);
         }
       }

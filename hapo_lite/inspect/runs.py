@@ -1,4 +1,4 @@
-"""A run's folder, read lazily: its settings, metrics and traces; nothing outside the folder is opened."""
+"""A run's folder, read when asked: its settings, metrics and traces. No file outside the folder is opened."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.runs.files import inside
 from hapo_lite.runs.status import read_status
-from hapo_lite.runs.trace import Trace, read_traces
+from hapo_lite.runs.trace import Trace, salvage_traces
 
 FILES_HELD = 8
-"""Trace files whose tokens stay in memory; of the others only a line per completion does."""
+"""Trace files whose tokens stay in memory. For the other files, only an Entry per completion stays."""
 
 
 def run_names(root: Path) -> list[str]:
-    """The runs in a folder of runs, newest first: its children that hold traces or metrics."""
+    """The names of the runs in a folder, newest first. A run is a subfolder that holds traces or metrics."""
     if not root.is_dir():
         return []
     runs = [p for p in root.iterdir() if (p / "traces").is_dir() or (p / "metrics.jsonl").is_file()]
@@ -35,7 +35,7 @@ def run_names(root: Path) -> list[str]:
 
 
 def open_run(root: Path, name: str) -> Run:
-    """The run `name` in the folder of runs. Raises UserError if it is none, or leads out of the folder."""
+    """The run `name` in the folder of runs. Raises UserError if it is not a run, or leads out of the folder."""
     path = inside(root, root / name)
     if not name or path == root.resolve():
         raise UserError(f"{root} is a folder of runs: pick one of them")
@@ -46,9 +46,10 @@ def open_run(root: Path, name: str) -> Run:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is remembered of one completion. place: which trace of its file.
+    """A summary of one completion that stays in memory. place: the number of its trace in the file.
 
-    treated: the tokens that the update amplified, suppressed or clipped, as text with their counts; empty without one.
+    length: tokens. treated: for each treatment (amplified, suppressed or clipped), the texts of its tokens with their
+    counts; empty if the completion took part in no update.
     """
 
     iteration: int
@@ -62,19 +63,51 @@ class Entry:
 
     @property
     def title(self) -> str:
+        """A line that names the completion in a list of choices."""
         return f"{self.stage} · {self.prompt_id[:80]} · {self.sample} · {self.outcome[:40]}"
+
+
+Stamp = tuple[int, int]
+"""Modification time, ns, and size, bytes, of a file."""
+
+
+@dataclass(frozen=True)
+class FileTraces:
+    """The traces of a file. problems: a sentence for every line that could not be read."""
+
+    stamp: Stamp
+    traces: list[Trace]
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class FileEntries:
+    """The entries of a trace file. problems: a sentence for every line that could not be read."""
+
+    stamp: Stamp
+    entries: list[Entry]
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The settings of a run that its tables need. The temperatures are the base temperatures."""
+
+    method: Method = field(default_factory=Method)
+    training_temperature: float = 1.0
+    evaluation_temperature: float = 1.0
 
 
 @dataclass
 class Run:
-    """One run. Files are read when asked for, and again when they have changed, so a live run can be followed."""
+    """One run. A file is read when asked for, and again when it has changed, so a live run can be followed."""
 
     path: Path
-    _held: OrderedDict[int, tuple[tuple[int, int], list[Trace], list[str]]] = field(default_factory=OrderedDict)
-    _entries: dict[int, tuple[tuple[int, int], list[Entry], list[str]]] = field(default_factory=dict)
+    _traces: OrderedDict[int, FileTraces] = field(default_factory=OrderedDict)
+    _entries: dict[int, FileEntries] = field(default_factory=dict)
 
     def iterations(self) -> list[int]:
-        """Iterations with a trace file, ascending."""
+        """The iterations that have a trace file, ascending."""
         return sorted(int(f.stem) for f in (self.path / "traces").glob("[0-9]*.jsonl") if f.stem.isdecimal())
 
     def traces(self, iteration: int) -> tuple[list[Trace], list[str]]:
@@ -84,47 +117,48 @@ class Run:
             stamp = self.stamp(iteration)
         except (UserError, OSError) as error:
             return [], [str(error)]
-        if iteration not in self._held or self._held[iteration][0] != stamp:
-            problems: list[str] = []
-            traces = read_traces(file, problems)
-            self._held[iteration] = (stamp, traces, problems)
-            while len(self._held) > FILES_HELD:
-                self._held.popitem(last=False)
-        self._held.move_to_end(iteration)
-        return self._held[iteration][1], self._held[iteration][2]
+        held = self._traces.get(iteration)
+        if held is None or held.stamp != stamp:
+            traces, problems = salvage_traces(file)
+            held = self._traces[iteration] = FileTraces(stamp, traces, problems)
+            while len(self._traces) > FILES_HELD:
+                self._traces.popitem(last=False)
+        self._traces.move_to_end(iteration)
+        return held.traces, held.problems
 
     def entries(self, iteration: int) -> tuple[list[Entry], list[str]]:
-        """A line for each of an iteration's completions, and the sentences about the others."""
+        """An iteration's entries, and a sentence for every line that could not be read."""
         try:
             stamp = self.stamp(iteration)
         except (UserError, OSError) as error:
             return [], [str(error)]
-        if iteration not in self._entries or self._entries[iteration][0] != stamp:
+        held = self._entries.get(iteration)
+        if held is None or held.stamp != stamp:
             traces, problems = self.traces(iteration)
             entries = [_entry(trace, iteration, place) for place, trace in enumerate(traces)]
-            self._entries[iteration] = (stamp, entries, problems)
-        return self._entries[iteration][1], self._entries[iteration][2]
+            held = self._entries[iteration] = FileEntries(stamp, entries, problems)
+        return held.entries, held.problems
 
-    def stamp(self, iteration: int) -> tuple[int, int]:
-        """Changes when the iteration's file does. Raises UserError if it leads out of the folder, OSError if absent."""
+    def stamp(self, iteration: int) -> Stamp:
+        """The stamp of the iteration's file. Raises UserError if it leads out of the folder, OSError if absent."""
         stat = inside(self.path, self._file(iteration)).stat()
         return stat.st_mtime_ns, stat.st_size
 
     def table(self, trace: Trace) -> TokenTable:
-        """The trace's tokens under the run's method and temperature."""
-        method, training, evaluation = self.settings
-        base = evaluation if trace.stage == "eval" else training
-        return token_table(trace, method, base, self.tokenizer)
+        """The table of the trace's tokens, under the run's method and base temperature."""
+        settings = self.settings
+        base = settings.evaluation_temperature if trace.stage == "eval" else settings.training_temperature
+        return token_table(trace, settings.method, base, self.tokenizer)
 
-    def table_of(self, entry: Entry) -> TokenTable:
-        """Raises UserError if the file no longer holds the completion, as after a run went on from a checkpoint."""
+    def trace_of(self, entry: Entry) -> Trace:
+        """The trace of an entry. Raises UserError if the file has lost it, as when a run resumes from a checkpoint."""
         traces, _ = self.traces(entry.iteration)
         if entry.place >= len(traces):
             raise UserError(f"{self._file(entry.iteration)} has been written anew: refresh the page")
-        return self.table(traces[entry.place])
+        return traces[entry.place]
 
     def prompts(self) -> dict[str, list[Entry]]:
-        """Completions by prompt over the whole run, for the prompts that were met in several iterations."""
+        """The run's entries by prompt, for the prompts that occur in several iterations."""
         found: dict[str, list[Entry]] = {}
         for iteration in self.iterations():
             for entry in self.entries(iteration)[0]:
@@ -132,7 +166,7 @@ class Run:
         return {name: entries for name, entries in found.items() if len({e.iteration for e in entries}) > 1}
 
     def metrics(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """The lines of metrics.jsonl that are numbers by iteration, and a sentence for every other line."""
+        """The lines of metrics.jsonl that have an iteration, and a sentence for every other line."""
         lines: list[dict[str, Any]] = []
         problems: list[str] = []
         file = self.path / "metrics.jsonl"
@@ -151,30 +185,31 @@ class Run:
         return lines, problems
 
     @property
-    def settings(self) -> tuple[Method, float, float]:
-        """Method, and base temperature of training and of evaluation; the defaults where there is no recipe."""
+    def settings(self) -> RunSettings:
+        """The settings in the run's recipe, or the defaults if there is no recipe."""
         recipe = self.recipe
         if recipe is None:
-            return Method(), 1.0, 1.0
-        return recipe.method, recipe.rollout.temperature, recipe.evaluation.temperature
+            return RunSettings()
+        return RunSettings(recipe.method, recipe.rollout.temperature, recipe.evaluation.temperature)
 
     @property
     def recipe(self) -> Recipe | None:
-        """The run's settings; None where recipe.yaml is missing or of another version."""
+        """The run's recipe; None if recipe.yaml is missing or of another version."""
         return self._recipe_and_problems[0]
 
     @property
     def recipe_problems(self) -> list[str]:
+        """Sentences that say why there is no recipe; empty if there is one."""
         return self._recipe_and_problems[1]
 
     @property
-    def doing(self) -> str:
-        """What the run is doing, or did last, as a sentence; "" where it keeps no status."""
+    def activity(self) -> str:
+        """A sentence that says what the run does now or did last; "" if it has no status."""
         try:
-            doing = read_status(inside(self.path, self.path / "status.json"))
+            status = read_status(inside(self.path, self.path / "status.json"))
         except (UserError, OSError):
             return ""
-        return f"{self.path.name}: {doing.stage}, iteration {doing.iteration}." if doing else ""
+        return f"{self.path.name}: {status.stage}, iteration {status.iteration}." if status else ""
 
     @functools.cached_property
     def _recipe_and_problems(self) -> tuple[Recipe | None, list[str]]:
@@ -185,7 +220,7 @@ class Run:
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The run's tokenizer where it is on this machine; texts then come from its ids."""
+        """The run's tokenizer; None if it is not on this machine. With it, the text of a token comes from its id."""
         recipe = self.recipe
         if recipe is None:
             return None
@@ -202,7 +237,7 @@ class Run:
 
 
 def treated_together(entries: Sequence[Entry]) -> dict[str, Counter[str]]:
-    """The treated tokens of several completions."""
+    """The treated tokens of several completions, counted together."""
     together: dict[str, Counter[str]] = {name: Counter() for name in TREATED}
     for entry in entries:
         for name, texts in entry.treated.items():

@@ -1,6 +1,6 @@
-"""Trace -> table of tokens: text that can be read, and every quantity HAPO gives a token.
+"""The table of a trace's tokens: readable text, and every quantity that HAPO computes for a token.
 
-Axes: T completion tokens. The equations are those of `hapo_lite.algo`, called on the trace's own numbers.
+Axes: T completion tokens. `hapo_lite.algo` computes the quantities from the numbers in the trace.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -27,18 +27,18 @@ from hapo_lite.algo.tokens import TokenSignals, fit_signal
 from hapo_lite.runs.trace import Trace
 
 LONGEST_SHOWN = 120
-"""Characters of one token that are drawn; the CSV keeps them all."""
+"""Characters of one token that the page shows. The CSV keeps them all."""
 WIDEST_CHARACTER = 4
-"""Bytes of the longest UTF-8 character, so tokens that may share one."""
+"""Bytes of the longest UTF-8 character, and so the number of tokens that one character may take."""
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _SHOWN = {" ": "·", "\n": "↵\n", "\t": "⇥"}
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp", "Zs")
-"""Categories of characters that leave no mark of their own: they are shown as their code."""
+"""Unicode categories whose characters are invisible, so they are shown by their code."""
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A column that can be coloured. axis: log or linear; centre: None for a sequential scale, else the middle."""
+    """A quantity that can colour the tokens. centre: the middle of a diverging scale; None for a sequential scale."""
 
     label: str
     meaning: str
@@ -48,27 +48,31 @@ class Quantity:
 
 QUANTITIES: dict[str, Quantity] = {
     "entropy": Quantity("Entropy, nats", "Uncertainty of the next token at the base temperature (Eq. 5)", "log"),
-    "h": Quantity("h", "Log-entropy against its pivot: 1 most uncertain, -1 most certain (Eq. 6)", centre=0.0),
-    "percentile": Quantity("Entropy percentile", "Share of this generation's tokens that are no more uncertain, in %"),
+    "h": Quantity("h", "Log-entropy relative to its pivot: 1 most uncertain, -1 most certain (Eq. 6)", centre=0.0),
+    "percentile": Quantity("Entropy percentile", "Tokens of this generation that are no more uncertain, in %"),
     "temperature": Quantity("Temperature", "Sampling temperature of the token (Eq. 8)"),
     "temperature_move": Quantity(
         "Temperature move, %", "How far Eq. 8 moved the temperature from its base", centre=0.0
     ),
-    "lower": Quantity("Lower bound", "Below this ratio a falling token's gradient stops (Eq. 12)"),
-    "upper": Quantity("Upper bound", "Above this ratio a rising token's gradient stops (Eq. 13)"),
+    "lower": Quantity("Lower bound", "Below this ratio, the gradient of a token with A < 0 stops (Eq. 12)"),
+    "upper": Quantity("Upper bound", "Above this ratio, the gradient of a token with A > 0 stops (Eq. 13)"),
     "logp": Quantity("Log-prob, nats", "Log-probability of the token at the base temperature"),
-    "weight": Quantity("Advantage weight", "Advantage after redistribution over before (Eq. 10-11)", centre=1.0),
-    "ratio": Quantity("Ratio", "Probability now over probability when sampled", "log", centre=1.0),
+    "weight": Quantity(
+        "Advantage weight", "Advantage after redistribution, divided by that before (Eq. 10-11)", centre=1.0
+    ),
+    "ratio": Quantity("Ratio", "Probability at the update, divided by that under the old policy", "log", centre=1.0),
     "advantage": Quantity("Advantage", "Advantage of the whole completion (Eq. 9)", centre=0.0),
-    "credit": Quantity("Credit", "The token's advantage in the end (Eq. 10-11; 0: no gradient)", centre=0.0),
+    "credit": Quantity("Credit", "Final advantage of the token (Eq. 10-11; 0: no gradient)", centre=0.0),
     "kl_base": Quantity("KL to the base, nats", "Divergence from the model without its adapter", "log"),
 }
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One token's text. raw: what it decodes to; shown: with whitespace and controls visible; part: "2/3" of a
-    character that several tokens make together."""
+    """One token's text. raw: the decoded text. shown: the same with whitespace and control characters made visible.
+
+    part: "2/3" for the second of three tokens that make up one character; "" for any other token.
+    """
 
     raw: str
     shown: str
@@ -78,10 +82,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class TokenTable:
-    """pieces, clipped, alternatives and each list in `numbers`: one entry a token, [T].
+    """The tokens of one completion. pieces, clipped, alternatives and each list in `numbers` have one entry per token.
 
-    signal_from: a clause that says what the signal behind h was fitted on. alternatives: (text, probability at the base
-    temperature, probability at the token's own), most probable first.
+    clipped: "low" or "high" for the bound that stopped the gradient, else "". alternatives: (text, probability at the
+    base temperature, probability at the token's own temperature), most probable first. signal_from: a clause that says
+    which tokens the signal was fitted on.
     """
 
     pieces: list[Piece]
@@ -106,7 +111,10 @@ def token_table(
     base_temperature: float = 1.0,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> TokenTable:
-    """Everything about a trace's tokens; what the trace does not hold is computed from its entropies by `algo`."""
+    """The table of a trace's tokens. Quantities that the trace does not hold are computed from its entropies.
+
+    method: None for HAPO's defaults. tokenizer: None if there is none, which leaves the texts of the trace.
+    """
     method = method or Method()
     entropy = _column(trace, "entropy")
     signal, signal_from = _signal(trace, entropy, method)
@@ -114,7 +122,7 @@ def token_table(
     h = _column(trace, "h") if "h" in trace.tokens else signals.h[0].tolist()
     temperature = _column(trace, "temperature")
     at_one = assign_credit(method, torch.ones(1), signals, torch.ones(1, len(h)))
-    stored = {
+    stored: dict[str, list[float]] = {
         name: _column(trace, name)
         for name in ("lower", "upper", "ratio", "advantage", "credit", "logp_old", "kl_base")
         if name in trace.tokens
@@ -143,7 +151,7 @@ def token_table(
 
 
 def percentiles(values: Sequence[float]) -> list[float]:
-    """Share of `values` that are no larger than each of them, in %."""
+    """For each value, the percentage of `values` that are no larger."""
     sample = torch.tensor(values, dtype=torch.float64)
     return (100.0 * torch.searchsorted(sample.sort().values, sample, right=True).double() / len(values)).tolist()
 
@@ -151,7 +159,7 @@ def percentiles(values: Sequence[float]) -> list[float]:
 def token_pieces(
     ids: Sequence[int], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[Piece]:
-    """The text of each token. With a tokenizer, a character cut into several tokens is put together on the first."""
+    """The text of each token. With a tokenizer, the first of several tokens that make up a character shows it whole."""
     if tokenizer is None:
         return [Piece(text, visible(text), special=_looks_special(text)) for text in texts]
     special = set(tokenizer.all_special_ids)
@@ -170,7 +178,7 @@ def token_pieces(
 
 @functools.lru_cache(maxsize=4096)
 def visible(text: str, longest: int = LONGEST_SHOWN) -> str:
-    """Text as it is drawn: whitespace, control and bidirectional marks become visible signs, long text is cut."""
+    """Text as the page shows it: whitespace, control and direction marks become visible, and long text is cut."""
     cut = text[:longest]
     drawn = "".join(_SHOWN.get(c) or (_code(c) if unicodedata.category(c) in _UNSEEN else c) for c in cut)
     if len(text) > longest:
@@ -179,13 +187,16 @@ def visible(text: str, longest: int = LONGEST_SHOWN) -> str:
 
 
 def show_number(value: float) -> str:
-    """A number as the page prints it: four significant digits."""
+    """A number with four significant digits, as the page shows it."""
     return f"{value:.4g}".replace("-", "−") if math.isfinite(value) else str(value)
 
 
 @dataclass(frozen=True)
 class WhatIf:
-    """What every token would be given: credit, bounds and which bound, if any, stops its gradient; lists over T."""
+    """The credit and the bounds of every token under an assumed ratio, [T] each.
+
+    clipped: "low" or "high" for the bound that stops the token's gradient, else "".
+    """
 
     credit: list[float]
     lower: list[float]
@@ -194,7 +205,7 @@ class WhatIf:
 
 
 def what_if(table: TokenTable, method: Method, ratio: float, advantage: float) -> WhatIf:
-    """Were the ratio of every token `ratio` and the completion's advantage `advantage` (Eq. 10-13, DAPO's loss)."""
+    """The outcome if every token had the ratio `ratio` and the completion the advantage `advantage` (Eq. 10-13)."""
     h = table.tensor("h")
     ratios = torch.full_like(h, ratio)
     signals = TokenSignals.of_one(method, table.signal, table.tensor("entropy")[0])
@@ -222,7 +233,7 @@ TREATED = ("amplified", "suppressed", "clipped low", "clipped high")
 
 
 def treated_tokens(trace: Trace) -> dict[str, list[int]]:
-    """Positions of the tokens that the update amplified, suppressed, or clipped; nothing where there was no update."""
+    """The positions of the tokens of each treatment in TREATED; {} if the completion took part in no update."""
     if not {"credit", "advantage", "clipped"} <= trace.tokens.keys():
         return {}
     credit, advantage = (np.abs(trace.tokens[name]) for name in ("credit", "advantage"))
@@ -233,14 +244,14 @@ def treated_tokens(trace: Trace) -> dict[str, list[int]]:
 
 @dataclass(frozen=True)
 class DualWord:
-    """A word seen on both sides of the pivot. entropies: every occurrence, nats, ascending."""
+    """A word that occurs on both sides of the pivot. entropies: that of every occurrence, nats, ascending."""
 
     word: str
     entropies: list[float]
 
 
 def dual_entropy(tables: Sequence[TokenTable], most: int = 20) -> list[DualWord]:
-    """Words met both above and below their pivot (h > 0 and h <= 0), those with the widest spread of log H first."""
+    """Words that occur both with h > 0 and with h <= 0. Those with the widest range of log-entropy come first."""
     seen: dict[str, list[tuple[float, float]]] = {}
     for table in tables:
         for piece, entropy, h in zip(table.pieces, table.numbers["entropy"], table.numbers["h"], strict=True):
@@ -257,7 +268,7 @@ def dual_entropy(tables: Sequence[TokenTable], most: int = 20) -> list[DualWord]
 
 
 def csv_text(table: TokenTable) -> str:
-    """The table as CSV, full precision. Text is quoted as JSON, so that no spreadsheet takes `=1+1` for a formula."""
+    """The table as CSV in full precision. Text is quoted as JSON, so that `=1+1` is no formula in a spreadsheet."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["position", "text", *table.numbers, "clipped", "alternatives"])
@@ -273,22 +284,23 @@ def _column(trace: Trace, name: str) -> list[float]:
 
 
 def _signal(trace: Trace, entropy: list[float], method: Method) -> tuple[EntropySignal, str]:
+    """The signal for a trace's h, and the clause of `TokenTable.signal_from`."""
     if trace.signal is not None:
         return trace.signal, f"the signal of iteration {trace.iteration}, over all its completion tokens"
     if trace.sampling_signal is not None:
-        return trace.sampling_signal, "the signal that set its temperatures, fitted before it was written"
+        return trace.sampling_signal, "the signal that set the temperatures, fitted before this generation"
     return fit_signal(method, torch.tensor(entropy)), "a signal fitted on this generation alone"
 
 
 def _weights(stored: dict[str, list[float]], at_one: list[float]) -> list[float]:
-    """credit / advantage where the update gave an advantage, else what a ratio of 1 would give."""
+    """credit / advantage if the completion had an advantage in its update, else `at_one`, the weight at ratio 1."""
     if any(stored.get("advantage", [])) and "credit" in stored:
         return [c / a for c, a in zip(stored["credit"], stored["advantage"], strict=True)]
     return at_one
 
 
 def _whole_character(ids: Sequence[int], start: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
-    """How many tokens from `start` on it takes to end a character, and their text; one token if none does."""
+    """The number of tokens from `start` on that make up a character, and their text. It is 1 if no number does."""
     alone = _decode(tokenizer, ids[start : start + 1])
     if not alone.endswith(_REPLACEMENT):
         return 1, alone
@@ -300,8 +312,9 @@ def _whole_character(ids: Sequence[int], start: int, tokenizer: PreTrainedTokeni
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    # SentencePiece drops the space that begins a sentence; here nearly no token begins one.
+    # decode returns a list only for nested lists of ids.
+    text = cast(str, tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    # SentencePiece drops a space at the beginning of its input, which is nearly never the beginning of the text here.
     first = tokenizer.convert_ids_to_tokens(int(ids[0]))
     lost = isinstance(first, str) and first.startswith("▁") and not text.startswith((" ", "▁"))
     return f" {text}" if lost else text
@@ -312,6 +325,6 @@ def _looks_special(text: str) -> bool:
 
 
 def _code(character: str) -> str:
-    # A zero-width joiner holds an emoji or an Indic cluster together: it stays itself.
+    # A zero-width joiner holds an emoji or an Indic cluster together, so it stays as it is.
     joins = character in "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
     return character if joins else f"⟨U+{ord(character):04X}⟩"

@@ -1,4 +1,4 @@
-"""What the tabs of app.py show, put together from tables, markup and figures."""
+"""The content of the inspector's tabs, built from tables, markup and figures."""
 
 from __future__ import annotations
 
@@ -14,14 +14,23 @@ from hapo_lite.inspect.tokens import QUANTITIES, TokenTable, dual_entropy, show_
 from hapo_lite.runs.trace import Trace
 
 MOST_CARDS = 60
-"""Completions of a list that are drawn; the rest is counted."""
+"""Completions that a list shows. The rest is counted."""
 MOST_TEXTS = 12
 """Different tokens of one treatment that are named."""
 
 
 @dataclass(frozen=True)
+class Shown:
+    """One generation and the method that its what-if uses."""
+
+    trace: Trace
+    table: TokenTable
+    method: Method
+
+
+@dataclass(frozen=True)
 class Generation:
-    """HTML of one generation: the facts, the tokens, the figures and its dual-entropy words."""
+    """The HTML of one generation: the facts, the tokens, the figures and its dual-entropy words."""
 
     summary: str
     tokens: str
@@ -30,7 +39,7 @@ class Generation:
 
 
 def generation(trace: Trace, table: TokenTable, method: Method, csv: str = "") -> Generation:
-    """csv: id of the page's download of the tokens."""
+    """The HTML of one generation. csv: the id of the page's download of the tokens."""
     return Generation(
         summary=markup.summary(trace, table),
         tokens=markup.token_text(table, csv=csv),
@@ -40,7 +49,7 @@ def generation(trace: Trace, table: TokenTable, method: Method, csv: str = "") -
 
 
 def what_if(table: TokenTable, method: Method, ratio: float, right: bool) -> str:
-    """The what-if figure: the completion's advantage is 1 where right, -1 where wrong."""
+    """The what-if figure. right: whether the completion's advantage is 1; otherwise it is -1."""
     return figures.figure_html(
         figures.what_if_figure(table, method, ratio, 1.0 if right else -1.0),
         "what_if",
@@ -51,20 +60,20 @@ def what_if(table: TokenTable, method: Method, ratio: float, right: bool) -> str
 
 
 def dual_words(tables: Sequence[TokenTable]) -> str:
-    """The same word at high and at low entropy."""
+    """A figure of the words that occur at high and at low entropy, or a note if there are none."""
     words = dual_entropy(tables)
     if not words:
         return markup.note("No word here occurs both above and below the pivot.")
     return figures.figure_html(
         figures.dual_entropy_figure(words),
         "dual_entropy",
-        "The same word at low and at high entropy: what counts is the place, not the word. Each dot is one occurrence; "
-        "all these words lie on both sides of the pivot (Eq. 5-6).",
+        "The same word at low and at high entropy: the position decides, not the word. Each dot is one occurrence. All "
+        "these words lie on both sides of the pivot (Eq. 5-6).",
     )
 
 
 def differing(left: Sequence[int], right: Sequence[int]) -> tuple[set[int], set[int]]:
-    """Positions of the tokens of each side that have no counterpart on the other."""
+    """The positions of the tokens on each side that have no counterpart on the other side."""
     blocks = difflib.SequenceMatcher(None, left, right, autojunk=False).get_matching_blocks()
     same_left = {b.a + i for b in blocks for i in range(b.size)}
     same_right = {b.b + i for b in blocks for i in range(b.size)}
@@ -73,50 +82,55 @@ def differing(left: Sequence[int], right: Sequence[int]) -> tuple[set[int], set[
 
 @dataclass(frozen=True)
 class Comparison:
-    """HTML of two generations: one sentence, each side's facts and tokens with what differs marked, figures of both."""
+    """The HTML of two generations. sides: (facts, tokens) of the left and the right one, with differences marked."""
 
     sentence: str
     sides: list[tuple[str, str]]
     figures: str
 
 
-def comparison(
-    left: tuple[Trace, TokenTable], right: tuple[Trace, TokenTable], csv: Sequence[str] = ("", "")
-) -> Comparison:
-    """csv: ids of the page's downloads of the two sides."""
-    ids = left[0].tokens["id"], right[0].tokens["id"]
-    marks = differing(*ids)
-    first = next((i for i, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), min(map(len, ids)))
-    if not any(marks):
-        sentence = "Both wrote the same tokens; their entropies and temperatures may still differ."
-    else:
-        sentence = (
-            f"The first {first} tokens agree; {len(marks[0])} of {len(ids[0])} on the left and {len(marks[1])} of "
-            f"{len(ids[1])} on the right have no counterpart and are underlined."
-        )
-    tables = left[1], right[1]
-    spans = markup.shared_spans(tables)
+def comparison(left: Shown, right: Shown, csv: Sequence[str] = ("", "")) -> Comparison:
+    """The HTML of two generations. csv: the ids of the page's downloads of the left and the right tokens."""
+    marks = differing(left.trace.tokens["id"], right.trace.tokens["id"])
+    spans = markup.shared_spans([left.table, right.table])
     sides = [
-        (markup.summary(trace, table), markup.token_text(table, differs=mark, spans=spans, csv=download))
-        for (trace, table), mark, download in zip((left, right), marks, csv, strict=True)
+        (
+            markup.summary(shown.trace, shown.table),
+            markup.token_text(shown.table, differs=mark, spans=spans, csv=download),
+        )
+        for shown, mark, download in zip((left, right), marks, csv, strict=True)
     ]
     drawn = [
         figures.figure_html(
-            figures.side_by_side_figure(*tables, "entropy", "entropy, nats"),
+            figures.side_by_side_figure(left.table, right.table, "entropy", "entropy, nats"),
             "entropy_both",
-            "Entropy of every token on both sides, log axis: they are one line as far as the texts agree (Eq. 5).",
+            "Entropy of every token on both sides, log axis. The lines coincide where the texts agree (Eq. 5).",
         ),
         figures.figure_html(
-            figures.side_by_side_figure(*tables, "temperature", "temperature"),
+            figures.side_by_side_figure(left.table, right.table, "temperature", "temperature"),
             "temperature_both",
             "Sampling temperature of every token on both sides; flat without the adaptive temperature (Eq. 8).",
         ),
     ]
+    sentence = _difference(left, right, marks)
     return Comparison(markup.note(sentence), sides, f'<div class="hapo-figures">{"".join(drawn)}</div>')
 
 
+def _difference(left: Shown, right: Shown, marks: tuple[set[int], set[int]]) -> str:
+    """A sentence that says where the texts differ. marks: from `differing`."""
+    if not any(marks):
+        return "Both sides wrote the same tokens. Their entropies and temperatures may still differ."
+    ids_left, ids_right = left.trace.tokens["id"], right.trace.tokens["id"]
+    shorter = min(len(ids_left), len(ids_right))
+    same = next((i for i in range(shorter) if ids_left[i] != ids_right[i]), shorter)
+    return (
+        f"The first {same} tokens agree. {len(marks[0])} of {len(ids_left)} on the left and {len(marks[1])} of "
+        f"{len(ids_right)} on the right have no counterpart and are underlined."
+    )
+
+
 def curves(run: Run, other: Run | None = None) -> tuple[str, list[str]]:
-    """The run's metrics as figures, a second run's dashed, and what could not be read."""
+    """The run's metrics as figures, and a sentence for each line that could not be read. other: drawn dashed."""
     lines, problems = run.metrics()
     more, more_problems = other.metrics() if other else ([], [])
     parts = [
@@ -131,7 +145,7 @@ def curves(run: Run, other: Run | None = None) -> tuple[str, list[str]]:
 
 
 def treated(entries: Sequence[Entry]) -> str:
-    """What the update did to tokens: how many, by outcome, and which."""
+    """A table of the tokens of each treatment: their number by outcome, and the most frequent texts."""
     trained = [e for e in entries if e.treated]
     if not trained:
         return markup.note("No completion here took part in an update.")
@@ -147,7 +161,7 @@ def treated(entries: Sequence[Entry]) -> str:
 
 
 def right_against_wrong(run: Run, entries: Sequence[Entry]) -> tuple[str, str]:
-    """An iteration's right completions and its others, as two lists of cards under one scale."""
+    """An iteration's right completions and its other ones, as two lists of cards on one scale."""
     right = [e for e in entries if e.outcome == "correct"]
     wrong = [e for e in entries if e.outcome != "correct"]
     tables = [_tables(run, right), _tables(run, wrong)]
@@ -167,8 +181,8 @@ def iteration_words(run: Run, entries: Sequence[Entry]) -> str:
 
 
 def _tables(run: Run, entries: Sequence[Entry]) -> list[TokenTable]:
-    """Of the first `MOST_CARDS` entries."""
-    return [run.table_of(entry) for entry in entries[:MOST_CARDS]]
+    """The tables of the first MOST_CARDS entries."""
+    return [run.table(run.trace_of(entry)) for entry in entries[:MOST_CARDS]]
 
 
 def _entropy_span(tables: Sequence[TokenTable]) -> tuple[float, float]:
@@ -176,13 +190,14 @@ def _entropy_span(tables: Sequence[TokenTable]) -> tuple[float, float]:
 
 
 def _cards(name: str, entries: Sequence[Entry], tables: Sequence[TokenTable], span: tuple[float, float]) -> str:
-    """tables: of the first entries, which are shown; the others are counted."""
+    """A list of cards. tables: those of the first entries, which are shown. The other entries are counted."""
     if not entries:
-        return markup.note("None here.")
+        return markup.note("There are no such completions.")
     items = []
     for entry, table in zip(entries, tables, strict=False):
         heading = f"iteration {entry.iteration} · {entry.stage} · {entry.prompt_id} · sample {entry.sample}"
-        items.append((f"{heading} · {entry.length:,} tokens", entry.outcome, markup.small_text(table, span)))
+        body = markup.small_text(table, span)
+        items.append(markup.Card(f"{heading} · {entry.length:,} tokens", entry.outcome, body))
     more = len(entries) - len(items)
     below = markup.note(f"and {more:,} more") if more > 0 else ""
     return markup.cards(items, name, markup.entropy_legend(span)) + below

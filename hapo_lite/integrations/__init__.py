@@ -1,1 +1,1 @@
-"""The kit's functions inside other people's trainers. Each module imports its trainer only when it is asked to."""
+"""The kit's functions inside the trainers of other projects."""

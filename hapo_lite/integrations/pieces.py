@@ -1,4 +1,4 @@
-"""Which of the methods' pieces other trainers have a place for."""
+"""The pieces of a method that the trainers of other projects can run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hapo_lite.algo.methods import Method
 
 
 def refuse_others(method: Method, trainer: str, own: str) -> None:
-    """Raise ValueError if `method` has more pieces than A-D and DAPO's. own: what `trainer` has in place of some."""
+    """Raise ValueError if `method` has more pieces than A-D and DAPO's. own: settings that `trainer` has instead."""
     lacking = {
         "trained_tokens": method.trained_tokens != "all",
         "eps_uncertain": method.eps_uncertain is not None,

@@ -1,12 +1,14 @@
-"""HAPO in TRL's GRPOTrainer: B, C and D and the signal, made of `hapo_lite.algo`. TRL opens no sampler to A.
+"""HAPO in TRL's GRPOTrainer: the signal and pieces B, C and D, computed by `hapo_lite.algo`.
 
-TRL keeps rewards, scoring and loss in private methods, which change from version to version. This is for 1.16 alone.
+Piece A is missing, since TRL's sampler takes no temperature of each token. TRL keeps rewards, scoring and loss in
+private methods, which change from version to version: this module is for TRL 1.16 alone.
 Axes: B completions, T completion tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 import trl
@@ -19,24 +21,37 @@ from hapo_lite.algo.tokens import TokenSignals, fit_signal
 from hapo_lite.integrations.pieces import refuse_others
 
 WITHOUT_A = replace(PRESETS["hapo"], adaptive_temperature=False)
-AVERAGES = {"dapo": "token", "grpo": "sequence"}
-FIXED = {"beta": 0.0, "delta": None, "importance_sampling_level": "token", "top_entropy_quantile": 1.0}
-FIXED |= {"entropy_coef": 0.0, "use_adaptive_entropy": False, "off_policy_mask_threshold": None}
-FIXED |= {"scale_rewards": "group", "multi_objective_aggregation": "sum_then_normalize", "use_liger_kernel": False}
-"""What GRPOConfig would change in the loss besides epsilon, epsilon_high and loss_type."""
+AVERAGES: dict[str, Literal["token", "sequence"]] = {"dapo": "token", "grpo": "sequence"}
+FIXED = {
+    "beta": 0.0,
+    "delta": None,
+    "importance_sampling_level": "token",
+    "top_entropy_quantile": 1.0,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
+    "off_policy_mask_threshold": None,
+    "scale_rewards": "group",
+    "multi_objective_aggregation": "sum_then_normalize",
+    "use_liger_kernel": False,
+}
+"""Settings of GRPOConfig that would change the loss, and the values at which they do not."""
+
+Inputs = dict[str, Any]
+"""A batch as TRL hands it from method to method: tensors by name."""
 
 
-def mask_of(inputs) -> torch.Tensor:
+def mask_of(inputs: Inputs) -> torch.Tensor:
+    """The completion tokens that count, bool [B, T]."""
     return (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
 
 
 class HapoTrainer(trl.GRPOTrainer):
-    """GRPOTrainer with HAPO's credit. GRPOConfig has the bounds, epsilon and epsilon_high, and the mean, loss_type.
+    """GRPOTrainer with HAPO's credit. GRPOConfig sets the bounds (epsilon, epsilon_high) and the mean (loss_type).
 
     Raises ValueError for another version of TRL and for settings that would not be obeyed.
     """
 
-    def __init__(self, *args, method: Method = WITHOUT_A, **kwargs) -> None:
+    def __init__(self, *args: Any, method: Method = WITHOUT_A, **kwargs: Any) -> None:
         if not trl.__version__.startswith("1.16."):
             raise ValueError(f"this needs trl 1.16, and {trl.__version__} is installed: pip install 'trl>=1.16,<1.17'")
         refuse_others(method, "TRL", "vllm_importance_sampling_correction")
@@ -50,18 +65,24 @@ class HapoTrainer(trl.GRPOTrainer):
             raise ValueError(f"loss_type = {self.loss_type}: use dapo (mean over tokens) or grpo (over completions)")
         if self._is_vlm:
             raise ValueError("models that read pictures are not supported here")
-        bounds = {"eps_low": self.epsilon_low, "eps_high": self.epsilon_high}
-        self.method = replace(method, **bounds, loss_average=AVERAGES[self.loss_type])
+        self.method = replace(
+            method,
+            eps_low=self.epsilon_low,
+            eps_high=self.epsilon_high,
+            loss_average=AVERAGES[self.loss_type],
+        )
 
-    def _calculate_rewards(self, *args, **kwargs):
-        self.rewards = super()._calculate_rewards(*args, **kwargs)  # of all processes, by reward function
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # The rewards of all processes, by reward function.
+        self.rewards = super()._calculate_rewards(*args, **kwargs)
         return self.rewards
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: Any) -> Inputs:
         out = super()._generate_and_score_completions(inputs)
         with torch.no_grad():
             _, entropy = self._score(self.model, out, batch_size=self.args.per_device_train_batch_size)
-        mask, entropy = mask_of(out), entropy.float().clamp_min(0.0)
+        mask = mask_of(out)
+        entropy = entropy.float().clamp_min(0.0)
         signal = fit_signal(self.method, torch.cat(gather_object([entropy[mask].cpu()])))
         rewards = (self.rewards * self.reward_weights.to(self.rewards)).nansum(dim=1).double()
         size = self.num_generations if self.model.training else self.num_generations_eval
@@ -70,15 +91,12 @@ class HapoTrainer(trl.GRPOTrainer):
         own = slice(self.accelerator.process_index * len(mask), (self.accelerator.process_index + 1) * len(mask))
         return out | {"advantages": advantage.float()[own], "h": signal.normalize(entropy) * mask}
 
-    def _compute_loss(self, model, inputs):
+    def _compute_loss(self, model: Any, inputs: Inputs) -> torch.Tensor:
         logp, _ = self._score(model, inputs)
-        mask, h, steps = mask_of(inputs), inputs["h"], self.current_gradient_accumulation_steps
+        mask = mask_of(inputs)
+        h = inputs["h"]
         weights = loss_weights(mask, self.method.loss_average) * inputs.get("importance_sampling_ratio", 1.0)
-        # As TRL counts: the generation batch's tokens over the optimiser steps that share it.
-        denominator = inputs["num_items_in_batch"].clamp_min(1) / self.accelerator.num_processes
-        denominator = denominator * (steps / self.args.steps_per_generation if self.model.training else 1.0)
-        if self.method.loss_average == "sequence":
-            denominator = len(logp) * (steps if self.model.training else 1)
+        denominator = self._denominator(inputs, len(logp))
         tokens = TokenSignals(h, torch.zeros_like(h), h > 0, h.new_ones(len(h)))
         old = inputs.get("old_per_token_logps", logp.detach())
         given = LossInputs(old, inputs["advantages"], tokens, weights)
@@ -87,8 +105,20 @@ class HapoTrainer(trl.GRPOTrainer):
             self._metrics["train" if self.model.training else "eval"][f"hapo/{name}"].append(value)
         return loss.loss
 
-    def _score(self, model, inputs, batch_size=None):
-        """Log-probabilities and entropies, [B, T], at the sampling temperature. Of text alone."""
+    def _denominator(self, inputs: Inputs, completions: int) -> Any:
+        """The count that divides the loss of a micro-batch of so many completions, as TRL counts."""
+        steps = self.current_gradient_accumulation_steps if self.model.training else 1
+        if self.method.loss_average == "sequence":
+            return completions * steps
+        # Optimiser steps that share a generation batch share its tokens.
+        share = steps / self.args.steps_per_generation if self.model.training else 1.0
+        return inputs["num_items_in_batch"].clamp_min(1) / self.accelerator.num_processes * share
+
+    def _score(self, model: Any, inputs: Inputs, batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies of the completions, [B, T], at the sampling temperature."""
         ids, attention = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
-        length, text = inputs["completion_ids"].shape[1], {"batch_size": batch_size, "compute_entropy": True}
-        return self._get_per_token_logps_and_entropies(model, ids, attention, length, **text)[:2]
+        length = inputs["completion_ids"].shape[1]
+        found = self._get_per_token_logps_and_entropies(
+            model, ids, attention, length, batch_size=batch_size, compute_entropy=True
+        )
+        return found[0], found[1]

@@ -1,20 +1,20 @@
-"""HAPO's advantage and loss in the form that verl 0.9 calls them, made of `hapo_lite.algo`. Imports verl in `register`.
+"""HAPO's advantage and loss as verl 0.9 calls them, computed by `hapo_lite.algo`. Only `register` imports verl.
 
-verl gives a loss no entropies: `token_signals` says what h is while it runs, which `verl_cluster` does for every
-micro-batch. A method without C and D needs none.
+verl gives a loss no entropies: `token_signals` sets h while a loss is computed, which `verl_cluster` does for every
+micro-batch. A method without C and D needs no h.
 
-Axes: B completions, T completion tokens, padded anywhere: a mask says which count.
+Axes: B completions, T completion tokens. Padding may stand anywhere: a mask says which tokens count.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,19 +28,19 @@ from hapo_lite.integrations.pieces import refuse_others
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 
 METHODS: dict[str, Method] = {}
-"""What `register` has registered, by the name that verl's configuration gives."""
+"""The methods that `register` has registered, by their name in verl's configuration."""
 
 SIGNAL = "hapo_signal"
-"""Where a batch of prompts, and a request to vLLM, has the signal that A samples with: a `signal_row`."""
+"""The key of A's `signal_row` in a batch of prompts and in a request to vLLM."""
 
-_AVERAGES = {"token-mean": "token", "seq-mean-token-mean": "sequence"}
+_AVERAGES: dict[str, Literal["token", "sequence"]] = {"token-mean": "token", "seq-mean-token-mean": "sequence"}
 _H: ContextVar[Tensor | None] = ContextVar("h", default=None)
 
 
 def register(name: str = "hapo", method: Method = PRESETS["hapo"]) -> None:
     """Make `method` known to verl under `name`: as algorithm.adv_estimator and as actor.policy_loss.loss_mode.
 
-    Raises ValueError for a method with pieces that have no place there.
+    Raises ValueError for a method with pieces that verl cannot run.
     """
     from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
 
@@ -59,7 +59,7 @@ def needs_entropy(method: Method) -> bool:
 
 @contextlib.contextmanager
 def token_signals(h: Tensor) -> Iterator[None]:
-    """Within, `clipped_loss` takes h, [B, T], for its micro-batch; 0 where masked."""
+    """A context in which `clipped_loss` takes this h for its micro-batch. h: [B, T], 0 where masked."""
     token = _H.set(h)
     try:
         yield
@@ -68,26 +68,27 @@ def token_signals(h: Tensor) -> Iterator[None]:
 
 
 def signal_row(method: Method, signal: EntropySignal) -> list[float]:
-    """A's numbers, to travel with a prompt."""
+    """The numbers that A samples with, as a row that can accompany a prompt."""
     positive = float(signal.low_side == "positive")
     return [signal.pivot, signal.sigma, signal.high, signal.low, signal.floor, positive, method.tau]
 
 
 def temperature_of(row: Sequence[float]) -> AdaptiveTemperature:
-    """Eq. 8 for logits at the base temperature. row: a `signal_row`."""
-    *numbers, positive, tau = row
-    return AdaptiveTemperature(EntropySignal(*numbers, "positive" if positive else "negative"), tau=tau)
+    """The adaptive temperature of Eq. 8, for logits at the base temperature. row: a `signal_row`."""
+    pivot, sigma, high, low, floor, positive, tau = row
+    signal = EntropySignal(pivot, sigma, high, low, floor, "positive" if positive else "negative")
+    return AdaptiveTemperature(signal, tau=tau)
 
 
 def group_advantages(
-    method: Method, token_level_rewards: Tensor, response_mask: Tensor, index: Sequence, **unused: Any
+    method: Method, token_level_rewards: Tensor, response_mask: Tensor, index: Sequence[Hashable], **unused: Any
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 9 or 1 over the groups that share an `index`: (advantages, returns), the same [B, T], 0 where masked.
+    """The advantages of Eq. 9 or 1 over the groups that share an `index`, [B, T], 0 where masked.
 
-    token_level_rewards, response_mask: [B, T]; a completion's reward is the sum of its row. index: [B], any hashables.
-    Computed in fp64.
+    verl asks for (advantages, returns): both are this tensor. token_level_rewards, response_mask: [B, T]; the reward of
+    a completion is the sum of its row. index: [B]. The computation is in fp64.
     """
-    numbers: dict = {}
+    numbers: dict[Hashable, int] = {}
     groups = torch.tensor([numbers.setdefault(uid, len(numbers)) for uid in index])
     advantage = group_advantage(
         token_level_rewards.double().sum(dim=1).cpu(), response_mask.sum(dim=1).cpu(), groups, method.advantage_level
@@ -106,11 +107,11 @@ def clipped_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss of one micro-batch, [B, T] each, and its metrics: the same sum as the kit's own loop makes.
+    """The loss of one micro-batch and its metrics: the same sum as in the kit's own loop. All tensors are [B, T].
 
-    verl's actor configuration decides what it has a name for: clip_ratio_low, clip_ratio_high, clip_ratio_c (inf: no
-    dual clip) and loss_agg_mode, "token-mean" or "seq-mean-token-mean". Divided by what belongs to the whole optimiser
-    step, which verl has counted, over all processes.
+    verl's actor configuration sets the bounds clip_ratio_low and clip_ratio_high, the dual clip clip_ratio_c (inf:
+    none) and the mean loss_agg_mode, "token-mean" or "seq-mean-token-mean". The sum is divided by the tokens or
+    completions of the whole optimiser step over all processes, which verl has counted. verl dictates the parameters.
     """
     method = _as_configured(method, config, loss_agg_mode)
     h = _H.get() if needs_entropy(method) else torch.zeros_like(log_prob)
@@ -130,22 +131,24 @@ def clipped_loss(
 
 
 def _as_configured(method: Method, config: Any, loss_agg_mode: str) -> Method:
+    """The method with the bounds and the mean of verl's configuration."""
     if loss_agg_mode not in _AVERAGES:
         raise ValueError(f"actor.loss_agg_mode = {loss_agg_mode}: use {' or '.join(_AVERAGES)}")
-    low, high = (
-        config.clip_ratio if value is None else value for value in (config.clip_ratio_low, config.clip_ratio_high)
-    )
     return replace(
         method,
-        eps_low=low,
-        eps_high=high,
+        eps_low=config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low,
+        eps_high=config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high,
         dual_clip=None if math.isinf(config.clip_ratio_c) else config.clip_ratio_c,
         loss_average=_AVERAGES[loss_agg_mode],
     )
 
 
 def _denominator(method: Method, mask: Tensor, step: dict[str, Any]) -> float | Tensor:
-    """Over `dp_size` processes verl takes the mean of gradients, the kit the sum: verl's loss is that much larger."""
+    """The count that divides the loss of a micro-batch.
+
+    verl takes the mean of gradients over `dp_size` processes, the kit the sum, so that verl's loss is `dp_size` times
+    as large.
+    """
     by_token = method.loss_average == "token"
     count = step.get("batch_num_tokens" if by_token else "global_batch_size")
     if count is None:

@@ -1,9 +1,9 @@
 """HAPO on verl's Ray cluster: name this module in VERL_USE_EXTERNAL_MODULES (recipes/verl/hapo_qwen7b.sh).
 
-verl 0.9 hands its advantages and losses no entropies, though its old-policy pass finds them. Its own points of
-extension carry them: a trainer (trainer.v1.trainer_mode=hapo) that turns them into h over the whole iteration, and a
-loss that takes h along with verl's own. An agent loop (rollout.agent.default_agent_loop=hapo) sends the previous
-iteration's signal to vLLM, for A, where `verl_rollout` takes it. Not yet run on a cluster.
+verl 0.9 gives its advantages and losses no entropies, though its pass with the old policy computes them. Its extension
+points carry them: a trainer (trainer.v1.trainer_mode=hapo) computes h over the whole iteration, and a loss takes h
+beside verl's own tensors. For A, an agent loop (rollout.agent.default_agent_loop=hapo) sends the previous iteration's
+signal to vLLM, where `verl_rollout` reads it. This module has not been run on a cluster yet.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from verl.trainer.ppo.v1 import PPOTrainerSync, register_trainer
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import ppo_loss
 
-from hapo_lite.algo.methods import PRESETS
+from hapo_lite.algo.methods import PRESETS, Method
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.tokens import fit_signal
 from hapo_lite.integrations import verl
@@ -28,21 +28,24 @@ for _name in ("hapo", "hapo_public_code"):
     verl.register(_name, PRESETS[_name])
 
 
-def ppo_loss_with_h(config: Any, model_output: Any, data: Any, dp_group: Any = None) -> tuple[torch.Tensor, dict]:
-    """verl's loss of a micro-batch, during which the registered one knows the `hapo_h` of its tokens."""
+def ppo_loss_with_h(
+    config: Any, model_output: Any, data: Any, dp_group: Any = None
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """verl's loss of a micro-batch, computed while `token_signals` holds the `hapo_h` of its tokens."""
     with verl.token_signals(torch.nested.to_padded_tensor(data["hapo_h"], 0.0)):
         return ppo_loss(config, model_output, data, dp_group)
 
 
 @register_trainer("hapo")
 class HapoTrainer(PPOTrainerSync):
-    """verl's synchronous trainer, with h for the loss and the last iteration's signal for sampling.
+    """verl's synchronous trainer, with h for the loss and the previous iteration's signal for sampling.
 
     The first iteration, and the first after a resume, samples at the base temperature.
     """
 
     def __init__(self, config: Any) -> None:
-        loss, estimator = config.actor_rollout_ref.actor.policy_loss.loss_mode, config.algorithm.adv_estimator
+        loss = config.actor_rollout_ref.actor.policy_loss.loss_mode
+        estimator = config.algorithm.adv_estimator
         if loss not in verl.METHODS or estimator not in verl.METHODS:
             raise ValueError(
                 f"trainer_mode=hapo needs algorithm.adv_estimator and actor.policy_loss.loss_mode among "
@@ -52,7 +55,8 @@ class HapoTrainer(PPOTrainerSync):
             raise ValueError(
                 "rollout_correction.bypass_mode leaves out the pass that finds the entropies: switch it off"
             )
-        self.method, self.signal = verl.METHODS[loss], None
+        self.method = verl.METHODS[loss]
+        self.signal: EntropySignal | None = None
         config.trainer.v1.trainer_mode = "sync"  # The base class asks for this name wherever it is not asynchronous.
         super().__init__(config)
 
@@ -69,25 +73,27 @@ class HapoTrainer(PPOTrainerSync):
             batch[verl.SIGNAL] = torch.tensor([row] * len(batch), dtype=torch.float64)
         return batch
 
-    def _compute_old_log_prob(self, batch: Any, metrics: dict) -> Any:
+    def _compute_old_log_prob(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = super()._compute_old_log_prob(batch, metrics)
         found = transfer_queue.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=["entropy", "response_mask"]
         )
         real = [not tag.get("is_padding", False) for tag in batch.tags]
-        h, self.signal = signals(self.method, found["entropy"], found["response_mask"], real)
+        h, signal = signals(self.method, found["entropy"], found["response_mask"], real)
+        self.signal = signal
         transfer_queue.kv_batch_put(
             keys=batch.keys, partition_id=batch.partition_id, fields=found.empty().update({"hapo_h": h})
         )
-        metrics["hapo/pivot"], metrics["hapo/sigma"] = self.signal.pivot, self.signal.sigma
+        metrics["hapo/pivot"] = signal.pivot
+        metrics["hapo/sigma"] = signal.sigma
         return batch
 
 
-def signals(method: Any, entropy: torch.Tensor, mask: torch.Tensor, real: list[bool]) -> tuple[Any, EntropySignal]:
-    """h of every token, nested like `entropy`, and the signal over those that count.
+def signals(method: Method, entropy: torch.Tensor, mask: torch.Tensor, real: list[bool]) -> tuple[Any, EntropySignal]:
+    """h of every token, nested like `entropy`, and the signal over the tokens that count.
 
-    entropy, mask: nested [B, T_i]. real: which rows are completions, not there to fill the batch. verl's entropies are
-    differences of two large numbers, which may come out below 0: those count as 0.
+    entropy, mask: nested [B, T_i]. real: false for the rows that only fill the batch. verl computes an entropy as the
+    difference of two large numbers, which rounding may leave below 0: such an entropy counts as 0.
     """
     rows = [row.float().clamp_min(0.0) for row in entropy.unbind()]
     counted = [row[keep.bool()] for row, keep, wanted in zip(rows, mask.unbind(), real, strict=True) if wanted]
@@ -97,7 +103,7 @@ def signals(method: Any, entropy: torch.Tensor, mask: torch.Tensor, real: list[b
 
 @register_agent_loop("hapo")
 class HapoAgentLoop(SingleTurnAgentLoop):
-    """verl's single turn, whose requests carry the signal that the trainer put beside the prompt."""
+    """verl's single-turn agent loop, whose requests carry the signal that the trainer added to the prompt."""
 
     async def run(self, sampling_params: dict[str, Any], hapo_signal: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if hapo_signal is not None:

@@ -1,1 +1,1 @@
-"""`python -m hapo_lite.preflight`: a recipe's memory, predicted and measured, and settings that fit."""
+"""`python -m hapo_lite.preflight`: predicts and measures a recipe's memory, and suggests settings that fit."""

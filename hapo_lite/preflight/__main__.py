@@ -1,4 +1,4 @@
-"""What a recipe takes of memory: `python -m hapo_lite.preflight RECIPE [section.key=value ...] [--shape-only]`."""
+"""Predict and measure a recipe's memory: `python -m hapo_lite.preflight RECIPE [section.key=value ...]`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hapo_lite.recipe import find_recipe
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line `argv`; None: the arguments of this process. Raises UserError."""
     parser = recipe_parser(
         "preflight",
         "Run a recipe's worst iteration, show where memory and time go, and suggest settings that fit the card.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from hapo_lite.train.memory.room import usable
 
 @dataclass(frozen=True)
 class Advice:
-    """What fits. longest: the longest completion that would, one sequence at a time and one group sampled at once."""
+    """The largest settings that fit. longest: tokens of the longest completion that would fit in batches of one.
+
+    Those batches are one sequence per micro-batch and one group sampled at once.
+    """
 
     micro_batch_tokens: int
     batch_size: int
@@ -24,6 +28,7 @@ class Advice:
     longest: int
 
     def settings(self) -> dict[str, int]:
+        """The settings by their names in a recipe."""
         return {
             "training.micro_batch_tokens": self.micro_batch_tokens,
             "rollout.batch_size": self.batch_size,
@@ -31,34 +36,52 @@ class Advice:
         }
 
 
-def advise(predictor: Predictor, recipe: Recipe, card: int, factors: dict[str, float] | None = None) -> Advice:
-    """factors: measured over predicted bytes of the rollout and the update, where they were measured.
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes of the update and the rollout at their peaks, for any sizes. prompt: tokens of the longest prompt.
 
-    Memory grows by a line with sequences and tokens, so two predictions give the rest. Raises UserError if not even
-    one sequence of 64 new tokens fits.
+    factors: measured over predicted bytes by stage; 1 for a stage without a measurement.
     """
-    room, factors = usable(card), factors or {}
+
+    predictor: Predictor
+    recipe: Recipe
+    prompt: int
+    factors: dict[str, float]
+
+    def update(self, completion: int, batch: int) -> float:
+        """The update with micro-batches of `batch` sequences. completion: tokens."""
+        stage = self.predictor.update(Sizes(self.prompt, completion, 1, 1, batch, self.prompt + completion))
+        return stage.total * self.factors.get("update", 1.0)
+
+    def rollout(self, completion: int, rows: int) -> float:
+        """The rollout with `rows` completions sampled at once. completion: tokens."""
+        prompts = math.ceil(rows / self.recipe.rollout.completions_per_prompt)
+        stage = self.predictor.rollout(self.recipe, Sizes(self.prompt, completion, rows, prompts, 1, 1))
+        # With room=0 only a copy of the base that the recipe insists on is counted.
+        if self.predictor.unpacks(self.recipe, stage, room=0):
+            stage = stage.beside(self.predictor.unpacked)
+        return stage.total * self.factors.get("rollout", 1.0)
+
+
+def advise(predictor: Predictor, recipe: Recipe, card: int, factors: dict[str, float] | None = None) -> Advice:
+    """The largest settings that fit a card of `card` bytes. factors: as `Peaks` has them.
+
+    Memory is linear in sequences and in tokens, so two predictions give all others. Raises UserError if not even one
+    sequence of 64 new tokens fits.
+    """
+    room = usable(card)
     sizes = worst_case(recipe, predictor.context)
     samples = recipe.rollout.completions_per_prompt
     completions = recipe.rollout.prompts_per_iteration * samples
-
-    def update(completion: int, batch: int) -> float:
-        width = sizes.prompt + completion
-        stage = predictor.update(Sizes(sizes.prompt, completion, 1, 1, batch, width))
-        return stage.total * factors.get("update", 1.0)
-
-    def rollout(completion: int, rows: int) -> float:
-        stage = predictor.rollout(recipe, Sizes(sizes.prompt, completion, rows, -(-rows // samples), 1, 1))
-        if predictor.unpacks(recipe, stage, room=0):  # one that is made where it fits does not take part in what fits
-            stage = stage.beside(predictor.unpacked)
-        return stage.total * factors.get("rollout", 1.0)
-
+    peaks = Peaks(predictor, recipe, sizes.prompt, factors or {})
     base = sizes.completion
-    one, longer = update(base, 1), update(2 * base, 1)
-    group, longer_group = rollout(base, samples), rollout(2 * base, samples)
-    longest = predictor.context - sizes.prompt
-    for at_base, at_twice in ((one, longer), (group, longer_group)):
-        longest = min(longest, base + int((room - at_base) / max((at_twice - at_base) / base, 1e-9)))
+    one = peaks.update(base, 1)
+    group = peaks.rollout(base, samples)
+    longest = min(
+        predictor.context - sizes.prompt,
+        _longest_completion(room, base, one, peaks.update(2 * base, 1)),
+        _longest_completion(room, base, group, peaks.rollout(2 * base, samples)),
+    )
     if longest < min(64, base):
         raise UserError(
             f"{recipe.model.name} does not fit {card / 2**30:.3g} GiB with these settings: try "
@@ -67,25 +90,33 @@ def advise(predictor: Predictor, recipe: Recipe, card: int, factors: dict[str, f
         )
     completion = base if longest >= base else longest // 64 * 64
     if completion < base:
-        one, group = update(completion, 1), rollout(completion, samples)
-    step = -(-completions // recipe.training.updates_per_iteration)
-    batch = _largest(room, one, update(completion, 2) - one, 1, 1, step)
-    rows = _largest(room, group, rollout(completion, 2 * samples) - group, samples, samples, completions)
+        one = peaks.update(completion, 1)
+        group = peaks.rollout(completion, samples)
+    completions_per_step = math.ceil(completions / recipe.training.updates_per_iteration)
+    batch = 1 + _units_that_fit(room, one, peaks.update(completion, 2))
+    groups = 1 + _units_that_fit(room, group, peaks.rollout(completion, 2 * samples))
+    batch = max(1, min(batch, completions_per_step))
+    rows = max(samples, min(groups * samples, completions))
     return Advice(batch * (sizes.prompt + completion), rows, completion, longest)
 
 
-def _largest(room: float, first: float, slope: float, start: int, step: int, most: int) -> int:
-    """start + k step, at most `most`, with first + k slope <= room."""
-    return max(start, min(start + step * int((room - first) / max(slope, 1.0)), most))
+def _longest_completion(room: float, base: int, at_base: float, at_twice: float) -> int:
+    """Tokens of the longest completion in `room` bytes, from the bytes at `base` and at twice as many tokens."""
+    per_token = max((at_twice - at_base) / base, 1e-9)
+    return base + int((room - at_base) / per_token)
+
+
+def _units_that_fit(room: float, at_one: float, at_two: float) -> int:
+    """Number of sequences or groups that fit beside the first one, from the bytes with one and with two of them."""
+    return int((room - at_one) / max(at_two - at_one, 1.0))
 
 
 def write_back(path: Path, settings: dict[str, int]) -> None:
-    """Put `section.key` settings into a recipe file: all else in it stays as it is. Whole or not at all.
+    """Put `section.key` settings into a recipe file, whose other text stays as it is. Nothing is written on failure.
 
-    PyYAML says where a value stands. A round trip through ruamel.yaml would lay out the rest anew (`null`, aligned
-    columns, indents other than 2, flow mappings of several lines).
-
-    Raises UserError if the file cannot be written or is laid out in a way that this cannot edit.
+    PyYAML finds the place of a value. A round trip through ruamel.yaml would change the layout of the rest: `null`,
+    aligned columns, indents other than 2, flow mappings of several lines. Raises UserError if the file cannot be
+    written, or if its layout is one that this function cannot edit.
     """
     text = path.read_text(encoding="utf-8")
     wanted = yaml.safe_load(text)
@@ -94,18 +125,21 @@ def write_back(path: Path, settings: dict[str, int]) -> None:
             section, key = dotted.split(".")
             wanted.setdefault(section, {})[key] = value
             text = _with_setting(text, section, key, value)
-        same = yaml.safe_load(text) == wanted
+        edited = yaml.safe_load(text) == wanted
     except yaml.YAMLError:
-        same = False
-    if not same:
+        edited = False
+    if not edited:
         raise UserError(f"{path} is laid out in a way that --write cannot edit: put the settings in by hand")
     with writing(path):
         replace_text(path, text)
 
 
 def _with_setting(text: str, section: str, key: str, value: int) -> str:
-    """`text` with the setting in it; unchanged where its section is empty."""
-    sections = {name.value: node for name, node in yaml.compose(text, Loader=yaml.SafeLoader).value}
+    """`text` with the setting in it; unchanged if its section is empty. Raises YAMLError."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is None:
+        return text
+    sections = {name.value: node for name, node in root.value}
     if section not in sections:
         return f"{text.rstrip()}\n\n{section}:\n  {key}: {value}\n"
     entries = sections[section].value

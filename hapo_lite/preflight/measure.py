@@ -1,12 +1,13 @@
-"""One iteration of a recipe at its worst, for real: peak memory and seconds of each stage.
+"""Runs one worst-case iteration of a recipe, and measures the peak memory and seconds of each stage.
 
-The loop, the engine, the loss and the optimiser are those of a run. Prompts have the length that the recipe allows,
-no token ends a completion, and rewards alternate, so that every completion has a gradient.
+The loop, the engine, the loss and the optimiser are those of a run. Prompts have the greatest length that the recipe
+allows, no token ends a completion, and rewards alternate, so that every completion has a gradient.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import psutil
 import torch
+from accelerate import Accelerator
 
 from hapo_lite.errors import UserError
 from hapo_lite.model.load import load_policy
@@ -33,15 +35,16 @@ from hapo_lite.train.memory.room import unpacks
 from hapo_lite.train.observer import Observer
 
 STAGES = ("rollout", "scoring", "update")
-TICK = 0.004
-"""Seconds between two looks at the resident memory of a process on a CPU."""
+TICK_S = 0.004
+"""Seconds between two readings of the process's resident memory, on a CPU."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """By stage. allocated: bytes at the peak, of tensors on a GPU, of the process beyond what it had before the model
-    on a CPU; reserved: what torch held of the card; None on a CPU. seconds: of one whole iteration. fitted: settings
-    that memory had to be halved to; empty if all went as the recipe says.
+    """Measurements by stage. allocated: bytes at the peak; on a CPU, the growth of the process since before the model.
+
+    reserved: bytes of the card that torch held; None on a CPU. seconds: for one whole iteration of the recipe. fitted:
+    settings that were halved until memory sufficed; empty if the recipe's own settings fitted.
     """
 
     allocated: dict[str, int]
@@ -51,34 +54,49 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Worst:
-    """loop: whose iterations are the recipe's at their worst; share: how much of one each does."""
+class WorstCase:
+    """A loop whose iterations need as much memory as the recipe's can. meter: measures its stages.
+
+    share: the part of the recipe's iteration that one iteration of this loop does.
+    """
 
     loop: Loop
     share: float
-    watch: Watch
+    meter: StageMeter
 
 
-def prepare(recipe: Recipe) -> Worst:
-    """Load the model and make its loop."""
+def prepare(recipe: Recipe) -> WorstCase:
+    """Load the model and make its loop.
+
+    An iteration has as many groups as fill a sampling batch and two micro-batches, at most the recipe's number of
+    groups, and makes one update of them all.
+    """
     accelerator = make_accelerator(recipe)
-    watch = Watch(accelerator.device)
+    meter = StageMeter(accelerator.device)
     unpacked = unpacks(recipe, accelerator.device)
     policy = load_policy(recipe.model, recipe.seed, accelerator.device, None, recipe.rollout.engine, unpacked)
-    loop, share = worst_loop(recipe, policy, accelerator, Progress(watch.enter))
-    return Worst(loop, share, watch)
+    sizes = worst_case(recipe, policy.context)
+    most = recipe.rollout.prompts_per_iteration
+    rows = max(sizes.rows, 2 * sizes.batch)
+    groups = min(most, math.ceil(rows / recipe.rollout.completions_per_prompt))
+    loop = worst_loop(with_groups(recipe, groups), policy, accelerator, Progress(meter.enter))
+    return WorstCase(loop, groups / most, meter)
 
 
-def measure_loop(worst: Worst, say: Callable[[str], None]) -> Measured:
-    """Run two iterations: the first warms up; peaks are of both, seconds of the second."""
-    loop, share, watch = worst.loop, worst.share, worst.watch
+def measure_loop(worst: WorstCase, say: Callable[[str], None]) -> Measured:
+    """Run two iterations, the first as a warm-up. Peaks are those of both, seconds those of the second.
+
+    Raises UserError if a stage was not reached, since a number before it was not finite.
+    """
+    loop, meter = worst.loop, worst.meter
     loop.watch(_SayShortage(say))
     state = TrainState()
     for _ in range(2):
-        watch.seconds.clear()
+        meter.seconds.clear()
         state = loop.step(state).state
-        watch.enter("")
-    if missing := [stage for stage in STAGES if stage not in watch.allocated]:
+        meter.enter("")
+    missing = [stage for stage in STAGES if stage not in meter.allocated]
+    if missing:
         raise UserError(
             f"the {missing[0]} could not be measured, since a number before it was not finite: see model.dtype"
         )
@@ -89,41 +107,42 @@ def measure_loop(worst: Worst, say: Callable[[str], None]) -> Measured:
         if oom.tokens:
             fitted["training.micro_batch_tokens"] = oom.tokens
     return Measured(
-        {stage: watch.allocated[stage] for stage in STAGES},
-        {stage: watch.reserved[stage] for stage in STAGES} if watch.cuda else None,
-        {stage: watch.seconds[stage] / share for stage in STAGES},
+        {stage: meter.allocated[stage] for stage in STAGES},
+        {stage: meter.reserved[stage] for stage in STAGES} if meter.cuda else None,
+        {stage: meter.seconds[stage] / worst.share for stage in STAGES},
         fitted,
     )
 
 
-def worst_loop(recipe: Recipe, policy: Policy, accelerator, progress: Progress) -> tuple[Loop, float]:
-    """A loop whose iterations are the recipe's at their worst, and what share of one each does.
-
-    As many groups as fill a sampling batch and two micro-batches, at most the recipe's, and one update of them all.
-    """
-    sizes, rollout = worst_case(recipe, policy.context), recipe.rollout
-    samples = rollout.completions_per_prompt
-    groups = min(rollout.prompts_per_iteration, -(-max(sizes.rows, 2 * sizes.batch) // samples))
-    small = recipe.model_copy(
+def with_groups(recipe: Recipe, groups: int) -> Recipe:
+    """The recipe with iterations of `groups` groups and one update, without traces and dynamic sampling."""
+    rollout = {"prompts_per_iteration": groups, "dynamic_sampling": False, "token_budget": None}
+    return recipe.model_copy(
         update={
-            "rollout": rollout.model_copy(
-                update={"prompts_per_iteration": groups, "dynamic_sampling": False, "token_budget": None}
-            ),
+            "rollout": recipe.rollout.model_copy(update=rollout),
             "training": recipe.training.model_copy(update={"updates_per_iteration": 1}),
             "logging": recipe.logging.model_copy(update={"traces_per_iteration": 0}),
         }
     )
-    some = policy.encode([{"role": "user", "content": "one two three four five six seven eight"}])
-    ids = tuple((some * -(-sizes.prompt // len(some)))[: sizes.prompt])
+
+
+def worst_loop(recipe: Recipe, policy: Policy, accelerator: Accelerator, progress: Progress) -> Loop:
+    """A loop over prompts and completions of the greatest length, each of which has a gradient."""
+    sizes = worst_case(recipe, policy.context)
+    text = policy.encode([{"role": "user", "content": "one two three four five six seven eight"}])
+    repeated = text * math.ceil(sizes.prompt / len(text))
+    ids = tuple(repeated[: sizes.prompt])
+    groups = recipe.rollout.prompts_per_iteration
     prompts = [EncodedPrompt(i, Prompt(str(i), (("user", str(i)),), ""), ids) for i in range(groups)]
     endless = replace(policy, stop_ids=(-1,))
-    engine = make_engine(small, endless, sizes.completion)
-    collector = Collector(engine, _Turns(), accelerator, progress)
-    loop = Loop(small, policy, collector, PromptStream(prompts, recipe.seed))
-    return loop, groups / rollout.prompts_per_iteration
+    engine = make_engine(recipe, endless, sizes.completion)
+    collector = Collector(engine, _AlternatingScorer(progress), accelerator, progress)
+    return Loop(recipe, policy, collector, PromptStream(prompts, recipe.seed))
 
 
 class _SayShortage(Observer):
+    """Prints a note when memory runs out."""
+
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
 
@@ -131,53 +150,69 @@ class _SayShortage(Observer):
         self.say(f"note: {sentence}")
 
 
-class _Turns:
-    """Grades in turn right and wrong."""
+class _AlternatingScorer:
+    """Grades completions as wrong and correct in turn."""
 
-    def score(self, prompts: Sequence[Prompt], *_) -> list[Score]:
-        return [Score(float(i % 2), bool(i % 2), "correct" if i % 2 else "wrong", None) for i in range(len(prompts))]
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], lengths: Sequence[int], truncated: Sequence[bool]
+    ) -> list[Score]:
+        wrong = Score(0.0, False, "wrong", None)
+        correct = Score(1.0, True, "correct", None)
+        return [correct if i % 2 else wrong for i in range(len(prompts))]
 
 
-class Watch:
-    """Peaks and seconds by stage; told which one begins."""
+class StageMeter:
+    """Measures peak memory and seconds of each stage. `enter` tells it which stage begins."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.cuda = device, device.type == "cuda"
+        self.device = device
+        self.cuda = device.type == "cuda"
         self.allocated: dict[str, int] = {}
         self.reserved: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
-        self._stage, self._began, self._peak = "", 0.0, 0
+        self._stage = ""
+        self._began = 0.0
+        self._peak = 0
         self._process = psutil.Process()
         self._before = 0 if self.cuda else self._process.memory_info().rss
         if not self.cuda:
-            threading.Thread(target=self._look, daemon=True).start()
+            threading.Thread(target=self._follow_resident_memory, daemon=True).start()
 
     def enter(self, stage: str) -> None:
+        """End the current stage and begin `stage`; "" begins none."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
         if self._stage:
-            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + now - self._began
-            peak = torch.cuda.max_memory_allocated(self.device) if self.cuda else self._peak - self._before
-            self.allocated[self._stage] = max(self.allocated.get(self._stage, 0), peak)
-            if self.cuda:
-                reserved = torch.cuda.max_memory_reserved(self.device)
-                self.reserved[self._stage] = max(self.reserved.get(self._stage, 0), reserved)
+            self._record(time.perf_counter() - self._began)
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             return_freed_memory()
             self._peak = self._process.memory_info().rss
-        self._stage, self._began = stage, time.perf_counter()
+        self._stage = stage
+        self._began = time.perf_counter()
 
-    def _look(self) -> None:
+    def _record(self, seconds: float) -> None:
+        """Add the current stage's seconds, and raise its peaks."""
+        stage = self._stage
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        peak = torch.cuda.max_memory_allocated(self.device) if self.cuda else self._peak - self._before
+        self.allocated[stage] = max(self.allocated.get(stage, 0), peak)
+        if self.cuda:
+            reserved = torch.cuda.max_memory_reserved(self.device)
+            self.reserved[stage] = max(self.reserved.get(stage, 0), reserved)
+
+    def _follow_resident_memory(self) -> None:
         while True:
             self._peak = max(self._peak, self._process.memory_info().rss)
-            time.sleep(TICK)
+            time.sleep(TICK_S)
 
 
 def return_freed_memory() -> None:
-    """Have glibc hand freed pages back, so that one stage's peak is not counted in the next; elsewhere a no-op."""
+    """Make glibc return freed pages, so that one stage's peak is not counted in the next. Without glibc: no effect."""
     if sys.platform.startswith("linux"):
         try:
             ctypes.CDLL(None).malloc_trim(0)

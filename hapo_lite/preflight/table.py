@@ -1,4 +1,4 @@
-"""Predictions and measurements as a table, and what they mean for a card, in words."""
+"""Predictions and measurements as a table, and sentences about whether they fit a card."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from hapo_lite.preflight.measure import Measured
 from hapo_lite.recipe import Recipe
 from hapo_lite.train.memory.predict import PARTS, Stage
 
-MIB, GIB = 2**20, 2**30
+MIB = 2**20
+GIB = 2**30
 
 
 def memory_table(stages: Sequence[Stage], measured: Measured | None) -> str:
-    """Parts in rows, stages in columns, MiB; below them what was measured, and the seconds of an iteration."""
+    """A table in MiB: parts in rows, stages in columns, then the measurements and the seconds of an iteration."""
     names = [stage.name for stage in stages]
     rows = [("MiB at the peak", *names)]
     for part in PARTS:
@@ -30,9 +31,9 @@ def memory_table(stages: Sequence[Stage], measured: Measured | None) -> str:
 
 
 def verdict(stages: Sequence[Stage], measured: Measured | None, card: int) -> str:
-    """Whether it fits: one sentence."""
+    """A sentence about whether the recipe fits a card of `card` bytes, by measurements if there are any."""
     peaks = {stage.name: measured.allocated[stage.name] if measured else stage.total for stage in stages}
-    worst = max(peaks, key=peaks.get)
+    worst = max(peaks, key=lambda name: peaks[name])
     word = "fits" if peaks[worst] <= usable(card) else "does not fit"
     return (
         f"{word}: the {worst} takes {peaks[worst] / GIB:.2f} GiB of the {usable(card) / GIB:.2f} that a memory of "
@@ -41,7 +42,7 @@ def verdict(stages: Sequence[Stage], measured: Measured | None, card: int) -> st
 
 
 def suggestion(advice: Advice, recipe: Recipe) -> str:
-    """The settings that fit, with what the recipe has now, and the longest completion that would."""
+    """The settings that fit, each with the recipe's present value, and the longest completion that would fit."""
     now = {
         "training.micro_batch_tokens": recipe.training.micro_batch_tokens,
         "rollout.batch_size": recipe.rollout.batch_size,

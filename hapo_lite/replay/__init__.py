@@ -1,1 +1,1 @@
-"""`python -m hapo_lite.replay`: a skipped step once more, to find where its first non-finite number arises."""
+"""`python -m hapo_lite.replay`: repeats a skipped step to find where its first non-finite number arises."""

@@ -10,6 +10,7 @@ from hapo_lite.cli import program_name, run_command
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line `argv`; None: the arguments of this process. Raises UserError."""
     parser = argparse.ArgumentParser(
         prog=program_name("replay"),
         description="Look at what a skipped step was given, run its forward and backward again, micro-batch by "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -42,7 +43,7 @@ def covers(model: PreTrainedModel, cache: Cache, attention: str = "sdpa") -> boo
         and "chunked_attention" not in (getattr(text, "layer_types", None) or ())
         and type(cache) is DynamicCache
         and not cache.offloading
-        and all(type(layer) in plain and layer.is_initialized for layer in cache.layers)
+        and all(type(layer) in plain and layer.keys is not None for layer in cast(list[Any], cache.layers))
     )
 
 
@@ -74,9 +75,9 @@ def _attend(
     Raises NotCovered where the model passes on anything else.
     """
     cache, index = _reading.get(), getattr(module, "layer_idx", None)
-    if index is None or index >= len(cache.layers) or attention_mask is not None or position_bias is not None:
+    if index is None or index >= len(cache.fixed) or attention_mask is not None or position_bias is not None:
         raise NotCovered
-    layer = cache.layers[index]
+    layer = cache.fixed[index]
     if key is not layer.shown[0] or value is not layer.shown[1] or query.shape[2] != 1:
         raise NotCovered
     layer.attended += 1

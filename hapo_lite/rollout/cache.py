@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 SLOTS = 64
@@ -78,7 +79,9 @@ class FixedLayer(CacheLayerMixin):
         super().__init__()
         self.ring = ring
         self.is_sliding = grown.is_sliding
-        self.keys, self.values = (_spread(t, rows, columns, ring.size) for t in (grown.keys, grown.values))
+        assert grown.keys is not None and grown.values is not None
+        self.keys = _spread(grown.keys, rows, columns, ring.size)
+        self.values = _spread(grown.values, rows, columns, ring.size)
         self.is_initialized = True
         self.attended = 0
         self.show(rows.shape[0], ring.size)
@@ -131,7 +134,7 @@ class FixedCache(Cache):
     width: columns that have been written, of prompt and completion.
     """
 
-    def __init__(self, grown: DynamicCache, rows: Tensor, attention_mask: Tensor, tokens: int) -> None:
+    def __init__(self, grown: Cache, rows: Tensor, attention_mask: Tensor, tokens: int) -> None:
         """rows: [B], the prompt of each row; attention_mask: [P, L]; tokens: of the longest row, prompt included.
 
         The layers of `grown` are emptied one by one, so that the memory is not needed twice.
@@ -141,24 +144,25 @@ class FixedCache(Cache):
         self._shown = (0, 0)
         visible, slots = attention_mask[rows].bool(), whole_slots(tokens)
         self._rings: dict[int, Ring] = {}
-        layers = []
-        for layer in grown.layers:
+        self.fixed: list[FixedLayer] = []
+        # The types include layers of linear attention, which `covers` refuses.
+        for layer in cast(list[Any], grown.layers):
             window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else slots
             size = min(window, slots)
             columns = range(self.width - min(layer.keys.shape[2], size), self.width)
             if size not in self._rings:
                 self._rings[size] = Ring(size, columns, visible, layer.keys.dtype)
-            layers.append(FixedLayer(self._rings[size], rows, columns, layer))
+            self.fixed.append(FixedLayer(self._rings[size], rows, columns, layer))
             layer.keys = layer.values = None
-        super().__init__(layers=layers)
+        super().__init__(layers=list(self.fixed))
 
     @property
     def attended(self) -> bool:
         """Whether attention has read each layer once since the last call of `forget`."""
-        return all(layer.attended == 1 for layer in self.layers)
+        return all(layer.attended == 1 for layer in self.fixed)
 
     def forget(self) -> None:
-        for layer in self.layers:
+        for layer in self.fixed:
             layer.attended = 0
 
     def show(self, rows: int, tokens: int) -> int:
@@ -168,7 +172,7 @@ class FixedCache(Cache):
             self._shown = (rows, slots)
             for ring in self._rings.values():
                 ring.show(rows, slots)
-            for layer in self.layers:
+            for layer in self.fixed:
                 layer.show(rows, min(slots, layer.ring.size))
         return slots
 
@@ -186,5 +190,5 @@ class FixedCache(Cache):
         """Copy the rows `sources` into the rows `places`, whose content is lost."""
         for ring in self._rings.values():
             ring.mask.index_copy_(0, places, ring.mask.index_select(0, sources))
-        for layer in self.layers:
+        for layer in self.fixed:
             layer.move(sources, places, min(self.width, layer.ring.size))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ class GrowingForward:
         """cache, attention_mask: of the prompts, P rows each; rows: [B], the prompt of each row."""
         self.model, self.cache = model, cache
         # Layers with a recurrent state have no `batch_select_indices`.
-        cache.reorder_cache(rows)
+        cache.reorder_cache(cast(torch.LongTensor, rows))
         self.attention_mask = attention_mask[rows]
 
     def reading(self) -> AbstractContextManager[None]:
@@ -111,7 +111,7 @@ class GrowingForward:
 
     def keep(self, order: Sequence[int]) -> None:
         kept = torch.tensor(order, device=self.attention_mask.device)
-        self.cache.reorder_cache(kept)
+        self.cache.reorder_cache(cast(torch.LongTensor, kept))
         self.attention_mask = self.attention_mask[kept]
 
 

@@ -56,7 +56,7 @@ class _WithSteps(LogitsProcessor):
         self.forced, self.width = forced, width
 
     # transformers asks for FloatTensor, a type that no tensor has.
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         rows = torch.arange(scores.shape[0], device=scores.device)
         return self.forced(scores, torch.full_like(rows, input_ids.shape[1] - self.width), rows)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from peft.tuners.lora import Linear, LoraLayer
@@ -22,7 +23,7 @@ def two_products(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     dtype: of the model's products. For inference only. Other layers, and layers whose adapter is switched off, keep
     peft's forward.
     """
-    layers = [module for module in model.modules() if _is_plain(module)]
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
     for layer in layers:
         vars(layer)["forward"] = _TwoProducts(layer, dtype)
     try:
@@ -32,14 +33,14 @@ def two_products(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             del vars(layer)["forward"]
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(layer: LoraLayer) -> bool:
     """Whether a layer adds one adapter's B A x to its output, and nothing else."""
-    if type(module) not in (Linear, Linear4bit) or module.disable_adapters or module.merged:
+    if type(layer) not in (Linear, Linear4bit) or layer.disable_adapters or layer.merged:
         return False
-    names = module.active_adapters
-    if len(names) != 1 or names[0] not in module.lora_A:
+    names = layer.active_adapters
+    if len(names) != 1 or names[0] not in layer.lora_A:
         return False
-    return names[0] not in module.lora_variant and not module.lora_bias[names[0]]
+    return names[0] not in layer.lora_variant and not layer.lora_bias[names[0]]
 
 
 class _TwoProducts:
@@ -50,9 +51,11 @@ class _TwoProducts:
 
     def __init__(self, layer: LoraLayer, dtype: torch.dtype) -> None:
         [name] = layer.active_adapters
-        self.base = layer.base_layer
-        self.down = layer.lora_A[name].weight.detach().to(dtype).T
-        self.up = layer.lora_B[name].weight.detach().to(dtype).T
+        self.base: nn.Module = layer.get_base_layer()
+        # peft's dictionaries of modules do not say that a linear layer's factors are linear layers.
+        down, up = cast(nn.Linear, layer.lora_A[name]), cast(nn.Linear, layer.lora_B[name])
+        self.down = down.weight.detach().to(dtype).T
+        self.up = up.weight.detach().to(dtype).T
         self.scaling = layer.scaling[name]
 
     def __call__(self, x: Tensor) -> Tensor:

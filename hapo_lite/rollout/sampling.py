@@ -107,7 +107,7 @@ class AdaptiveTemperature(LogitsProcessor):
         return adapted_scores(logits, self.settings)
 
     # transformers asks for FloatTensor, a type that no tensor has.
-    def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
         """The adapted scores of the logits `scores`, [B, V]. input_ids: not read."""
         return self.adapted(scores).scores
 

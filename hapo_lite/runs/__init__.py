@@ -1,1 +1,1 @@
-"""What a run leaves on the disk and shows on the terminal. Nothing here knows how training works."""
+"""A run's files on the disk and its output on the terminal. Nothing here depends on training."""

@@ -1,8 +1,8 @@
-"""Checkpoints: written aside, then renamed, so that a kill at any moment leaves the last good one.
+"""Checkpoints, which are written aside and then renamed, so that a kill at any moment leaves the last good one.
 
-A checkpoint is a folder `checkpoints/000010/` with the adapter (as peft writes it), `optimizer.pt`, and `state.json`:
-the counters, the signal, the recipe, a digest of the prompts, what model and data came from, and a hash of every file
-and of itself. Nothing in it is unpickled.
+A checkpoint is a folder such as `checkpoints/000010/` with the adapter (in peft's format), `optimizer.pt` and
+`state.json`. The latter holds the counters, the signal, the recipe, a digest of the prompts, the origins of model and
+data, and a hash of every file and of itself. Nothing in a checkpoint is unpickled.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from hapo_lite.recipe import Recipe, first_incompatible_setting
 from hapo_lite.runs.files import file_hash, replacing_folder
 
 VERSION = 2
-STATE, OPTIMIZER = "state.json", "optimizer.pt"
+STATE = "state.json"
+OPTIMIZER = "optimizer.pt"
 
 
 class PromptSource(Protocol):
-    """The training prompts, as far as a checkpoint knows them. digest: changes with any of them. origin: where from."""
+    """The training prompts. digest: changes if any prompt changes. origin: where the data come from."""
 
     digest: str
     origin: str
@@ -39,11 +40,11 @@ class PromptSource(Protocol):
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands between two iterations.
+    """The state of a run between two iterations.
 
-    iteration: completed ones; cursor: prompts taken from the stream; updates: optimiser steps; tokens: completion
-    tokens sampled in training; seconds: of training so far; signal: the last iteration's, which the next one samples
-    with; skipped_in_a_row: optimiser steps, up to the last one.
+    iteration: number of completed iterations. cursor: prompts taken from the stream. updates: optimiser steps taken.
+    tokens: completion tokens sampled in training. seconds: training time so far. signal: the last iteration's; the next
+    iteration samples with it. skipped_in_a_row: skipped optimiser steps since the last one that was taken.
     """
 
     iteration: int = 0
@@ -55,25 +56,30 @@ class TrainState:
     skipped_in_a_row: int = 0
 
     def after_rollout(self, prompts_used: int, tokens_sampled: int) -> TrainState:
+        """The state after an iteration's rollout."""
         return dataclasses.replace(self, cursor=self.cursor + prompts_used, tokens=self.tokens + tokens_sampled)
 
     def after_updates(self, signal: EntropySignal, taken: int, skipped_in_a_row: int) -> TrainState:
+        """The state after an iteration's updates, of which `taken` were taken."""
         return dataclasses.replace(self, signal=signal, updates=self.updates + taken, skipped_in_a_row=skipped_in_a_row)
 
     def to_json(self) -> dict[str, Any]:
+        """The fields, for a checkpoint's state.json."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> TrainState:
+        """The state from the result of `to_json`."""
         signal = fields["signal"]
         return cls(**{**fields, "signal": EntropySignal(**signal) if signal else None})
 
 
 @dataclass(frozen=True)
 class RunParts:
-    """What a checkpoint is made of and put back into, besides the state.
+    """The objects that a checkpoint saves and restores, besides the state.
 
-    optimizer: as accelerate prepared it. prompts: a resumed run must find the same ones, and the same base model.
+    optimizer: as accelerate prepared it. prompts: a checkpoint records their digest, since a resumed run must have the
+    same prompts.
     """
 
     policy: Policy
@@ -83,7 +89,11 @@ class RunParts:
 
 
 def save_checkpoint(folder: Path, parts: RunParts, state: TrainState, recipe: Recipe) -> Path:
-    """Write `folder/NNNNNN` and drop all but the newest ones. Raises UserError if the disk refuses; older ones stay."""
+    """Write `folder/NNNNNN`, and remove all but the newest checkpoints.
+
+    A good checkpoint of the same iteration is not written again. Raises UserError if the disk is full or cannot be
+    written; older checkpoints then stay.
+    """
     policy, optimizer, prompts = parts.policy, parts.optimizer, parts.prompts
     final = folder / f"{state.iteration:06d}"
     if problem_of(final, recipe) is None:
@@ -91,7 +101,7 @@ def save_checkpoint(folder: Path, parts: RunParts, state: TrainState, recipe: Re
     try:
         with replacing_folder(final) as aside:
             save_adapter(policy, aside)
-            # Through memory, so that a full disk is an OSError and not one of torch's own.
+            # torch writes into memory, since on a full disk it would raise an error of its own instead of OSError.
             buffer = io.BytesIO()
             states = {"optimizer": optimizer, "scheduler": parts.scheduler, "scaler": optimizer.scaler}
             torch.save({name: part.state_dict() for name, part in states.items() if part is not None}, buffer)
@@ -114,14 +124,14 @@ def save_checkpoint(folder: Path, parts: RunParts, state: TrainState, recipe: Re
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints, damaged ones too, oldest first."""
+    """All checkpoints, oldest first, including damaged ones."""
     return sorted(folder.glob("[0-9]*"))
 
 
 def load_checkpoint(path: Path, parts: RunParts) -> TrainState:
-    """Put the adapter, the optimiser and the schedule back, and return the state.
+    """Restore the adapter, the optimiser and the schedule, and return the state.
 
-    Raises UserError on damage, or if the base model or the training prompts are others than they were.
+    Raises UserError if the checkpoint is damaged, or if the base model or the training prompts have changed.
     """
     policy, optimizer, prompts = parts.policy, parts.optimizer, parts.prompts
     record = read_record(path)
@@ -134,24 +144,28 @@ def load_checkpoint(path: Path, parts: RunParts) -> TrainState:
     saved = torch.load(path / OPTIMIZER, map_location=policy.device, weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
     parts.scheduler.load_state_dict(saved["scheduler"])
-    # A run that began in bf16 or fp32 has none; it may go on in fp16, on a card without bf16.
+    # A run that began in bf16 or fp32 has no scaler. It may go on in fp16, on a card without bf16.
     if optimizer.scaler is not None and "scaler" in saved:
         optimizer.scaler.load_state_dict(saved["scaler"])
     return TrainState.from_json(record["state"])
 
 
 def _other(what: str, section: str, path: Path, then: str, now: str) -> str:
-    """The sentence for what has changed since a checkpoint; origins as origins.py writes them."""
-    commit = then.removeprefix("commit ") if then != now else then
-    back = f"set {section}.revision={commit}" if commit != then else f"put the {section} back as it was"
+    """The sentence about a model or data that changed since a checkpoint. then, now: origins as origins.py writes them.
+
+    what: such as "base model is another". section: of the recipe.
+    """
     changed = f" ({then}, now {now})" if then != now else ""
+    back = f"put the {section} back as it was"
+    if then != now and then.startswith("commit "):
+        back = f"set {section}.revision={then.removeprefix('commit ')}"
     return (
         f"the {what} than when {path} was written{changed}: {back} to go on, or choose another name= to start a new run"
     )
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A checkpoint's state.json, its version and every hash checked. Raises UserError naming what is not right."""
+    """A checkpoint's state.json, after a check of its version and every hash. Raises UserError naming the problem."""
     try:
         record = json.loads((path / STATE).read_text())
         if record["version"] != VERSION:
@@ -169,7 +183,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def problem_of(path: Path, recipe: Recipe) -> str | None:
-    """Why a run of `recipe` cannot go on from a checkpoint; None where it can."""
+    """The reason why a run of `recipe` cannot go on from a checkpoint; None if it can."""
     try:
         changed = first_incompatible_setting(read_record(path)["recipe"], recipe)
     except UserError as error:
@@ -179,7 +193,7 @@ def problem_of(path: Path, recipe: Recipe) -> str | None:
 
 def newest_good(folder: Path, recipe: Recipe) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that a run of `recipe` can go on from, and a sentence about each newer one."""
-    complaints = []
+    complaints: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         problem = problem_of(path, recipe)
         if problem is None:

@@ -1,8 +1,8 @@
-"""Signs of life: one line that says what a run is doing, kept up to date by a thread of its own.
+"""The progress line: one line that says what a run is doing, which a thread keeps up to date.
 
-On a terminal the line overwrites itself, and the bar of iterations is part of it: one line and not two, since the
-output of a notebook's cell cannot move its cursor up. Elsewhere it is a plain line once a minute. status.json is told
-the same.
+On a terminal the line overwrites itself, and the bar of iterations is part of it. A second line is not possible, since
+the output of a notebook's cell cannot move its cursor up. Elsewhere a plain line is printed once a minute. The same
+progress goes into status.json.
 """
 
 from __future__ import annotations
@@ -23,35 +23,38 @@ TICK_S = 1.0
 INTERVAL_S = 60.0
 """Seconds between two plain lines."""
 FIRST_S = 10.0
-"""Seconds that a stage has to last before the first plain line: a short run prints none."""
+"""Seconds that a stage has to last before the first plain line, so that a short run prints none."""
 KNOWN_S = 10.0
-"""Seconds of writing from which an estimate is announced, if a completion has finished; without one, three times it."""
+"""Seconds of writing before an estimate is announced. Three times as long while no completion has finished."""
 WORTH_SAYING_S = 60.0
-"""Seconds that something has to take for its length to be announced."""
+"""Seconds that the writing has to take for its length to be announced."""
 LEAVING_S = 2.0
-"""Seconds to wait for the thread at the end. A terminal that takes no output may hold it up longer."""
+"""Seconds to wait for the thread at the end. A terminal that accepts no output may block the thread for longer."""
 STAGE_LINE = "{desc}"
-"""The line where there is no bar of iterations. tqdm cuts it to the width of the terminal."""
+"""The line without a bar of iterations. tqdm cuts it to the width of the terminal."""
 BAR_LINE = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc}{postfix} |{bar}|"
-"""The bar of iterations on a terminal: what is cut off last comes first."""
+"""The bar of iterations on a terminal. The most important part comes first, as a narrow terminal cuts the end off."""
 
 
 class Display:
-    """Shows `progress` from entering the context to its end, and notes it in `status`.
+    """A context that shows `progress`, and writes it to `status`.
 
-    main: whether this is the process that prints; the others print nothing. shown: whether it shows the progress too.
+    main: whether this is the process that prints; the other processes print nothing. shown: whether the main process
+    shows the progress too.
     """
 
     def __init__(self, progress: Progress, status: Status, main: bool, shown: bool) -> None:
-        self.progress, self.status, self.main = progress, status, main
-        self.shown = shown = main and shown
-        self.terminal = shown and sys.stderr.isatty()
+        self.progress = progress
+        self.status = status
+        self.main = main
+        self.shown = main and shown
+        self.terminal = self.shown and sys.stderr.isatty()
         self._line: tqdm | None = None
         self._bar: tqdm | None = None
         self._announcement = ""
         self._last: float | None = None
         self._began = progress.clock()
-        # Reentrant for the reason that status.py gives.
+        # The lock is reentrant for the reason that status.py gives.
         self._lock = threading.RLock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="display")
@@ -70,7 +73,10 @@ class Display:
 
     @contextlib.contextmanager
     def bar(self, total: int, done: int, unit: str, **options: Any) -> Iterator[tqdm]:
-        """A bar of `total` units, of which `done` are there already. On a terminal the stage is a part of its line."""
+        """A context with a bar of `total` units, of which `done` are done already. options: further arguments of tqdm.
+
+        On a terminal the bar shows the stage too.
+        """
         look = {"bar_format": BAR_LINE, "dynamic_ncols": True} if self.terminal else {}
         with self._lock:
             self._close_line()
@@ -87,16 +93,16 @@ class Display:
                 bar.close()
 
     def say(self, sentence: str) -> None:
-        """Print `sentence` above the line. It is flushed, since it may be read from a file while the run goes on."""
+        """Print `sentence` above the line. It is flushed, since someone may read the output from a file meanwhile."""
         if self.main:
             tqdm.write(sentence)
             sys.stdout.flush()
 
     @contextlib.contextmanager
     def announcing(self, what: str) -> Iterator[None]:
-        """While it lasts: once it is known how long the writing takes, and if that is long, print `what`.
+        """A context that prints `what` once the time for writing completions is known, if the time is long.
 
-        what: has {} where the time goes.
+        what: a sentence with {} for the time.
         """
         self._announcement = what
         try:
@@ -105,7 +111,7 @@ class Display:
             self._announcement = ""
 
     def tick(self) -> None:
-        """Look at the numbers once, and show what is due."""
+        """Read the progress once, note it in status.json, and show it if that is due."""
         stage, numbers = self.progress.stage, self.progress.numbers()
         self.status.note(stage, self.progress.about, numbers)
         if not self.shown:
@@ -120,28 +126,34 @@ class Display:
             tqdm.write(f"{where}{self.progress}", file=sys.stderr)
 
     def _due(self) -> bool:
-        """Whether a plain line is due: once a minute, and the first in a stage that lasts."""
+        """Whether a plain line is due: once a minute, and once a stage has lasted FIRST_S before the first line."""
         now = self.progress.clock()
-        if self._last is None and now - self.progress.since >= FIRST_S:
-            return True
-        return now - (self._began if self._last is None else self._last) >= INTERVAL_S
+        if self._last is None:
+            return now - self.progress.since >= FIRST_S or now - self._began >= INTERVAL_S
+        return now - self._last >= INTERVAL_S
 
     def _announce(self, numbers: Numbers | None) -> None:
+        """Print the announcement once, as soon as the time is known and long enough."""
         writing = self.progress.work
-        if not (self._announcement and isinstance(writing, Writing) and numbers and numbers.seconds_left is not None):
+        if not self._announcement or not isinstance(writing, Writing):
+            return
+        if numbers is None or numbers.seconds_left is None:
             return
         spent = self.progress.clock() - writing.began
         total = spent + numbers.seconds_left
-        if total < WORTH_SAYING_S or spent < (3 * KNOWN_S if numbers.at_most else KNOWN_S):
+        known_after = 3 * KNOWN_S if numbers.at_most else KNOWN_S
+        if total < WORTH_SAYING_S or spent < known_after:
             return
-        announcement, self._announcement = self._announcement, ""
+        announcement = self._announcement
+        self._announcement = ""
         self.say(announcement.format(f"{'at most' if numbers.at_most else 'about'} {in_words(total)}"))
 
     def _draw(self, text: str) -> None:
         with self._lock:
-            if self._bar is None and self._line is None:
-                self._line = tqdm(bar_format=STAGE_LINE, dynamic_ncols=True, leave=False)
-            line = self._bar or self._line
+            line = self._line if self._bar is None else self._bar
+            if line is None:
+                line = tqdm(bar_format=STAGE_LINE, dynamic_ncols=True, leave=False)
+                self._line = line
             line.set_description_str(text)
 
     def _close_line(self) -> None:
@@ -151,6 +163,6 @@ class Display:
 
     def _watch(self) -> None:
         while not self._over.wait(TICK_S):
-            # A terminal that has gone away is no reason to stop a run.
+            # A run goes on when its terminal has gone away.
             with contextlib.suppress(OSError, ValueError):
                 self.tick()

@@ -1,4 +1,4 @@
-"""Files that survive a kill or a power cut: written aside, flushed to the disk, then put in place by a rename."""
+"""Writing files that survive a kill or a power cut: they are written aside, flushed, and put in place by a rename."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from hapo_lite.errors import UserError
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file that is whole or, if that fails, as it was before. Raises OSError."""
+    """Write a file as a whole. If that fails, the file stays as it was. Raises OSError."""
     with replacing_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def replacing_file(final: Path) -> Iterator[Path]:
-    """Where to write what takes the place of `final` at the end, or vanishes if that fails. Raises OSError."""
+    """A context with the path of a temporary file, which replaces `final` at the end. On failure it is removed.
+
+    Raises OSError.
+    """
     aside = final.with_name(f".writing-{final.name}")
     try:
         yield aside
@@ -33,9 +36,9 @@ def replacing_file(final: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(final: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of `final` at the end, or vanishes if that fails. Raises OSError.
+    """A context with an empty folder to fill, which replaces `final` at the end. On failure the folder is removed.
 
-    A kill leaves it behind under its own name, `.writing-...`.
+    A kill leaves the folder behind as `.writing-...`. Raises OSError.
     """
     aside = final.with_name(f".writing-{final.name}")
     try:
@@ -47,13 +50,13 @@ def replacing_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
         flush(final.parent)
-    except BaseException:  # Ctrl-C too: what is half written may be many gigabytes.
+    except BaseException:  # Ctrl-C too, since a half-written folder may hold many gigabytes.
         shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
 def inside(folder: Path, path: Path) -> Path:
-    """`path` with links followed. Raises UserError if it leaves `folder`."""
+    """`path` with links followed. Raises UserError if the result is outside `folder`."""
     resolved = path.resolve()
     if not resolved.is_relative_to(folder.resolve()):
         raise UserError(f"{path} leads out of {folder}: nothing outside it is opened")
@@ -67,7 +70,7 @@ def file_hash(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk."""
+    """Wait until a file's content, or a folder's list of files, is on the disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""A run's folder: where everything is, whether it holds the same run, and where that goes on."""
+"""A run's folder: the paths in it, and the checks before a run is started or continued in it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from hapo_lite.runs.status import Status
 
 @dataclass(frozen=True)
 class RunFolder:
+    """The paths of a run's folder."""
+
     path: Path
 
     @property
@@ -58,13 +60,13 @@ class RunFolder:
 
 
 OURS = ("recipe.yaml", "status.json", "metrics.jsonl", "traces", "checkpoints", "adapter", "evaluations")
-"""What tells a run's folder from another one."""
+"""Names by which a run's folder is recognised."""
 
 
 def check_place(folder: RunFolder) -> None:
-    """Before anything is written: refuse a folder that is not a run's, and one with links that lead out of it.
+    """Raise UserError for a folder that holds something else than a run, or links that lead out of it.
 
-    A run replaces files in its folder and deletes old ones; through a link, it would do so somewhere else.
+    A run replaces and deletes files in its folder, and through a link it would do so elsewhere.
     """
     path = folder.path
     inside(path.parent, path)
@@ -89,7 +91,7 @@ def open_folder(folder: RunFolder, recipe: Recipe, status: Status) -> None:
 
 
 def check_same_run(folder: RunFolder, recipe: Recipe) -> None:
-    """Refuse to continue a run under a recipe that would have made another one of it."""
+    """Raise UserError if the folder holds a run of another recipe, or any run with checkpoint.resume=never."""
     if not list_checkpoints(folder.checkpoints):
         return
     if recipe.checkpoint.resume == "never":
@@ -99,7 +101,7 @@ def check_same_run(folder: RunFolder, recipe: Recipe) -> None:
 
 
 def changed_setting(folder: RunFolder, recipe: Recipe) -> str | None:
-    """The first setting that makes another run of `recipe` than the folder holds; None: the same run.
+    """The first setting by which `recipe` differs from the folder's run; None if it makes the same run.
 
     Raises UserError if the folder's recipe cannot be read.
     """

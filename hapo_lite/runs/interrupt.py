@@ -7,11 +7,14 @@ import signal
 import threading
 from collections.abc import Iterator
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+"""The signals that ask a run to stop."""
+
 
 class Interrupted(BaseException):
     """The user or the system asked the run to stop. number: the signal.
 
-    Like KeyboardInterrupt no Exception, so that whoever turns those into sentences lets it pass.
+    Like KeyboardInterrupt, it is not an Exception, so that handlers of errors let it pass.
     """
 
     def __init__(self, number: int) -> None:
@@ -21,26 +24,30 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """SIGINT and SIGTERM wait until the end: for code of others that an exception would leave in pieces."""
+    """A context that delays SIGINT and SIGTERM to its end, for library code that an exception would leave half done."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     received: list[int] = []
-    before = {n: signal.signal(n, lambda n, frame: received.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in STOPPING}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in received:
-            signal.raise_signal(number)
+        for raised in received:
+            signal.raise_signal(raised)
 
 
 class Interrupts:
     """Within `listening()`, SIGINT and SIGTERM raise Interrupted, except between `shield` and `unshield`.
 
-    There, and always with `deferred` (several processes must agree on where they stop), the signal is only noted in
-    `pending`. A second signal ends the program at once.
+    Between those two calls the signal is only noted in `pending`. A second signal ends the program at once. deferred:
+    signals are always only noted, since several processes must agree on where they stop.
     """
 
     def __init__(self, deferred: bool = False) -> None:
@@ -50,10 +57,11 @@ class Interrupts:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
+        """A context in which the signals are handled."""
         if threading.current_thread() is not threading.main_thread():
             yield  # Python delivers signals to the main thread only.
             return
-        before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._receive) for number in STOPPING}
         try:
             yield
         finally:
@@ -61,9 +69,11 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def shield(self) -> None:
+        """Only note signals from here on, since the run's state is not whole."""
         self._shielded = True
 
     def unshield(self) -> None:
+        """Let signals raise Interrupted again."""
         self._shielded = False
 
     def _receive(self, number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a line, one line an iteration."""
+"""`metrics.jsonl`: one line per iteration, one JSON object on each line."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any
 from hapo_lite.runs.files import replace_text
 
 CLOCK = ("seconds/", "tokens_per_second/", "memory/")
-
-
+"""Prefixes of metrics that depend on the clock or the process."""
 LONGEST_LINE = 1 << 16
-"""Bytes at the end of metrics.jsonl that hold its last whole line."""
+"""Number of bytes at the end of metrics.jsonl that are sure to hold its last whole line."""
 
 
 def timeless(line: dict[str, Any]) -> dict[str, Any]:
-    """A metrics line without what depends on the clock or the process: the same whenever the run is repeated."""
+    """A metrics line without the metrics that depend on the clock or the process. It is the same in a repeated run."""
     return {key: value for key, value in line.items() if not key.startswith(CLOCK)}
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, one line an iteration; line 0 is the state before training."""
+    """`metrics.jsonl` at `path`. The line of iteration 0 is about the policy before training."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, metrics: dict[str, Any]) -> None:
+        """Add a line, and wait until it is on the disk. Raises OSError."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def read(self) -> list[dict[str, Any]]:
-        """Every whole line. The last one may be cut off by a kill; it is left out."""
+        """Every whole line. A last line that was cut off by a kill is left out."""
         if not self.path.is_file():
             return []
         lines = []
@@ -46,7 +46,7 @@ class MetricsFile:
         return lines
 
     def last(self) -> dict[str, Any]:
-        """The last whole line, without reading the others; empty if there is none."""
+        """The last whole line; empty without one. The other lines are not read."""
         if not self.path.is_file():
             return {}
         with self.path.open("rb") as file:
@@ -60,6 +60,6 @@ class MetricsFile:
         return {}
 
     def keep_up_to(self, iteration: int) -> None:
-        """Drop the lines that a run resumed after `iteration` will write again."""
+        """Drop the lines after `iteration`, which a resumed run writes again. Raises OSError."""
         kept = [line for line in self.read() if line["iteration"] <= iteration]
         replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -1,7 +1,7 @@
-"""Optimiser steps that were not taken because a number was not finite, and the files that they can be replayed from.
+"""Optimiser steps that were skipped because a number was not finite, and the files from which they are replayed.
 
-A file is `replay/000012-3.safetensors`: the completions of the step, what was known of them, the adapter, and as JSON
-in the file's header the recipe and the reason. Nothing in it is unpickled, and it needs no other file of the run.
+A file such as `replay/000012-3.safetensors` holds the step's completions, their scores, and the adapter. Its header
+holds the recipe and the reason as JSON. Nothing in the file is unpickled, and it needs no other file of the run.
 
 Axes: B completions of the step, T tokens of one completion.
 """
@@ -9,7 +9,7 @@ Axes: B completions of the step, T tokens of one completion.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,19 @@ from hapo_lite.runs.files import replacing_file
 
 VERSION = 1
 KEPT = 5
-"""Newest files that stay."""
+"""Number of files, the newest ones, that are kept."""
 SAMPLED = ("sampling_logp", "base_logp", "entropy", "temperature")
+"""Fields of a Completion with one number per token."""
 BY_TOKEN = ("old_logp", "entropy", "h", "uncertain", "base_logp")
+"""Fields of an Experience with one number per token. base_logp may be None."""
 
 
 @dataclass(frozen=True)
 class SkippedStep:
-    """One optimiser step. step: from 1 in its iteration; 0: all steps, for a value found before the first update.
+    """One skipped optimiser step. step: its number in the iteration, from 1; 0 stands for all steps of the iteration.
 
-    graded: the completions; an Experience unless the value was found before they were scored. batches: micro-batches,
-    as places in `graded`. loss_scale: of fp16's scaler; 1 without one.
+    graded: the completions; an Experience unless the non-finite number was found before they were scored. batches:
+    micro-batches, as places in `graded`. denominator: of the step's loss. loss_scale: of fp16's scaler; 1 without one.
     """
 
     iteration: int
@@ -50,18 +52,30 @@ class SkippedStep:
 
     @property
     def experience(self) -> Experience | None:
-        """The completions as they were scored; None if they were not."""
+        """The scored completions; None if they were not scored."""
         return self.graded if isinstance(self.graded, Experience) else None
 
     def only(self, members: Sequence[int]) -> SkippedStep:
-        """The same step with no other completions than `members`, in that order."""
+        """The same step with the completions `members` alone, in that order."""
         place = {i: new for new, i in enumerate(members)}
         batches = [[place[i] for i in batch] for batch in self.batches]
         return replace(self, graded=self.graded.select(members), batches=batches)
 
 
-def save_step(folder: Path, step: SkippedStep, adapter: dict[str, Tensor], recipe: Recipe) -> Path:
-    """Write a step's file and drop all but the newest few. Raises OSError or SafetensorError."""
+def save_step(folder: Path, step: SkippedStep, adapter: Mapping[str, Tensor], recipe: Recipe) -> Path:
+    """Write a step's file, and remove all but the newest files. Raises OSError or SafetensorError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{step.iteration:06d}-{step.step}.safetensors"
+    with replacing_file(path) as aside:
+        save_file(_tensors(step, adapter), aside, {"step": json.dumps(_description(step, recipe))})
+    by_number = sorted(folder.glob("[0-9]*-*.safetensors"), key=lambda f: tuple(map(int, f.stem.split("-"))))
+    for old in by_number[:-KEPT]:
+        old.unlink()
+    return path
+
+
+def _tensors(step: SkippedStep, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a step's file, by name."""
     completions, experience = step.graded.completions, step.experience
     tensors = {f"adapter.{name}": p.detach().contiguous().clone().cpu() for name, p in adapter.items()}
     tensors["prompt_ids"] = torch.cat([torch.tensor(c.prompt.ids, dtype=torch.long) for c in completions])
@@ -73,7 +87,13 @@ def save_step(folder: Path, step: SkippedStep, adapter: dict[str, Tensor], recip
         rows = {name: getattr(experience, name) for name in BY_TOKEN}
         tensors |= {f"scored.{name}": torch.cat(values) for name, values in rows.items() if values is not None}
         tensors["scored.scale"] = experience.scale
-    about = {
+    return {name: t.contiguous() for name, t in tensors.items()}
+
+
+def _description(step: SkippedStep, recipe: Recipe) -> dict[str, Any]:
+    """The JSON in the header of a step's file."""
+    experience = step.experience
+    return {
         "version": VERSION,
         "iteration": step.iteration,
         "step": step.step,
@@ -95,22 +115,14 @@ def save_step(folder: Path, step: SkippedStep, adapter: dict[str, Tensor], recip
                 "outcome": score.outcome,
                 "answer": score.answer,
             }
-            for c, score in zip(completions, step.graded.scores, strict=True)
+            for c, score in zip(step.graded.completions, step.graded.scores, strict=True)
         ],
         "recipe": recipe.model_dump(mode="json"),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{step.iteration:06d}-{step.step}.safetensors"
-    with replacing_file(path) as aside:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, aside, {"step": json.dumps(about)})
-    by_number = sorted(folder.glob("[0-9]*-*.safetensors"), key=lambda f: tuple(map(int, f.stem.split("-"))))
-    for old in by_number[:-KEPT]:
-        old.unlink()
-    return path
 
 
 def drop_steps_after(folder: Path, iteration: int) -> None:
-    """Remove what a resumed run will write again."""
+    """Remove the files of later iterations, which a resumed run writes again. Raises OSError."""
     for file in folder.glob("[0-9]*-*.safetensors"):
         if int(file.name.partition("-")[0]) > iteration:
             file.unlink()
@@ -118,7 +130,7 @@ def drop_steps_after(folder: Path, iteration: int) -> None:
 
 @dataclass(frozen=True)
 class SavedStep:
-    """A step's file. adapter: the adapter's tensors by name, as they were before the step."""
+    """The content of a step's file. adapter: the adapter's tensors before the step, by name."""
 
     step: SkippedStep
     adapter: dict[str, Tensor]
@@ -126,7 +138,7 @@ class SavedStep:
 
 
 def load_step(path: Path) -> SavedStep:
-    """Read a step's file. Raises UserError if the file is not of this kind."""
+    """Read a step's file. Raises UserError if the file is missing, damaged or of another kind."""
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["step"])
@@ -145,42 +157,28 @@ def load_step(path: Path) -> SavedStep:
 
 
 def _step(about: dict[str, Any], tensors: dict[str, Tensor]) -> SkippedStep:
-    each = about["completions"]
-    lengths = [c["length"] for c in each]
-
-    def rows(name: str) -> Sequence[Tensor]:
-        return tensors[name].split(lengths)
-
-    prompts = tensors["prompt_ids"].split([c["prompt_length"] for c in each])
-    completions = []
-    for i, c in enumerate(each):
-        messages = tuple((role, content) for role, content in c["prompt"]["messages"])
-        prompt = Prompt(c["prompt"]["id"], messages, c["prompt"]["answer"])
-        completions.append(
-            Completion(
-                EncodedPrompt(c["index"], prompt, tuple(prompts[i].tolist())),
-                c["sample"],
-                rows("ids")[i],
-                c["text"],
-                c["truncated"],
-                **{name: rows(f"sampled.{name}")[i] for name in SAMPLED},
-            )
-        )
+    """The step from its description and its tensors."""
+    completions = _completions(about["completions"], tensors)
     scores = [
         # Files of an older version have the reward alone.
         Score(reward, c.get("correct", False), c.get("outcome", ""), c.get("answer"))
-        for reward, c in zip(tensors["rewards"].tolist(), each, strict=True)
+        for reward, c in zip(tensors["rewards"].tolist(), about["completions"], strict=True)
     ]
     graded = Graded(completions, scores)
     if about["signal"]:
-        fields = {n: list(rows(f"scored.{n}")) if f"scored.{n}" in tensors else None for n in BY_TOKEN}
+        lengths = [completion.length for completion in completions]
+        by_token = {n: list(tensors[f"scored.{n}"].split(lengths)) for n in BY_TOKEN if f"scored.{n}" in tensors}
         graded = Experience(
             completions,
             scores,
             tensors["advantage"],
-            signal=EntropySignal(**about["signal"]),
+            by_token["old_logp"],
+            by_token["entropy"],
+            EntropySignal(**about["signal"]),
+            h=by_token["h"],
+            uncertain=by_token["uncertain"],
             scale=tensors["scored.scale"],
-            **fields,
+            base_logp=by_token.get("base_logp"),
         )
     return SkippedStep(
         about["iteration"],
@@ -191,3 +189,26 @@ def _step(about: dict[str, Any], tensors: dict[str, Tensor]) -> SkippedStep:
         about["denominator"],
         about["loss_scale"],
     )
+
+
+def _completions(about: list[dict[str, Any]], tensors: dict[str, Tensor]) -> list[Completion]:
+    """The completions from their descriptions and their tensors."""
+    lengths = [c["length"] for c in about]
+    ids = tensors["ids"].split(lengths)
+    sampled = {name: tensors[f"sampled.{name}"].split(lengths) for name in SAMPLED}
+    prompt_ids = tensors["prompt_ids"].split([c["prompt_length"] for c in about])
+    completions = []
+    for i, c in enumerate(about):
+        messages = tuple((role, content) for role, content in c["prompt"]["messages"])
+        prompt = Prompt(c["prompt"]["id"], messages, c["prompt"]["answer"])
+        completions.append(
+            Completion(
+                EncodedPrompt(c["index"], prompt, tuple(prompt_ids[i].tolist())),
+                c["sample"],
+                ids[i],
+                c["text"],
+                c["truncated"],
+                **{name: rows[i] for name, rows in sampled.items()},
+            )
+        )
+    return completions

@@ -1,6 +1,6 @@
-"""Per-token records of a few completions: written by the loop, read by the inspector, known to nobody else.
+"""Traces: per-token records of a few completions, which a run writes and the inspector reads.
 
-One JSON object a line, one line a completion, in `traces/000010.jsonl`. Every list under "tokens" has one entry a
+`traces/000010.jsonl` has one JSON object per completion, one on each line. Every list under "tokens" has one entry per
 token.
 """
 
@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -29,12 +29,12 @@ ALWAYS = ("id", "text", "logp_sampling", "logp_base", "entropy", "temperature")
 
 @dataclass(frozen=True)
 class Trace:
-    """One completion. stage: train or eval. signal: this iteration's; sampling_signal: what set the temperatures.
+    """One completion. stage: "train" or "eval". signal: the iteration's; sampling_signal: it set the temperatures.
 
-    tokens: id, text, logp_sampling, logp_base (the sampler's, at the base temperature), entropy (nats), temperature;
-    and in training also logp_old, logp_new, h, ratio, advantage (the completion's), credit (the token's), lower, upper,
-    clipped ("", "low" or "high"), and kl_base where the method has it, all at the moment of the update that used the
-    completion.
+    tokens: lists by name. Every trace has id, text, logp_sampling, logp_base (the sampler's, at the base temperature),
+    entropy (nats) and temperature. A training trace also has logp_old, logp_new, h, ratio, advantage (of the
+    completion), credit (of the token), lower, upper, clipped ("", "low" or "high") and, for methods that use it,
+    kl_base. These are the values at the moment of the update that used the completion.
     """
 
     stage: str
@@ -54,7 +54,7 @@ class Trace:
 
 
 def write_traces(folder: Path, iteration: int, traces: Sequence[Trace]) -> None:
-    """Write an iteration's file in one go; it is whole or absent."""
+    """Write an iteration's file, or none without traces. After a crash the file is whole or absent. Raises OSError."""
     if not traces:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,31 +62,39 @@ def write_traces(folder: Path, iteration: int, traces: Sequence[Trace]) -> None:
     replace_text(folder / f"{iteration:06d}.jsonl", "".join(lines))
 
 
-def read_traces(path: Path, problems: list[str] | None = None) -> list[Trace]:
-    """All traces of one file. Raises UserError naming file and line of the first that is broken or foreign.
-
-    problems: a list that takes such sentences instead, so that the other lines are still read.
-    """
-    traces = []
-    try:
-        # As bytes: a line that is no UTF-8 is named like any other broken line, and those after it are still read.
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    traces.append(_parse(line, f"{path}:{number}"))
-                except UserError as error:
-                    if problems is None:
-                        raise
-                    problems.append(str(error))
-    except OSError as error:
-        if problems is None:
-            raise UserError(f"{path} cannot be read: {error}") from None
-        problems.append(f"{path} cannot be read: {error}")
+def read_traces(path: Path) -> list[Trace]:
+    """All traces of one file. Raises UserError naming the file and the first line that is no trace."""
+    traces, problems = salvage_traces(path)
+    if problems:
+        raise UserError(problems[0])
     return traces
 
 
+class Salvaged(NamedTuple):
+    """The readable traces of a file, and a sentence for each line that could not be read."""
+
+    traces: list[Trace]
+    problems: list[str]
+
+
+def salvage_traces(path: Path) -> Salvaged:
+    """Every trace of a file that can be read. Raises nothing for a broken file."""
+    found = Salvaged([], [])
+    try:
+        # The file is read as bytes, so that a line that is not UTF-8 is reported and the lines after it are still read.
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    found.traces.append(_parse(line, f"{path}:{number}"))
+                except UserError as error:
+                    found.problems.append(str(error))
+    except OSError as error:
+        found.problems.append(f"{path} cannot be read: {error}")
+    return found
+
+
 def drop_traces_after(folder: Path, iteration: int) -> None:
-    """Remove what a resumed run will write again."""
+    """Remove the files of later iterations, which a resumed run writes again. Raises OSError."""
     for file in folder.glob("[0-9]*.jsonl"):
         if file.stem.isdigit() and int(file.stem) > iteration:
             file.unlink()
@@ -96,6 +104,7 @@ _FIELDS = TypeAdapter(Trace)
 
 
 def _parse(line: bytes, where: str) -> Trace:
+    """The trace on one line. Raises UserError that begins with `where`."""
     try:
         fields = from_json(line)
         if isinstance(fields, dict) and "version" in fields and fields["version"] != VERSION:
@@ -116,7 +125,7 @@ def _parse(line: bytes, where: str) -> Trace:
 
 
 def _token_problem(tokens: dict[str, list[Any]]) -> str:
-    """What is wrong with a completion's lists, as a clause; "" if nothing is."""
+    """A clause that names the first problem with a completion's lists; "" without a problem."""
     if missing := [name for name in ALWAYS if not tokens.get(name)]:
         return f"its tokens have no {missing[0]}"
     if len({len(values) for values in tokens.values()}) > 1:
@@ -128,14 +137,16 @@ def _token_problem(tokens: dict[str, list[Any]]) -> str:
 
 
 def _numbers(values: list[Any]) -> bool:
+    """Whether all values are numbers of a plausible size."""
     try:
-        # An array takes nothing but numbers, in a tenth of the time it takes to ask each for its type.
+        # An array accepts nothing but numbers, which takes a tenth of the time of checking each value's type.
         return bool((np.abs(np.frombuffer(array.array("d", values))) < 1e30).all())
     except (TypeError, OverflowError):
         return False
 
 
 def _alternatives(values: list[Any]) -> bool:
+    """Whether each value is a list of [text, number, number]."""
     return all(
         isinstance(row, list)
         and all(isinstance(a, list) and len(a) == 3 and isinstance(a[0], str) and _numbers(a[1:]) for a in row)
@@ -150,9 +161,10 @@ _COLUMNS: dict[str, Callable[[list[Any]], bool]] = {
     "entropy": lambda values: _numbers(values) and min(values) >= 0.0,
     "alternatives": _alternatives,
 }
-"""What the lists that hold something else than any numbers must hold."""
+"""Checks for the lists that do not hold arbitrary numbers."""
 
 
 def _plausible(signal: EntropySignal) -> bool:
+    """Whether the signal's numbers are in a plausible range."""
     reach = 0.0 <= signal.high < 1e3 and 0.0 <= signal.low < 1e3
     return -700.0 < signal.pivot < 100.0 and reach and 0.0 < signal.floor < 1.0

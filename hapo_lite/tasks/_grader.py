@@ -21,6 +21,7 @@ import select
 import signal
 import sys
 from contextlib import suppress
+from typing import Any
 
 from hapo_lite.tasks import plain
 from hapo_lite.tasks.answers import LONGEST_ANSWER, is_a_term
@@ -36,10 +37,10 @@ _REFUSED = (
     *("os.fork", "os.kill", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"),
     *("os.chmod", "os.chown", "os.putenv"),
 )
-"""Audit events of Python, or how they begin."""
+"""Prefixes of the names of the audit events that the process refuses."""
 _WORD_BEHIND = re.compile(r"(\s*)([A-Za-z]+)")
 CHARACTERS_BEHIND = 40
-"""How far behind a number in running text words are taken to belong to it."""
+"""Characters behind a number in running text whose words are taken to belong to the number."""
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     logging.disable(logging.CRITICAL)
-    # Both ways once, so that no deadline pays for imports.
+    # One request takes both ways here, so that no deadline pays for imports.
     judge({"gold": r"\frac{1}{2}", "answer": r"\frac{x+1}{2x+2}", "text": "It is $x$."})
     confine()
     os.dup2(nowhere, 2)
@@ -72,45 +73,54 @@ def main() -> None:
 
 
 def confine() -> None:
-    """Limit this process's memory, and refuse what reading an answer never needs. For good: neither can be undone."""
+    """Limit this process's memory, and refuse what reading an answer never needs. Neither can be undone."""
     for limit, amount in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
-        with suppress(ValueError, OSError):  # macOS knows no limit of the address space.
+        with suppress(ValueError, OSError):  # macOS has no limit of the address space.
             resource.setrlimit(limit, (amount, amount))
     sys.dont_write_bytecode = True
     sys.addaudithook(_refuse)
 
 
-def _refuse(event: str, args: tuple) -> None:
+def _refuse(event: str, args: tuple[Any, ...]) -> None:
     opened_to_write = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     if opened_to_write or event.startswith(_REFUSED):
         raise PermissionError(f"a grading process does nothing like {event}")
 
 
-def judge(request: dict) -> dict:
-    """{outcome, answer} of one request. answer: as found in `text`; left out where the request gave it."""
-    gold, answer, text = request["gold"], request.get("answer"), request.get("text")
-    if answer is not None:
-        if same(gold, answer):
-            return {"outcome": "correct"}
-        if text is None:
-            return {"outcome": "wrong"}
+def judge(request: dict[str, Any]) -> dict[str, str]:
+    """The outcome of one request, and the answer where it was found in `text` rather than given."""
+    gold, answer = request["gold"], request.get("answer")
+    if answer is not None and same(gold, answer):
+        return {"outcome": "correct"}
+    if "text" not in request:
+        return {"outcome": "wrong"}
+    text = request["text"]
     found = answer_in(text)
     if found is None:
         return {"outcome": "wrong" if answer is not None else "unparseable"}
-    part = "shown" not in request and is_a_term(found, text)
-    _, stands_there, behind = text.rpartition(found)
-    behind = behind[:CHARACTERS_BEHIND] if stands_there else ""
-    word = _WORD_BEHIND.match(behind)
-    unit = unit_of(word[2]) if word else None
-    if word and not word[1] and (unit is None or len(word[2]) == 1):
-        return {"outcome": "wrong", "answer": found[:LONGEST_ANSWER]}  # 6t is not 6
-    measured = rf"{found} \text{{{word[2]}}}" if unit is not None else found
-    right = not part and not words_change_value(behind) and same(gold, tidy(measured))
+    is_part = "shown" not in request and is_a_term(found, text)
+    right = not is_part and _right_in_text(gold, found, text)
     return {"outcome": "correct" if right else "wrong", "answer": found[:LONGEST_ANSWER]}
 
 
+def _right_in_text(gold: str, found: str, text: str) -> bool:
+    """Whether a value found in running text is the gold answer, read with the word that follows the value."""
+    _, stands_there, rest = text.rpartition(found)
+    behind = rest[:CHARACTERS_BEHIND] if stands_there else ""
+    measured = found
+    match = _WORD_BEHIND.match(behind)
+    if match is not None:
+        space, word = match.groups()
+        unit = unit_of(word)
+        if not space and (unit is None or len(word) == 1):
+            return False  # 6t is not 6
+        if unit is not None:
+            measured = rf"{found} \text{{{word}}}"
+    return not words_change_value(behind) and same(gold, tidy(measured))
+
+
 def answer_in(text: str) -> str | None:
-    """What math-verify finds in running text."""
+    """The last answer that math-verify finds in running text, None where it finds none."""
     from math_verify import parse
 
     found = parse(text, parsing_timeout=None)

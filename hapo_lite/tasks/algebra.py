@@ -11,21 +11,24 @@ import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import lru_cache, wraps
-from itertools import accumulate
+from typing import ParamSpec
 
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from sympy.core.function import AppliedUndef
 
 from hapo_lite.tasks import plain
-from hapo_lite.tasks.comparison import Values
+from hapo_lite.tasks.comparison import Link, Values
 from hapo_lite.tasks.notation import ROW_END, TEXT, plain_number
 from hapo_lite.tasks.shapes import Shape
 
 DIGITS = 200
-"""Digits to which values that are not rational are computed; equal ones agree to all but ten."""
+"""Decimal digits to which irrational values are computed. Equal values agree in all but the last ten."""
 DEEPEST = 30
-"""Brackets within brackets of an expression that is read; the parser's time grows fast with them."""
+"""Deepest nesting of brackets that is read: the parser's time grows fast with the depth."""
+Sides = ParamSpec("Sides")
+Point = dict[sympy.Symbol, sympy.Expr]
+"""The value of each letter."""
 _POSITIVE = ("3/2", "7/5", "11/9", "8/3", "13/7", "5/8", "17/6", "9/4"), ("2", "3", "5", "4", "7", "6", "9", "8")
 _SMALL = ("3/5", "2/7", "1/2", "5/9", "1/3", "4/7", "3/8", "1/5"), ("5", "2", "3", "7", "1", "4", "6", "11")
 _SIGNED = (
@@ -33,10 +36,10 @@ _SIGNED = (
     ("-2", "-3", "-5", "-4", "-7", "-6", "-1", "-8"),
 )
 _MORE = tuple(tuple(str(7 * i + 3 * j + 1) for j in range(8)) for i in range(6))
-"""Further points for functions with steps, which agree on whole stretches."""
+"""Further points for step functions, which may agree over whole stretches."""
 _STEPS = (sympy.floor, sympy.ceiling, sympy.Abs, sympy.Mod, sympy.sign, sympy.Max, sympy.Min, sympy.Piecewise)
 
-_PREPARED = [
+_PREPARED: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(re.escape(ROW_END)), r"\\\\ "),
     (re.compile(r"\\text\s*\{\s*(\w)\s*\}"), r" \1 "),
     (re.compile(r"\*\*"), "^"),
@@ -60,35 +63,34 @@ _PREPARED = [
     (re.compile(r"(?<![\d.])\.(?=\d)"), "0."),
 ]
 
-
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _TWO_NUMBERS = re.compile(r"(?<![\d._^])\d+(?:\.\d+)? \d")
-"""Two numbers with nothing between are no product."""
+"""Two numbers with only a space between them are not a product."""
 
 
 def _primes(sign: str) -> int:
     return sign.count("'") or sign.count("prime")
 
 
-def _mixed(match: re.Match, mixed: str) -> str:
+def _mixed(match: re.Match[str], mixed: str) -> str:
     return mixed if int(match[2]) < int(match[3]) else match[0]
 
 
 @lru_cache(maxsize=8192)
 def expression(text: str, cases_differ: bool = False) -> sympy.Basic | sympy.MatrixBase | None:
-    """What an expression in tidy notation says, evaluated; None where it cannot be read.
+    """The value of an expression in tidy notation; None where the expression cannot be read.
 
     cases_differ: whether R and r are two letters.
     """
-    if (number := plain_number(text)) is not None:
+    number = plain_number(text)
+    if number is not None:
         return sympy.Rational(number.value.numerator, number.value.denominator)
     if _depth(text) > DEEPEST:
         return None
     for pattern, replacement in _PREPARED:
         text = pattern.sub(replacement, text)
-    if _TWO_NUMBERS.search(text) or any(
-        len(words.strip()) > 1 for words in TEXT.findall(text.replace(r"\operatorname", ""))
-    ):
+    words = TEXT.findall(text.replace(r"\operatorname", ""))
+    if _TWO_NUMBERS.search(text) or any(len(word.strip()) > 1 for word in words):
         return None
     config = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=not cases_differ)
     try:
@@ -101,17 +103,31 @@ def expression(text: str, cases_differ: bool = False) -> sympy.Basic | sympy.Mat
 
 
 def _depth(text: str) -> int:
-    return max(accumulate((c in "{(") - (c in "})") for c in text), default=0)
+    """How deep the brackets of a text are nested."""
+    depth = deepest = 0
+    for character in text:
+        if character in "{(":
+            depth += 1
+        elif character in "})":
+            depth -= 1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _cases_differ(*answers: str) -> bool:
-    """Whether one of the answers uses a letter in both cases, or a current I or field E. Else R^2 may be r^2."""
+    """Whether upper and lower case are different letters in these answers: otherwise R^2 may be r^2.
+
+    They are where one answer uses a letter in both cases, or a current I or field E.
+    """
     letters = [set(_COMMAND.sub("", answer)) for answer in answers]
     return any(c in "IE" or (c.islower() and c.upper() in found) for found in letters for c in found)
 
 
 def _settled(read: sympy.Basic | sympy.MatrixBase) -> sympy.Basic | sympy.MatrixBase:
-    """Decimals made exact, letters without assumptions, i as the imaginary unit, opaque derivatives and functions."""
+    """The expression evaluated, its decimals made exact.
+
+    Letters carry no assumptions, i is the imaginary unit, and derivatives and unknown functions count as letters.
+    """
     if isinstance(read, sympy.MatrixExpr):
         read = read.doit().as_explicit()
     if isinstance(read, sympy.MatrixBase):
@@ -127,6 +143,7 @@ def _settled(read: sympy.Basic | sympy.MatrixBase) -> sympy.Basic | sympy.Matrix
 
 
 def _bound_by(expression: sympy.Basic) -> list[sympy.Symbol]:
+    """The letters that a sum, product, integral or limit runs over."""
     return [expression.args[1]] if isinstance(expression, sympy.Limit) else [limit[0] for limit in expression.limits]
 
 
@@ -141,12 +158,10 @@ def same_expression(gold: str, answer: str, g: Fraction = Fraction(1), a: Fracti
     if not isinstance(x, sympy.Expr) or not isinstance(y, sympy.Expr):
         return g == a and x == y
     x, y = sympy.Rational(g.numerator, g.denominator) * x, sympy.Rational(a.numerator, a.denominator) * y
-    if (
-        not x.free_symbols
-        and not y.free_symbols
-        and (approximate := _approximates(gold, answer, x, y, g, a)) is not None
-    ):
-        return approximate
+    if not x.free_symbols and not y.free_symbols:
+        approximate = _approximates(gold, answer, x, y, g, a)
+        if approximate is not None:
+            return approximate
     return equal(x, y)
 
 
@@ -190,24 +205,31 @@ def equal(x: sympy.Expr, y: sympy.Expr) -> bool:
         verdict = same_numbers(x.xreplace(point).doit(), y.xreplace(point).doit(), real_only=not positive)
         if verdict is False:
             return False
-        agreed += verdict is True
+        if verdict:
+            agreed += 1
     return agreed >= 3
 
 
 def _roots(x: sympy.Expr) -> list[sympy.Expr]:
-    """The arguments of roots and logarithms that have letters."""
+    """The arguments with letters of all roots and logarithms in an expression."""
     roots = [power.base for power in x.atoms(sympy.Pow) if not power.exp.is_integer and power.base.free_symbols]
     return roots + [log.args[0] for log in x.atoms(sympy.log) if log.args[0].free_symbols]
 
 
-def _is_real_at(x: sympy.Expr, point: dict) -> bool:
-    """Whether every root and logarithm within has a positive argument, as in real analysis."""
+def _is_real_at(x: sympy.Expr, point: Point) -> bool:
+    """Whether every root and logarithm in an expression has a positive argument at a point, as in real analysis."""
     return all(argument.xreplace(point).evalf(15).is_positive for argument in _roots(x))
 
 
-def _points(letters: list[sympy.Symbol], steps: bool) -> Iterator[tuple[dict, bool]]:
-    """(value of each letter, whether all are positive). Letters beyond the eighth get values of their own too."""
-    rows = [(row, True) for row in (*_POSITIVE, *_SMALL, *(_MORE if steps else ()))] + [(row, False) for row in _SIGNED]
+def _points(letters: list[sympy.Symbol], steps: bool) -> Iterator[tuple[Point, bool]]:
+    """The points at which expressions are compared, each with whether all its values are positive.
+
+    steps: whether the expressions have step functions. Letters beyond the eighth get values of their own too.
+    """
+    rows: list[tuple[tuple[str, ...], bool]] = [(row, True) for row in (*_POSITIVE, *_SMALL)]
+    if steps:
+        rows += [(row, True) for row in _MORE]
+    rows += [(row, False) for row in _SIGNED]
     for row, positive in rows:
         yield {s: sympy.Rational(row[i % 8]) + 10 * (i // 8) for i, s in enumerate(letters)}, positive
 
@@ -216,8 +238,10 @@ def same_numbers(x: sympy.Expr, y: sympy.Expr, real_only: bool = False) -> bool 
     """Whether two values are equal; None where one is undefined, or, with real_only, not real."""
     if x.is_Rational and y.is_Rational:
         return x == y
-    if x.is_infinite or y.is_infinite or x.has(sympy.zoo, sympy.nan) or y.has(sympy.zoo, sympy.nan):
-        return None if x.has(sympy.zoo, sympy.nan) or y.has(sympy.zoo, sympy.nan) else x == y
+    if x.has(sympy.zoo, sympy.nan) or y.has(sympy.zoo, sympy.nan):
+        return None
+    if x.is_infinite or y.is_infinite:
+        return x == y
     values = [v.evalf(DIGITS, maxn=4 * DIGITS) for v in (x, y)]
     if not all((v.is_number and v.is_comparable) or _is_complex(v) for v in values):
         return None
@@ -234,16 +258,16 @@ def _is_complex(value: sympy.Expr) -> bool:
 
 
 def _difference(left: str, right: str, cases_differ: bool) -> sympy.Expr | None:
-    """left - right; None where one cannot be read, or where it is 0 for all letters."""
-    sides = expression(left, cases_differ), expression(right, cases_differ)
-    if not all(isinstance(side, sympy.Expr) for side in sides):
+    """left - right; None where one side cannot be read, or where the difference has no letters."""
+    x, y = expression(left, cases_differ), expression(right, cases_differ)
+    if not isinstance(x, sympy.Expr) or not isinstance(y, sympy.Expr):
         return None
-    difference = sides[0] - sides[1]
+    difference = x - y
     return difference if difference.free_symbols else None
 
 
 def _ratio(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr | None:
-    """The number that x is y times, None where it is none or not the same everywhere."""
+    """The constant number x / y; None where x / y is not constant or not a number."""
     letters = sorted(x.free_symbols | y.free_symbols, key=str)
     ratios: list[sympy.Expr] = []
     for point, _ in _points(letters, True):
@@ -265,23 +289,26 @@ def same_equation(gold: tuple[str, str], answer: tuple[str, str]) -> bool:
     return x is not None and y is not None and _ratio(x, y) is not None
 
 
-def same_inequality(gold: tuple[str, str, str], answer: tuple[str, str, str]) -> bool:
-    """Like same_equation; the constant is positive where the signs are alike, negative where they are opposite."""
-    opposite = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
+def same_inequality(gold: Link, answer: Link) -> bool:
+    """Whether left - right of one is a constant times that of the other, and the sign agrees with the constant's.
+
+    A positive constant keeps the sign of the inequality, a negative one turns it round.
+    """
     differ = _cases_differ("".join(gold), "".join(answer))
-    x, y = _difference(gold[0], gold[2], differ), _difference(answer[0], answer[2], differ)
-    if x is None or y is None or (ratio := _ratio(x, y)) is None:
+    x, y = _difference(gold.left, gold.right, differ), _difference(answer.left, answer.right, differ)
+    ratio = _ratio(x, y) if x is not None and y is not None else None
+    if ratio is None or ratio.is_real is False:
         return False
-    sign = gold[1] if ratio.is_negative is False else opposite.get(gold[1], gold[1])
-    return sign == answer[1] and ratio.is_real is not False
+    sign = gold.sign if ratio.is_negative is False else gold.mirrored().sign
+    return sign == answer.sign
 
 
 def same_set(gold: Shape, answer: Shape) -> bool:
     """Whether two sets of numbers have the same members: [1,2] and [2,3] together are [1,3]."""
     if gold.kind == "inequality" == answer.kind and _letters(gold) != _letters(answer):
         return False
-    sets = _as_set(gold), _as_set(answer)
-    return None not in sets and sets[0] == sets[1]
+    gold_set, answer_set = _as_set(gold), _as_set(answer)
+    return gold_set is not None and answer_set is not None and gold_set == answer_set
 
 
 def _letters(shape: Shape) -> set[str]:
@@ -290,6 +317,7 @@ def _letters(shape: Shape) -> set[str]:
 
 
 def _as_set(shape: Shape) -> sympy.Set | None:
+    """The set of numbers that a shape stands for; None where it stands for none."""
     if shape.kind == "union":
         parts = [_as_set(part) for part in shape.parts]
         return None if None in parts else sympy.Union(*parts)
@@ -298,24 +326,36 @@ def _as_set(shape: Shape) -> sympy.Set | None:
     if shape.kind == "value":
         read = expression(shape.text)
         return read if isinstance(read, sympy.Set) else None
-    ends = [expression(part.text) for part in shape.parts if part.kind == "value"]
-    if len(ends) != len(shape.parts) or not all(isinstance(end, sympy.Expr) and end.is_number for end in ends):
+    members = _numbers(shape)
+    if members is None:
         return None
     if shape.kind == "set":
-        return sympy.FiniteSet(*ends)
-    if shape.kind == "point" and len(ends) == 2 and all(end.is_extended_real for end in ends):
-        return sympy.Interval(*ends, shape.brackets[0] == "(", shape.brackets[1] == ")")
+        return sympy.FiniteSet(*members)
+    if shape.kind == "point" and len(members) == 2 and all(end.is_extended_real for end in members):
+        return sympy.Interval(*members, shape.brackets[0] == "(", shape.brackets[1] == ")")
     return None
+
+
+def _numbers(shape: Shape) -> list[sympy.Expr] | None:
+    """The parts of a shape where all of them are numbers, else None."""
+    found = []
+    for part in shape.parts:
+        number = expression(part.text) if part.kind == "value" else None
+        if not isinstance(number, sympy.Expr) or not number.is_number:
+            return None
+        found.append(number)
+    return found
 
 
 def _solutions(shape: Shape) -> sympy.Set | None:
     """The real solutions of an inequality in one letter."""
     relations = {"<": sympy.Lt, "<=": sympy.Le, ">": sympy.Gt, ">=": sympy.Ge, "!=": sympy.Ne}
-    sides = [expression(part.text) for part in shape.parts]
-    if not all(isinstance(side, sympy.Expr) for side in sides) or len({s for x in sides for s in x.free_symbols}) != 1:
+    sides = [side for side in (expression(part.text) for part in shape.parts) if isinstance(side, sympy.Expr)]
+    letters = {letter for side in sides for letter in side.free_symbols}
+    if len(sides) != len(shape.parts) or len(letters) != 1:
         return None
-    letter = sympy.Symbol("x", real=True)
-    sides = [side.subs(next(iter(side.free_symbols)), letter) if side.free_symbols else side for side in sides]
+    real = {letters.pop(): sympy.Symbol("x", real=True)}
+    sides = [side.subs(real) for side in sides]
     links = zip(sides, shape.signs, sides[1:], strict=False)
     try:
         return sympy.Intersection(*(relations[sign](left, right).as_set() for left, sign, right in links))
@@ -324,17 +364,17 @@ def _solutions(shape: Shape) -> sympy.Set | None:
 
 
 def same_value(gold: str, answer: str) -> bool:
-    """Two values with their units and words, plain or not."""
+    """Whether two values agree, with their units and words, plain or not."""
     return plain.same_value(gold, answer, same_expression) is True
 
 
-def _undecided_is_false(compare: Callable[..., bool]) -> Callable[..., bool]:
-    """sympy raises many errors about expressions that make no sense; they are not equal to anything."""
+def _false_where_undecided(compare: Callable[Sides, bool]) -> Callable[Sides, bool]:
+    """`compare`, which answers False where sympy raises one of its many errors about expressions without a meaning."""
 
     @wraps(compare)
-    def compared(*sides: object) -> bool:
+    def compared(*sides: Sides.args, **options: Sides.kwargs) -> bool:
         try:
-            return compare(*sides)
+            return compare(*sides, **options)
         except MemoryError:
             raise
         except Exception:
@@ -343,4 +383,9 @@ def _undecided_is_false(compare: Callable[..., bool]) -> Callable[..., bool]:
     return compared
 
 
-VALUES = Values(*map(_undecided_is_false, (same_value, same_equation, same_inequality, same_set)))
+VALUES = Values(
+    same_value=_false_where_undecided(same_value),
+    same_equation=_false_where_undecided(same_equation),
+    same_inequality=_false_where_undecided(same_inequality),
+    same_set=_false_where_undecided(same_set),
+)

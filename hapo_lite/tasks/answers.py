@@ -20,7 +20,7 @@ from hapo_lite.tasks.vocabulary import KNOWN
 Outcome = Literal["correct", "wrong", "unparseable", "timeout", "error"]
 
 LONGEST_ANSWER = 2_000
-"""Characters of an answer, and of the end of a text without one, that are read at all."""
+"""Most characters read of an answer, and of the end of a text that states none."""
 _SEARCHED = 100_000
 _LONGEST_GAP = 60
 
@@ -40,8 +40,11 @@ class Grade:
 
 @dataclass(frozen=True)
 class Found:
-    """answer: the text that counts. line: for a statement in running text, all of its sentence. open: a tag or box was
-    begun and not ended, so the completion has no answer."""
+    """The answer found in a completion. answer: the text that counts, None where there is none.
+
+    line: the whole sentence of an answer in running text. open: whether a tag or box was begun and not ended, so that
+    the completion has no answer.
+    """
 
     answer: str | None = None
     line: str | None = None
@@ -50,7 +53,7 @@ class Found:
 
 @dataclass(frozen=True)
 class _Mark:
-    """The content of a box or tag, and where box or tag begin and end."""
+    """The content of a box or tag, and where the box or tag begins and ends."""
 
     content: str
     start: int
@@ -86,7 +89,7 @@ def boxed_answer(text: str) -> str | None:
 
 
 def marked_answer(text: str) -> str | None:
-    """What the `<answer>` tag or the boxes at the end of a text say, outside `<think>`; None where there are none."""
+    """The answer in the `<answer>` tag or the boxes at the end of a text, outside `<think>`; None without either."""
     return _marked(_outside_think(text)).answer
 
 
@@ -106,7 +109,8 @@ def _outside_think(text: str) -> str:
         return text
     start = max(0, len(text) - _SEARCHED)
     within = text.rfind("<think>", 0, start) > text.rfind("</think>", 0, start)
-    kept, last = [], start
+    kept: list[str] = []
+    last = start
     for tag in _THINK.finditer(text, start):
         if tag[1] and not within:
             kept.clear()
@@ -117,6 +121,7 @@ def _outside_think(text: str) -> str:
 
 
 def _marked(text: str) -> Found:
+    """The answer in tags, else in boxes."""
     text = text[-_SEARCHED:]
     tags = _tags(text)
     if tags:
@@ -129,21 +134,22 @@ def _marked(text: str) -> Found:
 
 
 def _tags(text: str) -> list[_Mark]:
-    """The last complete `<answer>` tags that are not empty, and not parted by anything but commas and the like."""
+    """The last complete, non-empty `<answer>` tags with nothing between them but commas and the like."""
     tags: list[_Mark] = []
     end = text.rfind("</answer>")
     while end >= 0 and len(tags) < 10:
         start = text.rfind("<answer>", 0, end)
         if start < 0 or (tags and not _connects(text[end + len("</answer>") : tags[0].start])):
             break
-        if content := text[start + len("<answer>") : end].strip():
+        content = text[start + len("<answer>") : end].strip()
+        if content:
             tags.insert(0, _Mark(content, start, end + len("</answer>")))
         end = text.rfind("</answer>", 0, start)
     return tags
 
 
 def _boxes(text: str) -> tuple[list[_Mark], bool]:
-    """(the innermost complete boxes that are not empty, whether one is left open at the end), in one pass."""
+    """(the innermost complete, non-empty boxes, whether one is left open at the end), found in one pass."""
     text = text[-_SEARCHED:]
     open_braces: list[tuple[int, int] | None] = []
     boxes: list[_Mark] = []
@@ -153,9 +159,12 @@ def _boxes(text: str) -> tuple[list[_Mark], bool]:
             open_braces.append(None)
         elif piece == "}":
             box = open_braces.pop() if open_braces else None
-            content = text[box[1] : token.start()].strip() if box is not None else ""
-            if content and not (boxes and boxes[-1].start > box[0]):
-                boxes.append(_Mark(content, box[0], token.end()))
+            if box is None:
+                continue
+            start, content_start = box
+            content = text[content_start : token.start()].strip()
+            if content and not (boxes and boxes[-1].start > start):
+                boxes.append(_Mark(content, start, token.end()))
         elif piece[-1] == "{" and len(piece) > 2:
             open_braces.append((token.start(), token.end()))
     return boxes, any(start is not None for start in open_braces)
@@ -190,7 +199,7 @@ def _joined(contents: list[str]) -> str:
 
 
 def _stated(text: str) -> Found:
-    """What follows the last "answer is", "Answer:" or `####`: its formula if it begins with one, else the sentence."""
+    """The formula, else the sentence, that follows the last "answer is", "Answer:" or `####`."""
     statements = deque(_STATEMENT.finditer(text, max(0, len(text) - _SEARCHED)), maxlen=1)
     return _formula_or_line(text, statements.pop().end()) if statements else Found()
 
@@ -202,7 +211,8 @@ def _last_formula(text: str) -> Found:
     places = [(last[0].start(), last[0].end())] if last else []
     for opening, closing in _DISPLAYED[:2]:
         start = tail.rfind(opening)
-        if start >= 0 and (end := tail.find(closing, start)) >= 0:
+        end = tail.find(closing, start) if start >= 0 else -1
+        if end >= 0:
             places.append((start, end + len(closing)))
     if not places or _DIGIT.search(tail, max(places)[1]):
         return Found()
@@ -210,17 +220,16 @@ def _last_formula(text: str) -> Found:
 
 
 def _formula_or_line(text: str, start: int, formula_only: bool = False) -> Found:
+    """The formula that begins at `start`; else, unless formula_only, the sentence that does."""
     rest = text[start : start + LONGEST_ANSWER].strip().lstrip("*_ ")
-    line = rest.split("\n", 1)[0]
-    if end := _SENTENCE_END.search(line):
-        line = line[: end.start()]
-    line = line.strip().rstrip("*_ ") or None
-    formula = None
+    line = _first_sentence(rest)
     for opening, closing in _DISPLAYED:
-        if rest.startswith(opening) and (end := rest.find(closing, 2)) > 0:
-            formula = rest[2:end].strip() or None
-            return Found(formula, line)
-    if match := _FORMULAS.match(rest):
+        end = rest.find(closing, 2) if rest.startswith(opening) else -1
+        if end > 0:
+            return Found(rest[2:end].strip() or None, line)
+    formula = None
+    match = _FORMULAS.match(rest)
+    if match is not None:
         formula = match.group()
         # "$2$ or more": the words belong to the number.
         if line and words_change_value(line[len(formula) : len(formula) + _LONGEST_GAP]):
@@ -228,11 +237,20 @@ def _formula_or_line(text: str, start: int, formula_only: bool = False) -> Found
     return Found(formula, line) if formula or formula_only else Found(line, line)
 
 
+def _first_sentence(text: str) -> str | None:
+    """The first line of a text, up to its first full stop; None where that is empty."""
+    line = text.split("\n", 1)[0]
+    stop = _SENTENCE_END.search(line)
+    if stop is not None:
+        line = line[: stop.start()]
+    return line.strip().rstrip("*_ ") or None
+
+
 # ------------------------------------------------------------------------------------------------- the plain cases
 
 
 def read(text: str, gold: str) -> Grade | dict[str, str]:
-    """A grade where it is plain, else the request for a grading process: see `_grader.judge`."""
+    """The grade in a plain case, else the request for a grading process: see `_grader.judge`."""
     found = find(text)
     gold = tidy(marked_answer(gold) or gold)
     if found.open:
@@ -244,20 +262,21 @@ def read(text: str, gold: str) -> Grade | dict[str, str]:
         if not gold or len(gold) > LONGEST_ANSWER:
             return Grade(False, None, "unparseable")
         return {"text": _outside_think(text)[-LONGEST_ANSWER:], "gold": gold}
-    return _compared(found, gold)
+    return _compared(found.answer, found.line, gold)
 
 
-def _compared(found: Found, gold: str) -> Grade | dict[str, str]:
-    if len(found.answer) > LONGEST_ANSWER:
+def _compared(shown: str, line: str | None, gold: str) -> Grade | dict[str, str]:
+    """The grade of an answer as the completion shows it, or the request. line: its sentence, in running text."""
+    if len(shown) > LONGEST_ANSWER:
         return Grade(False, None, "unparseable")
-    answer = tidy(found.answer)
+    answer = tidy(shown)
     if len(answer) > LONGEST_ANSWER:  # some characters stand for many
         return Grade(False, None, "unparseable")
     settled = plain.settled(answer, gold) if answer and 0 < len(gold) <= LONGEST_ANSWER else False
-    in_prose = found.line is not None and _is_prose(answer) and not words_change_value(answer)
+    in_prose = line is not None and _is_prose(answer) and not words_change_value(answer)
     if settled or (settled is False and not in_prose):
-        return Grade(settled, found.answer, "correct" if settled else "wrong")
-    request = {"shown": found.answer, "gold": gold}
+        return Grade(settled, shown, "correct" if settled else "wrong")
+    request = {"shown": shown, "gold": gold}
     if settled is None:
         request["answer"] = answer
     if in_prose:
@@ -266,12 +285,12 @@ def _compared(found: Found, gold: str) -> Grade | dict[str, str]:
 
 
 def _is_prose(answer: str) -> bool:
-    """Whether an answer has words that are no unit, so that its number has to be looked for."""
+    """Whether an answer has words that are not units, so that its number has to be looked for."""
     return any(word.lower() not in KNOWN and unit_of(word) is None for word in _PROSE.findall(answer))
 
 
 def is_a_term(number: str, text: str) -> bool:
-    """Whether the last `number` in a text is but a term of something longer, such as 2 in "Take 2*14"."""
+    """Whether the last `number` in a text is only a term of something longer, such as 2 in "Take 2*14"."""
     if plain_number(number) is None:
         return False
     last = deque(re.finditer(rf"(?<![\d.]){re.escape(number)}(?![\d.]*\d)", text), maxlen=1)

@@ -1,38 +1,53 @@
-"""How two shapes compare: which brackets, orders and names count. The values are left to `Values`."""
+"""How two shapes compare: which brackets, orders and names count. `Values` compares the values in them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hapo_lite.tasks.notation import canonical
 from hapo_lite.tasks.shapes import MOST_PARTS, Shape, assigned, is_name, parse, record
 
+_MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
+
+
+class Link(NamedTuple):
+    """One sign of an inequality with its two sides, which are texts in tidy notation."""
+
+    left: str
+    sign: str
+    right: str
+
+    def mirrored(self) -> Link:
+        """The same inequality with its sides exchanged."""
+        return Link(self.right, _MIRRORED.get(self.sign, self.sign), self.left)
+
 
 @dataclass
 class Values:
-    """What the comparison of shapes leaves to arithmetic and algebra; texts are in tidy notation.
+    """The arithmetic and algebra that the comparison of shapes needs; texts are in tidy notation, the gold one first.
 
-    same_value: one number or expression. same_equation: two equations as (left, right). same_inequality: (left, sign,
-    right) twice. same_set: any two sets, where their parts alone do not tell.
+    same_value compares two numbers or expressions, same_equation two equations as (left, right), same_inequality two
+    inequalities, and same_set two sets of numbers whose parts alone do not decide.
     """
 
     same_value: Callable[[str, str], bool]
     same_equation: Callable[[tuple[str, str], tuple[str, str]], bool]
-    same_inequality: Callable[[tuple[str, str, str], tuple[str, str, str]], bool]
+    same_inequality: Callable[[Link, Link], bool]
     same_set: Callable[[Shape, Shape], bool]
 
 
 @dataclass
 class Comparison:
-    """Compares shapes, gold first. values: see there."""
+    """Compares shapes, the gold answer first, and remembers its verdicts."""
 
     values: Values
     _known: dict[tuple[str, str], bool] = field(default_factory=dict)
 
     def same(self, gold: Shape, answer: Shape) -> bool:
-        """Whether an answer is as right as the gold answer."""
+        """Whether an answer is equal to the gold answer."""
         key = gold.text, answer.text
         if key not in self._known:
             self._known[key] = self._same(gold, answer)
@@ -57,7 +72,10 @@ class Comparison:
         return self._same_collections(gold, answer)
 
     def _same_collections(self, gold: Shape, answer: Shape) -> bool:
-        """Lists, points and sets. A list takes the order of a point it is compared with; a point is never a set."""
+        """Whether two lists, points or sets agree.
+
+        A list takes the order of a point that it is compared with; a point is never equal to a set.
+        """
         kinds = {gold.kind, answer.kind}
         if gold.names and answer.names and gold.names != answer.names:
             return False
@@ -79,21 +97,35 @@ class Comparison:
         return len(gold) == len(answer) and all(self.same(g, a) for g, a in zip(gold, answer, strict=True))
 
     def _without_order(self, gold: tuple[Shape, ...], answer: tuple[Shape, ...]) -> bool:
-        """The same values, each as often; or each once on one side, where the other repeats some: 4, 4 is 4."""
+        """Whether two collections have the same values, each as often in both.
+
+        Where one side has no value twice, the other may repeat some: 4, 4 is 4.
+        """
         if len(gold) > MOST_PARTS or len(answer) > MOST_PARTS:
             return False
-        known = {canonical(a.text): i for i, a in enumerate(answer)}
-        pairs = {i: known.pop(key) for i, g in enumerate(gold) if (key := canonical(g.text)) in known}
-        left = [a for i, a in enumerate(answer) if i not in pairs.values()]
-        for g in (g for i, g in enumerate(gold) if i not in pairs):
+        if self._one_to_one(gold, answer):
+            return True
+        return len(gold) != len(answer) and (_distinct(gold) or _distinct(answer)) and self._each_found(gold, answer)
+
+    def _one_to_one(self, gold: tuple[Shape, ...], answer: tuple[Shape, ...]) -> bool:
+        """Whether every member of one side has a partner of its own on the other."""
+        # Members of the same text pair off first: comparing values takes far longer.
+        places = {canonical(a.text): place for place, a in enumerate(answer)}
+        paired: set[int] = set()
+        unpaired = []
+        for g in gold:
+            place = places.pop(canonical(g.text), None)
+            if place is None:
+                unpaired.append(g)
+            else:
+                paired.add(place)
+        left = [a for place, a in enumerate(answer) if place not in paired]
+        for g in unpaired:
             match = next((i for i, a in enumerate(left) if self._same_member(g, a)), None)
             if match is None:
-                break
+                return False
             del left[match]
-        else:
-            if not left:
-                return True
-        return len(gold) != len(answer) and (_distinct(gold) or _distinct(answer)) and self._each_found(gold, answer)
+        return not left
 
     def _each_found(self, gold: tuple[Shape, ...], answer: tuple[Shape, ...]) -> bool:
         return all(any(self._same_member(g, a) for a in answer) for g in gold) and all(
@@ -101,7 +133,7 @@ class Comparison:
         )
 
     def _same_member(self, gold: Shape, answer: Shape) -> bool:
-        r"""Within a collection \{1\} is not 1."""
+        r"""Whether two members of collections agree: within a collection \{1\} is not 1."""
         return (gold.kind == "set") == (answer.kind == "set") and self.same(gold, answer)
 
     def _same_matrices(self, gold: Shape, answer: Shape) -> bool:
@@ -110,27 +142,33 @@ class Comparison:
         return {gold.kind, answer.kind} == {"matrix", "value"} and self.values.same_value(gold.text, answer.text)
 
     def _same_equations(self, gold: Shape, answer: Shape) -> bool:
-        """Two equations hold for the same points; or one side only names what it states."""
+        """Whether two equations hold for the same points, or one side is what the other's equation names."""
         if gold.kind == answer.kind:
-            g, a = assigned(gold), assigned(answer)
-            if g and a and g[0] == a[0]:
-                return self.same(g[1], a[1])
-            if any(part.kind != "value" for shape in (gold, answer) for part in shape.parts):
-                return self._in_order(gold.parts, answer.parts)
-            if len(gold.parts) > 2 or len(answer.parts) > 2:
-                return self.same(gold.parts[0], answer.parts[0]) and self.same(gold.parts[-1], answer.parts[-1])
-            sides = [(shape.parts[0].text, shape.parts[-1].text) for shape in (gold, answer)]
-            return self.values.same_equation(*sides)
+            return self._same_two_equations(gold, answer)
         if answer.kind == "equation":
-            if (record := _as_record(answer)) is not None and gold.kind == "record":
-                return self._same_records(gold, record)
+            named = _as_record(answer)
+            if named is not None and gold.kind == "record":
+                return self._same_records(gold, named)
             return not answer.parts[0].text.startswith("-") and self.same(gold, answer.parts[-1])
-        if (record := _as_record(gold)) is not None and answer.kind == "record":
-            return self._same_records(record, answer)
+        named = _as_record(gold)
+        if named is not None and answer.kind == "record":
+            return self._same_records(named, answer)
         return any(is_name(part.text) for part in gold.parts[:-1]) and self.same(gold.parts[-1], answer)
 
+    def _same_two_equations(self, gold: Shape, answer: Shape) -> bool:
+        g, a = assigned(gold), assigned(answer)
+        if g and a and g[0] == a[0]:
+            return self.same(g[1], a[1])
+        if any(part.kind != "value" for shape in (gold, answer) for part in shape.parts):
+            return self._in_order(gold.parts, answer.parts)
+        if len(gold.parts) > 2 or len(answer.parts) > 2:
+            return self.same(gold.parts[0], answer.parts[0]) and self.same(gold.parts[-1], answer.parts[-1])
+        return self.values.same_equation(
+            (gold.parts[0].text, gold.parts[-1].text), (answer.parts[0].text, answer.parts[-1].text)
+        )
+
     def _same_records(self, gold: Shape, answer: Shape) -> bool:
-        """Records agree name by name; with a point or list, in the order of the names."""
+        """Whether two records agree name by name; a record and a point or list agree in the order of the names."""
         if gold.kind == answer.kind:
             if set(gold.names) != set(answer.names):
                 return False
@@ -141,27 +179,30 @@ class Comparison:
             return False
         if other.names or any(part.kind == "equation" for part in other.parts):
             return False
-        by_name = tuple(part for _, part in sorted(zip(record.names, record.parts, strict=True), key=lambda p: p[0]))
-        orders = {by_name, record.parts} if other.kind == "list" else {by_name}
+        named = sorted(zip(record.names, record.parts, strict=True), key=lambda pair: pair[0])
+        alphabetical = tuple(part for _, part in named)
+        orders = {alphabetical, record.parts} if other.kind == "list" else {alphabetical}
         pairs = [(values, other.parts) if record is gold else (other.parts, values) for values in orders]
         return any(self._in_order(*pair) for pair in pairs)
 
     def _same_inequalities(self, gold: Shape, answer: Shape) -> bool:
-        """Inequalities in one letter are intervals; others are compared side by side, whichever way round."""
-        ranges = _range_of(gold), _range_of(answer)
-        names = {r[0] for r in ranges if r is not None and r[0]}
-        if None not in ranges and len(names) == 1:
-            return self.same(ranges[0][1], ranges[1][1]) or self.values.same_set(ranges[0][1], ranges[1][1])
-        if gold.kind == "inequality" and ranges[1] is not None and ranges[1][0] is None:
+        """Inequalities in one letter are compared as intervals, others side by side, whichever way round."""
+        gold_range, answer_range = _range_of(gold), _range_of(answer)
+        if gold_range is not None and answer_range is not None:
+            names = {letter for letter in (gold_range[0], answer_range[0]) if letter}
+            if len(names) == 1:
+                intervals = gold_range[1], answer_range[1]
+                return self.same(*intervals) or self.values.same_set(*intervals)
+        if gold.kind == "inequality" and answer_range is not None and answer_range[0] is None:
             return self.values.same_set(gold, answer)
         return self._same_links(gold, answer) or (gold.kind == answer.kind and self.values.same_set(gold, answer))
 
     def _same_links(self, gold: Shape, answer: Shape) -> bool:
-        links = _links(gold), _links(answer)
-        if None in links or len(links[0]) != len(links[1]):
+        gold_links, answer_links = _links(gold), _links(answer)
+        if gold_links is None or answer_links is None or len(gold_links) != len(answer_links):
             return False
-        left = list(links[1])
-        for link in links[0]:
+        left = list(answer_links)
+        for link in gold_links:
             match = next((i for i, other in enumerate(left) if self.values.same_inequality(link, other)), None)
             if match is None:
                 return False
@@ -178,7 +219,7 @@ def _distinct(parts: tuple[Shape, ...]) -> bool:
 
 
 def _as_record(shape: Shape) -> Shape | None:
-    """(x,y)=(1,2) as a record of x and y, and x=1 as a record of one."""
+    """(x,y)=(1,2) as a record of x and y; None for other equations."""
     left, right = shape.parts[0], shape.parts[-1]
     if left.kind == "point" == right.kind and len(left.parts) == len(right.parts):
         names = tuple(canonical(part.text).replace(" ", "") for part in left.parts)
@@ -190,68 +231,74 @@ def _joined_inequalities(shape: Shape) -> bool:
     return shape.kind == "list" and shape.signs in (("and",), ("or",))
 
 
-_MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 _BOUND = re.compile(r"(?:[a-zA-Z]|\\(?!infty|pi|emptyset)[a-zA-Z]+ ?)(?:_\{?\w+\}?)?(?: ?\([a-zA-Z]\))?")
 
 
 def _range_of(shape: Shape) -> tuple[str | None, Shape] | None:
-    """(letter, interval or union) that an inequality in one letter stands for; a range itself has no letter."""
+    """(letter, interval or union) of an inequality in one letter; (None, range) of a range; None of others."""
     if shape.kind in ("point", "union", "set") or (shape.kind == "value" and r"\mathbb" in shape.text):
         return None, shape
-    links = _links(shape)
-    if links is None:
+    bounds = _bounds(shape)
+    if not bounds or len({bound.left for bound in bounds}) != 1:
         return None
-    bounds = _bounds_of_middle(links) or [_bound(*link) for link in links]
-    if None in bounds or len({name for name, _, _ in bounds}) != 1:
-        return None
-    sides: dict[str, tuple[str, str]] = {}
+    alternatives = shape.signs == ("or",) and shape.kind == "list"
+    ends: dict[str, tuple[str, str]] = {}
     texts = []
-    for _, sign, value in bounds:
-        if sign == "!=":
+    for bound in bounds:
+        if bound.sign == "!=":
             if len(bounds) > 1:
                 return None
-            texts += [rf"(-\infty,{value})", rf"({value},\infty)"]
-            continue
-        side = "left" if sign[0] == ">" else "right"
-        bracket = ("[" if side == "left" else "]") if "=" in sign else ("(" if side == "left" else ")")
-        if shape.signs == ("or",) and shape.kind == "list":
-            texts.append(_interval({side: (bracket, value)}))
-        elif side in sides:
+            return bound.left, parse(rf"(-\infty,{bound.right}) \cup ({bound.right},\infty)")
+        side, end = _end_of_interval(bound)
+        if alternatives:
+            texts.append(_interval({side: end}))
+        elif side in ends:
             return None
         else:
-            sides[side] = bracket, value
-    texts += [_interval(sides)] if sides else []
-    return bounds[0][0], parse(r" \cup ".join(texts))
+            ends[side] = end
+    if ends:
+        texts.append(_interval(ends))
+    return bounds[0].left, parse(r" \cup ".join(texts))
 
 
-def _interval(sides: dict[str, tuple[str, str]]) -> str:
-    left, right = sides.get("left", ("(", r"-\infty")), sides.get("right", (")", r"\infty"))
-    return f"{left[0]}{left[1]},{right[1]}{right[0]}"
+def _end_of_interval(bound: Link) -> tuple[str, tuple[str, str]]:
+    """The side, "left" or "right", on which a bound ends an interval, and (bracket, value) of that end."""
+    closed = "=" in bound.sign
+    if bound.sign[0] == ">":
+        return "left", ("[" if closed else "(", bound.right)
+    return "right", ("]" if closed else ")", bound.right)
 
 
-def _links(shape: Shape) -> list[tuple[str, str, str]] | None:
-    """(left, sign, right) of each sign in an inequality, a chain of them, or several joined by "and"."""
+def _interval(ends: dict[str, tuple[str, str]]) -> str:
+    opening, low = ends.get("left", ("(", r"-\infty"))
+    closing, high = ends.get("right", (")", r"\infty"))
+    return f"{opening}{low},{high}{closing}"
+
+
+def _links(shape: Shape) -> list[Link] | None:
+    """Each sign of an inequality, of a chain of inequalities, or of several joined by "and" or "or"; else None."""
     if _joined_inequalities(shape):
         return [link for part in shape.parts for link in _links(part) or []]
     if shape.kind != "inequality" or not all(sign in ("<", "<=", ">", ">=", "!=") for sign in shape.signs):
         return None
     sides = [part.text for part in shape.parts]
-    return list(zip(sides, shape.signs, sides[1:], strict=False))
+    return [Link(*link) for link in zip(sides, shape.signs, sides[1:], strict=False)]
 
 
-def _bounds_of_middle(links: list[tuple[str, str, str]]) -> list[tuple[str, str, str]] | None:
-    """The bounds of x in a < x < b, whatever a and b are."""
-    if len(links) != 2 or links[0][2] != links[1][0] or not _BOUND.fullmatch(links[0][2].strip()):
+def _bounds(shape: Shape) -> list[Link] | None:
+    """The links of an inequality, each with its letter on the left; None where one of them bounds no letter."""
+    links = _links(shape)
+    if links is None:
         return None
-    (low, first, letter), (_, second, high) = links
-    return [(letter.strip(), _MIRRORED.get(first, first), low.strip()), (letter.strip(), second, high.strip())]
+    # a < x < b bounds x, whatever a and b are.
+    if len(links) == 2 and links[0].right == links[1].left and _BOUND.fullmatch(links[0].right):
+        return [links[0].mirrored(), links[1]]
+    bounds = [_with_letter_left(link) for link in links]
+    return [bound for bound in bounds if bound is not None] if None not in bounds else None
 
 
-def _bound(left: str, sign: str, right: str) -> tuple[str, str, str] | None:
-    """(letter, sign, value) with the letter on the left."""
-    letters = [_BOUND.fullmatch(side.strip()) is not None for side in (left, right)]
-    if letters[0] and not letters[1]:
-        return left.strip(), sign, right.strip()
-    if letters[1] and not letters[0]:
-        return right.strip(), _MIRRORED.get(sign, sign), left.strip()
-    return None
+def _with_letter_left(link: Link) -> Link | None:
+    letter_left, letter_right = (_BOUND.fullmatch(side) is not None for side in (link.left, link.right))
+    if letter_left == letter_right:
+        return None
+    return link if letter_left else link.mirrored()

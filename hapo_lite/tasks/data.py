@@ -1,4 +1,4 @@
-"""Data sets become prompts: any columns, any of the sources, one record. Rows pass one at a time."""
+"""Data sets become prompts: rows of any columns, from any source, are read one at a time into one record."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from hapo_lite.tasks.store import PromptStore, Selection
 from hapo_lite.tasks.verify import LONGEST_ANSWER, marked_answer
 
 CHARACTERS_PER_TOKEN = 32
-"""A problem with more for each token of data.max_prompt_tokens is too long without being tokenised."""
+"""A problem with more characters for each token of data.max_prompt_tokens is too long; it is not tokenised."""
 PROBLEM_COLUMNS = ("prompt", "problem", "question")
 LONGEST_NAME = 200
-"""Characters of an id."""
+"""Most characters of an id."""
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "solution")
 
 _FINAL = re.compile(r"####[ \t]*([^\n]*)")
@@ -33,21 +33,21 @@ _GROUPED = re.compile(r"-?\$?\d{1,3}(,\d{3})+(\.\d+)?", re.ASCII)
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the order of the data. skipped: how many rows were left out, by reason."""
+    """Prompts in the order of the data. skipped: the number of rows that were left out, by reason."""
 
     prompts: Sequence[Prompt]
     skipped: Mapping[str, int]
 
 
 class _Unusable(Exception):
-    """Why a row is left out."""
+    """A row is left out, for the reason that this error carries."""
 
 
 def load_prompts(data: DataSettings) -> PromptSet:
     """Read `data.source`. `data.limit` counts prompts that are kept, not rows.
 
-    A row is left out, and counted, where its problem or answer is missing or of no use, or where its problem stood in
-    an earlier row. Raises UserError where the source, its columns or all of its rows are of no use.
+    A row is left out, and counted, if its problem or answer is missing or unusable, or if an earlier row has the same
+    problem. Raises UserError if the source, its columns or all of its rows are unusable.
     """
     table = open_table(data)
     problem_column = _column(table, data.problem_column, PROBLEM_COLUMNS, "problem_column")
@@ -62,7 +62,8 @@ def load_prompts(data: DataSettings) -> PromptSet:
             break
         try:
             messages = _messages(_value(row, problem_column), data)
-            if (problem := _fingerprint(messages)) in seen:
+            problem = _fingerprint(messages)
+            if problem in seen:
                 raise _Unusable("the same problem as an earlier row")
             name = _name(row.get("id"), f"{table.stem}-{row_number}", ids)
             prompts.add(Prompt(name, messages, _answer(_value(row, answer_column))))
@@ -85,9 +86,9 @@ def load_prompts(data: DataSettings) -> PromptSet:
 
 
 def split_held_out(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[Sequence[Prompt], tuple[Prompt, ...]]:
-    """(the rest, `count` prompts drawn by `seed`), disjoint, both in the order given.
+    """(the other prompts, `count` prompts drawn by `seed`), both in the order given.
 
-    Raises UserError where nothing would be left to train on.
+    Raises UserError if nothing would be left to train on.
     """
     if count >= len(prompts):
         raise UserError(
@@ -103,6 +104,7 @@ def split_held_out(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[Se
 
 
 def _column(table: Table, wanted: str | None, usual: Sequence[str], setting: str) -> str:
+    """The column that is wanted, else the first usual one that the table has."""
     known = list(table.columns)
     if not known:
         raise UserError(f"{table.name} has no rows: give a data set or split that has some")
@@ -131,12 +133,12 @@ def _value(row: dict[str, Any], column: str) -> Any:
 
 
 def _fingerprint(value: object) -> int:
-    """64 bits that stand for a text or a chat."""
+    """A hash of 64 bits of a text or a chat."""
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest())
 
 
 def _name(given: Any, number: str, taken: set[int]) -> str:
-    """The row's own id where it is short and new, else its number."""
+    """The row's own id if it is short and not taken, else its number."""
     name = str(given) if isinstance(given, (str, int)) else ""
     if not 0 < len(name) <= LONGEST_NAME or not name.isprintable() or _fingerprint(name) in taken:
         return number
@@ -181,7 +183,8 @@ def _answer(value: Any) -> str:
         value = str(value)
     if not isinstance(value, str):
         raise _Unusable("the answer is neither text nor a number")
-    if finals := _FINAL.findall(value):
+    finals = _FINAL.findall(value)
+    if finals:
         value = finals[-1].strip()
         if _GROUPED.fullmatch(value):
             value = value.replace(",", "")

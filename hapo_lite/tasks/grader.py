@@ -1,5 +1,7 @@
-"""The grading processes: sympy can think for minutes about a short expression, and only a process can be stopped for
-certain. Plain cases are graded here, without one."""
+"""The grading processes. Plain cases are graded without one.
+
+sympy can compute for minutes on a short expression, and only a process can be stopped reliably.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +16,31 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import IO, Any
 
 from hapo_lite.errors import UserError
 from hapo_lite.tasks.answers import Grade, Outcome, read
 
 _STARTING_S = 120.0
 _BACKSTOP_S = 5.0
+"""Seconds after its deadline at which a grading process ends itself, if nobody has killed it."""
+
+Request = dict[str, str]
+"""A comparison for a grading process, without its deadline: see `_grader.judge`."""
 
 
 class GraderPool:
     """Grading processes, started when first needed. Close it, or use it as a context manager.
 
-    workers: most processes at once. timeout_s: deadline of one comparison, seconds; a process past it is killed and
-    replaced. Usable from any thread; calls take turns.
+    workers: most processes at once. timeout_s: deadline of one comparison, seconds; a process past its deadline is
+    killed and replaced. Any thread may use the pool; calls take turns.
     """
 
     def __init__(self, workers: int = 2, timeout_s: float = 5.0) -> None:
         if workers < 1 or not timeout_s > 0:
             raise ValueError(f"workers and timeout_s must be positive, not {workers} and {timeout_s}")
-        self._size, self._timeout_s = workers, timeout_s
+        self._size = workers
+        self._timeout_s = timeout_s
         self._idle: list[_Worker] = []
         self._lock = threading.Lock()
         self._closed = False
@@ -45,28 +53,29 @@ class GraderPool:
     ) -> list[Grade]:
         """Grades of (completion text, gold answer) pairs, in their order. Never raises because of what a text says.
 
-        graded: told how many more of them have their grade. Raises UserError where the grading processes cannot be
-        started, RuntimeError after `close`.
+        graded: called with the number of pairs that have got their grade since the last call. Raises UserError if the
+        grading processes cannot be started, RuntimeError after `close`.
         """
         found = [read(text, gold) for text, gold in pairs]
         # Completions of one prompt often give the same answer: each distinct comparison is made once.
-        open_requests = {json.dumps(r): r for r in found if isinstance(r, dict)}
-        pairs_of = Counter(json.dumps(r) for r in found if isinstance(r, dict))
+        requests = {json.dumps(r): r for r in found if not isinstance(r, Grade)}
+        pairs_of = Counter(json.dumps(r) for r in found if not isinstance(r, Grade))
         graded(len(found) - pairs_of.total())
-        if open_requests:
-            with self._lock:
-                if self._closed:
-                    raise RuntimeError("this GraderPool is closed")
-                requests = list(open_requests.values())
-                counts = [pairs_of[key] for key in open_requests]
-                answered = _Round(
-                    requests, timeout_s or self._timeout_s, self._size, self._idle, lambda i: graded(counts[i])
-                ).run()
-            verdicts = dict(zip(open_requests, answered, strict=True))
+        counts = [pairs_of[key] for key in requests]
+        answers = self._compare(list(requests.values()), timeout_s or self._timeout_s, lambda i: graded(counts[i]))
+        verdicts = dict(zip(requests, answers, strict=True))
         return [r if isinstance(r, Grade) else verdicts[json.dumps(r)] for r in found]
 
+    def _compare(self, requests: list[Request], timeout_s: float, graded: Callable[[int], None]) -> list[Grade]:
+        if not requests:
+            return []
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this GraderPool is closed")
+            return _Round(requests, timeout_s, self._size, self._idle, graded).run()
+
     def close(self) -> None:
-        """End the processes."""
+        """End the grading processes."""
         with self._lock:
             self._closed = True
             while self._idle:
@@ -85,7 +94,7 @@ class _Worker:
     def __init__(self) -> None:
         package_root = str(Path(__file__).resolve().parents[2])
         paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        # A fixed hash seed, since sympy's order of terms, and with it now and then its verdict, depends on it.
+        # The order of sympy's terms, and with it now and then a verdict, depends on the hash seed.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"}
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "hapo_lite.tasks._grader"],
@@ -98,15 +107,19 @@ class _Worker:
         self.ready = False
         self._received = b""
 
-    def send(self, request: dict[str, str], timeout_s: float) -> None:
-        """Raises OSError where the process is gone."""
+    @property
+    def stdout(self) -> IO[bytes]:
+        return _piped(self.process.stdout)
+
+    def send(self, request: Request, timeout_s: float) -> None:
+        """Send a request. Raises OSError if the process has ended."""
         if self.process.poll() is not None:
             raise BrokenPipeError
-        self.process.stdin.write(json.dumps(request | {"seconds": timeout_s + _BACKSTOP_S}).encode() + b"\n")
+        _piped(self.process.stdin).write(json.dumps(request | {"seconds": timeout_s + _BACKSTOP_S}).encode() + b"\n")
 
-    def receive(self) -> list[dict]:
-        """The complete messages, since a quick answer can come with the first line. Raises EOFError at the end."""
-        chunk = os.read(self.process.stdout.fileno(), 65536)
+    def receive(self) -> list[dict[str, Any]]:
+        """The complete messages: a quick answer can come together with the first line. Raises EOFError at the end."""
+        chunk = os.read(self.stdout.fileno(), 65536)
         if not chunk:
             raise EOFError
         *lines, self._received = (self._received + chunk).split(b"\n")
@@ -115,7 +128,7 @@ class _Worker:
     def complaint(self) -> str:
         """The last line that the process wrote to its standard error, after killing it."""
         self.process.kill()
-        lines = self.process.stderr.read().decode(errors="replace").strip().splitlines()
+        lines = _piped(self.process.stderr).read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"it ended with code {self.process.wait()}"
 
     def close(self) -> None:
@@ -124,33 +137,44 @@ class _Worker:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             with suppress(OSError):
-                pipe.close()
+                _piped(pipe).close()
+
+
+def _piped(stream: IO[bytes] | None) -> IO[bytes]:
+    """The stream of a process that was started with a pipe for it."""
+    assert stream is not None
+    return stream
 
 
 class _Round:
-    """One call of grade_many: requests that wait, requests at work, and grades.
+    """One call of grade_many: its waiting requests, busy workers and grades.
 
-    idle: the pool's list of workers. graded: told which request has its first grade.
+    size: most workers at once. idle: the pool's idle workers, taken from and given back. graded: called with the index
+    of a request that has got its first grade.
     """
 
     def __init__(
         self,
-        requests: list[dict[str, str]],
+        requests: list[Request],
         timeout_s: float,
         size: int,
         idle: list[_Worker],
         graded: Callable[[int], None],
     ) -> None:
-        self._requests, self._timeout_s, self._size, self._idle = requests, timeout_s, size, idle
+        self._requests = requests
+        self._timeout_s = timeout_s
+        self._size = size
+        self._idle = idle
         self._graded = graded
-        self._grades: list[Grade | None] = [None] * len(requests)
+        self._selector = selectors.DefaultSelector()
+        self._grades: dict[int, Grade] = {}
         self._waiting = deque(range(len(requests)))
         self._busy: dict[_Worker, tuple[int, float]] = {}
         self._retried: set[int] = set()
 
     def run(self) -> list[Grade]:
         """The grade of each request."""
-        with selectors.DefaultSelector() as self._selector:
+        with self._selector:
             try:
                 while self._waiting or self._busy:
                     while self._waiting and len(self._busy) < self._size:
@@ -162,7 +186,7 @@ class _Round:
             finally:
                 for worker in self._busy:
                     worker.close()
-        return self._grades
+        return [self._grades[i] for i in range(len(self._requests))]
 
     def _start(self, index: int) -> None:
         request = self._requests[index]
@@ -173,9 +197,9 @@ class _Round:
                 worker.send(request, self._timeout_s)
         wait_s = self._timeout_s if worker.ready else _STARTING_S
         self._busy[worker] = index, time.monotonic() + wait_s
-        self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        self._selector.register(worker.stdout, selectors.EVENT_READ, worker)
 
-    def _send_to_idle(self, request: dict[str, str]) -> _Worker | None:
+    def _send_to_idle(self, request: Request) -> _Worker | None:
         while self._idle:
             worker = self._idle.pop()
             try:
@@ -193,7 +217,7 @@ class _Round:
             if not worker.ready:
                 raise UserError(_not_started(worker.complaint())) from None
             self._finish(worker, "error")
-            # It may have been dead before it was asked: once more before the request is blamed.
+            # The process may have been dead before it got the request, which is therefore tried once more.
             if index not in self._retried:
                 self._retried.add(index)
                 self._waiting.append(index)
@@ -202,7 +226,7 @@ class _Round:
             if worker.ready:
                 self._finish(worker, message["outcome"], message.get("answer"), alive=True)
             else:
-                # The deadline is for comparing: it starts when the process has done its imports.
+                # The deadline is for comparing: its time runs from when the process has done its imports.
                 worker.ready = True
                 self._busy[worker] = index, time.monotonic() + self._timeout_s
 
@@ -215,9 +239,9 @@ class _Round:
 
     def _finish(self, worker: _Worker, outcome: Outcome, answer: str | None = None, alive: bool = False) -> None:
         index, _ = self._busy.pop(worker)
-        self._selector.unregister(worker.process.stdout)
+        self._selector.unregister(worker.stdout)
         answer = self._requests[index].get("shown", answer)
-        if self._grades[index] is None:
+        if index not in self._grades:
             self._graded(index)
         self._grades[index] = Grade(outcome == "correct", answer, outcome)
         if alive:

@@ -1,7 +1,8 @@
-r"""Notation: the same answer typed in different ways, folded into one.
+r"""Notation: one spelling for an answer that can be typed in different ways.
 
-`tidy` folds typography (Unicode, spacing, `\dfrac`, `\left(`) and keeps `\text{...}`. `canonical` unwraps that too; two
-texts are compared by it. `plain_number` reads a number exactly. Nothing here knows units, lists or algebra.
+`tidy` unifies typography (Unicode, spacing, `\dfrac`, `\left(`) and keeps `\text{...}`. `canonical` unwraps
+`\text{...}` too, and two texts are compared in this spelling. `plain_number` reads a number exactly. Nothing here
+knows units, lists or algebra.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 ROW_END = r"\cr "
-r"""What `\\` and a length behind it become: `\\ ` would be mistaken for an escaped space, `\\[` for a formula."""
+r"""The spelling of `\\` and a length behind it: `\\ ` would be mistaken for an escaped space, `\\[` for a formula."""
 
 LONGEST_NUMBER = 2_000
-"""Characters of a number that is read exactly; Python refuses integers of more than 4,300 digits."""
+"""Most characters of a number that is read exactly; Python refuses integers of more than 4,300 digits."""
 
 _ROW_END = re.compile(r"\\\\(?:\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in)\s*\])?")
 _DOUBLED_ESCAPE = re.compile(r"\\\\(?=[a-zA-Z])")
@@ -66,12 +67,14 @@ _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True)
 _RAISED_RUN = re.compile(f"[{''.join(_RAISED)}]+")
 _LOWERED_RUN = re.compile(f"[{''.join(_LOWERED)}]+")
 _DASH_FOR_MINUS = re.compile(r"(?<!\d)–|–(?!\d)")
-"""2–3 is a range."""
+"""A dash that is a minus sign: 2–3 is a range."""
 _ROOT_SIGN = re.compile(r"(\\sqrt(?:\[\d\])?) ?(\d+|\((?:[^()]*)\))")
 
 _THOUSANDS = re.compile(r"(?<=\d)(?:(,)\s*\\!|\\[,!])\s*(?=\d{3}(?!\d))", re.ASCII)
 _BRACED_COMMA = re.compile(r"\s*\{\s*,\s*\}\s*")
-_ASCII_SIGNS = [(re.compile(typed), f"\\{name} ") for typed, name in (("<=", "le"), (">=", "ge"), (r"(?<=\s)!=", "ne"))]
+_ASCII_SIGNS = [
+    (re.compile(typed), rf"\\{name} ") for typed, name in (("<=", "le"), (">=", "ge"), (r"(?<=\s)!=", "ne"))
+]
 _SPACES = re.compile(r"(?:\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace)(?![a-zA-Z])|~|\s)+")
 _SIZES = re.compile(
     r"\\(?:left|right)(?:(?![a-zA-Z])\.?)|\\(?:[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])"
@@ -81,7 +84,7 @@ _TEXT_NAME = re.compile(
 )
 _POWERS_IN_TEXT = 3
 _POWER_IN_TEXT = re.compile(r"\\text\{([^{}]*)\^\s*\{\s*([+-]?\d+)\s*\}")
-r"""\mathrm{m s^{-1}}: braces within text, which hold the power of a unit."""
+r"""Braces within text that hold the power of a unit, as in \mathrm{m s^{-1}}."""
 _DOLLAR = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])")
 _CURRENCY = re.compile(r"\s*-?\$\s*(?=[\d.])")
 _SYNONYMS = [
@@ -137,8 +140,11 @@ _LEFT_TO_DO = re.compile(
 
 @dataclass(frozen=True)
 class Number:
-    """A number read exactly. digits: significant ones of a decimal, 0 for an integer or a fraction; last: value of 1 in
-    its last place."""
+    """A number read exactly.
+
+    digits: the significant digits of a decimal, 0 for an integer or a fraction. last: the value of 1 in the last place
+    of the decimal.
+    """
 
     value: Fraction
     digits: int = 0
@@ -146,18 +152,19 @@ class Number:
 
 
 def tidy(text: str) -> str:
-    """The same answer with typographic variants folded: digits of any script, Unicode symbols, spacing, sizes."""
+    """The same answer in one typography: digits of any script, Unicode symbols, spacing and sizes are unified."""
     if not text.isascii():
         text = _folded(text)
     if "\\\\" in text:
         text = _DOUBLED_ESCAPE.sub(r"\\", text) if r"\begin" not in text else text
         text = _ROW_END.sub(lambda _: ROW_END, text)
-    if text.count("$") == 1 and (currency := _CURRENCY.match(text)):
+    currency = _CURRENCY.match(text) if text.count("$") == 1 else None
+    if currency is not None:
         text = currency.group().replace("$", r"\$") + text[currency.end() :]
     text = _THOUSANDS.sub(r"\1", _BRACED_COMMA.sub(",", text)).replace("\\!", "")
     if "=" in text:
         for sign, name in _ASCII_SIGNS:
-            text = sign.sub(lambda _, name=name: name, text)
+            text = sign.sub(name, text)
     if "\\" in text:
         text = _with_one_name_each(text)
     text = _DOLLAR.sub("", _SPACES.sub(" ", text)).strip().rstrip(".,; ")
@@ -195,7 +202,8 @@ def _folded_character(c: str) -> str:
         return c
     if c in _UNICODE:
         return _UNICODE[c]
-    if (digit := unicodedata.decimal(c, None)) is not None:
+    digit = unicodedata.decimal(c, None)
+    if digit is not None:
         return str(digit)
     if "！" <= c <= "～":
         return chr(ord(c) - 0xFEE0)
@@ -203,7 +211,7 @@ def _folded_character(c: str) -> str:
     return rf"\frac{{{numerator}}}{{{denominator}}}" if slash and denominator else c
 
 
-def _root_of(match: re.Match) -> str:
+def _root_of(match: re.Match[str]) -> str:
     return f"{match[1]}{{{match[2].removeprefix('(').removesuffix(')')}}}"
 
 
@@ -214,7 +222,7 @@ def canonical(tidy_text: str) -> str:
 
 
 def normal_form(answer: str) -> str:
-    """The same answer in one of the ways it may be typed: what counts as one vote in maj@k."""
+    """One spelling for the ways to type an answer: answers of the same normal form vote together in maj@k."""
     return canonical(tidy(answer)).casefold()
 
 
@@ -243,8 +251,9 @@ def plain_number(text: str) -> Number | None:
 
 
 def _repeating(text: str) -> Number | None:
-    r"""0.1\overline{6} as 1/6."""
-    if (match := _REPEATING.fullmatch(text)) is None:
+    r"""The value of a repeating decimal: 0.1\overline{6} is 1/6. None for other texts."""
+    match = _REPEATING.fullmatch(text)
+    if match is None:
         return None
     fixed, repeated = match[2] or "", match[3]
     end = Fraction(int(repeated), 10 ** len(fixed) * (10 ** len(repeated) - 1))

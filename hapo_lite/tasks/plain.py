@@ -1,6 +1,6 @@
 """The plain cases: what text and exact arithmetic settle without algebra.
 
-Every function says True, False, or None where mathematics has to decide. All texts are in tidy notation.
+A verdict is True, False, or None where algebra has to decide. All texts are in tidy notation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hapo_lite.tasks.shapes import parse
 from hapo_lite.tasks.units import read_quantity, same_compound, scales
 
 CLOSE = Fraction(1, 10**6)
-"""How far a decimal may be off, in all and as part of the value: 0.333333 is 1/3, 3.14159 is not pi."""
+"""Largest absolute and relative error of a decimal: 0.333333 is 1/3, 3.14159 is not pi."""
 FEWEST_DIGITS, MANY_DIGITS = 5, 8
 """Significant digits that a decimal must have to stand for a fraction or a root, and those that make it precise."""
 
@@ -22,7 +22,7 @@ _WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '\-])*")
 _SHORT_WORDS = {"yes", "no", "odd", "all"}
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?")
 _NUMBERS = {"e", "i"}
-"""Letters that may be a choice and may be a number."""
+"""Letters that are a choice in some answers and a number in others."""
 _BASE = re.compile(r"([\dA-Fa-f]+)_\{?(\d+)\}?")
 _RATIO = re.compile(r"([\d.]+)((?: ?: ?[\d.]+)+)", re.ASCII)
 _CLOCK = re.compile(r"(?:[01]?\d|2[0-4]):[0-5]\d(?::[0-5]\d)?", re.ASCII)
@@ -35,15 +35,18 @@ Algebra = Callable[[str, str, Fraction, Fraction], bool]
 
 
 def settled(answer: str, gold: str) -> bool | None:
-    """Whether two tidy texts agree, where that is plain to see."""
+    """Whether two tidy texts agree; None where algebra has to decide."""
     a, g = canonical(answer), canonical(gold)
     if _spaceless(a) == _spaceless(g):
         return True
     number = plain_number(gold)
-    if number is not None and (assigned := _ASSIGNED.fullmatch(a)):
+    assigned = _ASSIGNED.fullmatch(a)
+    if number is not None and assigned is not None:
         answer = assigned.group(1)
-    if (text := _text_gold(gold, g)) is not None and not (g in _NUMBERS and _CHOICE.fullmatch(a) is None):
-        return _same_text(a, text, g == text and TEXT.fullmatch(gold) is None)
+    text = _text_gold(gold, g)
+    may_be_number = g in _NUMBERS and _CHOICE.fullmatch(a) is None
+    if text is not None and not may_be_number:
+        return _same_text(a, text, case_matters=g == text and TEXT.fullmatch(gold) is None)
     if number is not None and left_to_do(answer.rsplit("=", 1)[-1]):
         # An arithmetic task copied into the box is not an answer to it.
         return False
@@ -53,22 +56,23 @@ def settled(answer: str, gold: str) -> bool | None:
 
 
 def _spaceless(text: str) -> str:
-    """Without spaces, but for those between two digits: 2 1/4 is not 21/4."""
+    """The text without its spaces, except those between two digits: 2 1/4 is not 21/4."""
     return _SPACE.sub("", text)
 
 
 def _text_gold(gold: str, canonical_gold: str) -> str | None:
     """The gold answer's letters where it is words or a choice such as (A), else None."""
-    wrapped = TEXT.fullmatch(gold) is not None
-    if choice := _CHOICE.fullmatch(canonical_gold):
+    choice = _CHOICE.fullmatch(canonical_gold)
+    if choice is not None:
         return choice.group(1)
+    wrapped = TEXT.fullmatch(gold) is not None
     words = _WORDS.fullmatch(canonical_gold)
     long = any(len(w) > 3 for w in canonical_gold.split())
     return canonical_gold if words and (wrapped or canonical_gold.casefold() in _SHORT_WORDS or long) else None
 
 
 def _same_text(answer: str, gold: str, case_matters: bool) -> bool:
-    """Algebra would read letters as a product of variables, in which "seat" equals "east"."""
+    """Whether two texts agree letter by letter: algebra would read "seat" as a product that equals "east"."""
     if len(gold) > 1:
         return answer.casefold() == gold.casefold()
     choice = _CHOICE.fullmatch(answer)
@@ -77,46 +81,53 @@ def _same_text(answer: str, gold: str, case_matters: bool) -> bool:
 
 
 def same_value(gold: str, answer: str, algebra: Algebra | None = None) -> bool | None:
-    """Whether two single values agree, with their units and words. algebra: decides what is not plain, where given."""
+    """Whether two single values agree, with their units and words. algebra: decides the cases that are not plain."""
     if canonical(gold) == canonical(answer):
         return True
-    if any((shown := TEXT.fullmatch(side)) and _WORDS.fullmatch(shown.group(1).strip()) for side in (gold, answer)):
+    if _is_words(gold) or _is_words(answer):
         return canonical(gold).casefold() == canonical(answer).casefold()
     g, a = read_quantity(gold), read_quantity(answer)
     if len(g.parts) > 1 or len(a.parts) > 1:
         return same_compound(g, a)
-    g_value, a_value = g.parts[0][0], a.parts[0][0]
+    g_value, a_value = g.parts[0].value, a.parts[0].value
     verdicts = [_same_scaled(g_value, a_value, *factors, algebra) for factors in scales(g, a)]
-    return True if True in verdicts else (None if None in verdicts else False)
+    if True in verdicts:
+        return True
+    return None if None in verdicts else False
+
+
+def _is_words(text: str) -> bool:
+    """Whether a whole text is words within a formula, such as \\text{odd}."""
+    shown = TEXT.fullmatch(text)
+    return shown is not None and _WORDS.fullmatch(shown.group(1).strip()) is not None
 
 
 def _same_scaled(gold: str, answer: str, g: Fraction, a: Fraction, algebra: Algebra | None) -> bool | None:
     gold, answer = _without_one_base(gold, answer)
     if g == a and canonical(gold) == canonical(answer):
         return True
-    numbers = plain_number(gold), plain_number(answer)
-    if None not in numbers:
-        return _same_numbers(numbers[0], numbers[1], g, a)
-    bases = [_BASE.fullmatch(canonical(side)) for side in (gold, answer)]
-    if all(bases):
+    gold_number, answer_number = plain_number(gold), plain_number(answer)
+    if gold_number is not None and answer_number is not None:
+        return _same_numbers(gold_number, answer_number, g, a)
+    if _BASE.fullmatch(canonical(gold)) and _BASE.fullmatch(canonical(answer)):
         return False
-    ratios = _ratio(gold), _ratio(answer)
-    if ratios != (None, None):
-        clocks = [_CLOCK.fullmatch(side) is not None for side in (gold, answer)]
-        proportional = _proportional(*(r or _as_ratio(n) for r, n in zip(ratios, numbers, strict=True)))
-        return proportional and not all(clocks) and g == a
-    if numbers[0] is not None and left_to_do(answer):
+    gold_ratio, answer_ratio = _ratio(gold), _ratio(answer)
+    if gold_ratio is not None or answer_ratio is not None:
+        both_clocks = _CLOCK.fullmatch(gold) is not None and _CLOCK.fullmatch(answer) is not None
+        terms = gold_ratio or _as_ratio(gold_number), answer_ratio or _as_ratio(answer_number)
+        return _proportional(*terms) and not both_clocks and g == a
+    if gold_number is not None and left_to_do(answer):
         return False
     return algebra(gold, answer, g, a) if algebra else None
 
 
 def _without_one_base(gold: str, answer: str) -> tuple[str, str]:
-    """52_8 as 52 where the other side names no base."""
-    bases = [_BASE.fullmatch(canonical(side)) for side in (gold, answer)]
-    if bases[0] and not bases[1]:
-        return bases[0][1], answer
-    if bases[1] and not bases[0]:
-        return gold, bases[1][1]
+    """The gold answer and the answer, 52_8 as 52 where the other side names no base."""
+    gold_base, answer_base = _BASE.fullmatch(canonical(gold)), _BASE.fullmatch(canonical(answer))
+    if gold_base is not None and answer_base is None:
+        return gold_base[1], answer
+    if answer_base is not None and gold_base is None:
+        return gold, answer_base[1]
     return gold, answer
 
 
@@ -131,7 +142,7 @@ def _same_numbers(gold: Number, answer: Number, g: Fraction, a: Fraction) -> boo
 
 
 def allowed_error(decimal: Number, factor: Fraction, size: Fraction) -> Fraction:
-    """How far decimal x factor may be from an exact value of a size: one in its last place, and no more than CLOSE."""
+    """Largest distance of decimal x factor from an exact value of a size: 1 in the last place, and at most CLOSE."""
     if decimal.digits < FEWEST_DIGITS:
         return Fraction(0)
     absolute = CLOSE if decimal.digits < MANY_DIGITS else size
@@ -149,8 +160,9 @@ def _terminates(value: Fraction) -> bool:
 def _ratio(text: str) -> tuple[Fraction, ...] | None:
     if _RATIO.fullmatch(text) is None:
         return None
-    numbers = [plain_number(part) for part in text.replace(" ", "").split(":")]
-    return None if None in numbers else tuple(number.value for number in numbers)
+    terms = text.replace(" ", "").split(":")
+    numbers = [number for number in (plain_number(term) for term in terms) if number is not None]
+    return tuple(number.value for number in numbers) if len(numbers) == len(terms) else None
 
 
 def _as_ratio(number: Number | None) -> tuple[Fraction, ...] | None:

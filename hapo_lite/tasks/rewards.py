@@ -1,4 +1,4 @@
-"""Rewards: a verdict on each completion becomes a number, or your own function does (docs/rewards.md)."""
+"""Rewards: the number of a completion comes from its grade or from your own function (docs/rewards.md)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from hapo_lite.runs.progress import Progress
 from hapo_lite.tasks.verify import Grade, GraderPool, marked_answer
 
 RewardFunction = Callable[[list[str], list[str], list[str]], Sequence[float]]
+"""(questions, completions, gold answers) -> rewards, all of the same length."""
 
 
 def soft_overlong_penalty(length: int, max_new_tokens: int, buffer: int, penalty: float = 1.0) -> float:
@@ -36,13 +37,13 @@ def soft_overlong_penalty(length: int, max_new_tokens: int, buffer: int, penalty
 class Scorer:
     """Scores completions as the recipe's `reward` section says. Close it, or use it as a context manager.
 
-    max_new_tokens: longest completion, tokens; only the overlong penalty needs it. progress: told of every answer that
-    is graded; whoever uses the scorer may put another one in its place. Raises UserError where `reward.function` cannot
-    be loaded.
+    max_new_tokens: longest completion, tokens; only the overlong penalty needs it. progress: is told of every answer
+    that is graded, and may be replaced. Raises UserError if `reward.function` cannot be loaded.
     """
 
     def __init__(self, settings: RewardSettings, max_new_tokens: int) -> None:
-        self.settings, self.max_new_tokens = settings, max_new_tokens
+        self.settings = settings
+        self.max_new_tokens = max_new_tokens
         self.progress = Progress()
         self._function = load_function(settings.function) if settings.function else None
         self._pool = GraderPool(settings.workers, settings.timeout_s)
@@ -50,11 +51,12 @@ class Scorer:
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[str], lengths: Sequence[int], truncated: Sequence[bool]
     ) -> list[Score]:
-        r"""One Score per completion. All four of the same length; lengths in tokens.
+        r"""One Score per completion. All arguments have the same length; lengths are in tokens.
 
-        A truncated completion is graded by its `<answer>` tag or `\boxed{...}` alone: a number that happened to stand
-        near the cut is no answer. With `reward.function` the reward is the function's, and answers are graded all the
-        same. The overlong penalty is added to either. Raises UserError for what the function raises or returns amiss.
+        A truncated completion is graded by its `<answer>` tag or `\boxed{...}` alone: a number that happens to stand
+        near the cut is no answer. With `reward.function` the reward comes from the function, and answers are graded all
+        the same. The overlong penalty is added to either. Raises UserError if the function fails or returns anything
+        but a number per completion.
         """
         if not len(prompts) == len(completions) == len(lengths) == len(truncated):
             raise ValueError(
@@ -112,12 +114,14 @@ class Scorer:
             raise UserError(
                 f"reward.function {name} returned {len(values)} rewards for {count} completions: return one for each"
             )
-        rewards = [_number(value) for value in values]
-        if None in rewards:
-            i = rewards.index(None)
-            raise UserError(
-                f"reward.function {name} returned {repr(values[i])[:60]} for completion {i}: a reward must be a number"
-            )
+        rewards = []
+        for i, value in enumerate(values):
+            reward = _number(value)
+            if reward is None:
+                raise UserError(
+                    f"reward.function {name} returned {repr(value)[:60]} for completion {i}: a reward must be a number"
+                )
+            rewards.append(reward)
         return rewards
 
 
@@ -150,7 +154,7 @@ def load_function(name: str) -> RewardFunction:
 def code_of(name: str) -> str:
     """The file that `reward.function` would import, found without importing it; the module's name where there is none.
 
-    Of a module in a package, the package's.
+    A module in a package stands for the package, so the file is the package's.
     """
     where = name.rpartition(":")[0]
     if where.endswith(".py"):
@@ -176,6 +180,8 @@ def _module_from_file(path: Path, name: str) -> ModuleType:
     if not path.is_file():
         raise UserError(f"reward.function {name}: there is no file {path.resolve()}")
     spec = importlib.util.spec_from_file_location(f"hapo_lite_reward_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"reward.function {name}: Python cannot import {path.resolve()}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -187,10 +193,11 @@ def _question(prompt: Prompt) -> str:
 
 
 def _number(value: object) -> float | None:
-    """A float of a Python, NumPy or single-element tensor number, else None. nan and inf are the loop's to skip."""
-    if hasattr(value, "item"):
+    """A Python, NumPy or single-element tensor number as a float, else None. The loop skips nan and inf."""
+    item = getattr(value, "item", None)
+    if item is not None:
         try:
-            value = value.item()
+            value = item()
         except (ValueError, RuntimeError):
             return None
     if not isinstance(value, numbers.Real):
@@ -202,7 +209,7 @@ def _number(value: object) -> float | None:
 
 
 def _describe(error: BaseException) -> str:
-    """Type, message, and the innermost place outside Python's own and installed packages."""
+    """The type and message of an error, and the innermost place outside Python's own and installed packages."""
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [
         f

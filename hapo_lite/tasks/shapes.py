@@ -1,21 +1,25 @@
-"""The shape of an answer, read off a tidy text by its brackets, commas and signs: list, point, set, equation."""
+"""The shape of an answer, such as a list, point, set or equation, read from the brackets, commas and signs of its text.
+
+All texts are in tidy notation.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 from hapo_lite.tasks.notation import canonical
 from hapo_lite.tasks.units import is_compound
 
 MOST_PARTS = 100
-"""Parts of a list, point or matrix that are compared one by one; more are compared as text."""
+"""Most parts of a list, point or matrix that are compared one by one; longer ones are compared as text."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One answer or a part of it. text: what it was read from; brackets, signs, names: where the kind has them.
+    """One answer or a part of it. text: its own text; brackets, signs, names: where the kind has them.
 
     kind: "value", without parts; "list", without an order; "point", with an order and brackets, so an interval too;
     "set" and "union", without an order; "matrix", whose rows are points; "equation" and "inequality", the sides with
@@ -54,7 +58,8 @@ def parse(text: str) -> Shape:
     text = _OUTWARD.sub(_turned_inward, _unwrapped(text.strip()))
     if is_compound(text):
         return Shape("value", text)
-    if (modulus := _MODULUS.match(text)) is not None and r"\pmod" not in modulus[1]:
+    modulus = _MODULUS.match(text)
+    if modulus is not None and r"\pmod" not in modulus[1]:
         residues = re.split(r"\\equiv(?![a-zA-Z])", modulus[1])[-1]
         return Shape("residue", text, (parse(residues), Shape("value", modulus[2].strip("{}"))))
     items = [expanded for item in _items(text) for expanded in _signed(item)]
@@ -63,8 +68,8 @@ def parse(text: str) -> Shape:
     return _item(items[0])
 
 
-def _turned_inward(interval: re.Match) -> str:
-    """]a,b[ as (a,b)."""
+def _turned_inward(interval: re.Match[str]) -> str:
+    """The interval ]a,b[ written as (a,b)."""
     opening, ends, closing = interval.groups()
     return f"{'[' if opening == '[' else '('}{ends}{']' if closing == ']' else ')'}"
 
@@ -76,26 +81,36 @@ def is_name(text: str) -> bool:
 
 
 def _unwrapped(text: str) -> str:
-    """Without braces around the whole, unless a comma within makes them a set typed without backslashes."""
+    """The text without braces around the whole, unless a comma makes them a set typed without backslashes."""
     while text.startswith("{") and _end_of_group(text) == len(text) and len(_split(text[1:-1], ",")) == 1:
         text = text[1:-1].strip()
     return text
 
 
-def _tokens(text: str) -> list[tuple[str, int, int]]:
-    """(token, start, depth it stands at); brackets that do not match leave the depth at 0."""
-    out, depth = [], 0
+class _Token(NamedTuple):
+    """A token of a formula, where it starts, and how many brackets are open around it."""
+
+    text: str
+    start: int
+    depth: int
+
+
+def _tokens(text: str) -> list[_Token]:
+    """The tokens of a text; closing brackets without a partner leave the depth at 0."""
+    found = []
+    depth = 0
     for match in _TOKENS.finditer(text):
         token = match.group()
-        closes = token in _CLOSING or token.startswith(r"\end")
-        depth = max(0, depth - closes)
-        out.append((token, match.start(), depth))
-        depth += token in _OPENING or token.startswith(r"\begin")
-    return out
+        if token in _CLOSING or token.startswith(r"\end"):
+            depth = max(0, depth - 1)
+        found.append(_Token(token, match.start(), depth))
+        if token in _OPENING or token.startswith(r"\begin"):
+            depth += 1
+    return found
 
 
 def _end_of_group(text: str) -> int:
-    """Where the bracket that a text begins with is closed, or 0."""
+    """The position behind the bracket that closes the first one of a text; 0 where none does."""
     for token, start, depth in _tokens(text)[1:]:
         if depth == 0:
             return start + len(token) if token in _CLOSING else 0
@@ -103,8 +118,9 @@ def _end_of_group(text: str) -> int:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Parted at a separator that stands in no bracket."""
-    parts, last = [], 0
+    """The parts of a text between the separators that stand in no bracket."""
+    parts = []
+    last = 0
     for token, start, depth in _tokens(text):
         if token == separator and depth == 0:
             parts.append(text[last:start])
@@ -113,7 +129,7 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _split_by_either(text: str) -> list[str]:
-    """Parted at commas, or at semicolons where there are no commas: (1;2) is (1,2)."""
+    """The parts between commas, or between semicolons where there are no commas: (1;2) is (1,2)."""
     parts = _split(text, ",")
     return parts if len(parts) > 1 else _split(text, ";")
 
@@ -121,7 +137,8 @@ def _split_by_either(text: str) -> list[str]:
 def _items(text: str) -> list[str]:
     """The items of a list without brackets: parted by commas, semicolons, "and" and "or". 3,400 is one number."""
     depth_at = {start: depth for _, start, depth in _tokens(text)}
-    pieces, last = [], 0
+    pieces = []
+    last = 0
     for match in _STRONG.finditer(text):
         if depth_at.get(match.start(), 1) == 0:
             pieces.append(text[last : match.start()])
@@ -135,32 +152,40 @@ def _items(text: str) -> list[str]:
 
 
 def _adjacent(item: str) -> list[str]:
-    """(1,2)(3,4) without a comma between is two points; (a+1)(b+2) is one product."""
-    out, last = [], 0
-    for token, start, depth in _tokens(item) if item.startswith("(") and ")" in item[:-1] else ():
+    """The points of an item that has no comma between them: (1,2)(3,4) is two points, (a+1)(b+2) is one product."""
+    if not item.startswith("(") or ")" not in item[:-1]:
+        return [item]
+    points = []
+    last = 0
+    for token, start, depth in _tokens(item):
         if depth or token.isspace():
             continue
         if token == ")" and "," in item[last:start]:
-            out.append(item[last : start + 1].strip())
+            points.append(item[last : start + 1].strip())
             last = start + 1
         elif token != "(":
             return [item]
-    return out if len(out) > 1 and last == len(item) else [item]
+    return points if len(points) > 1 and last == len(item) else [item]
 
 
 def _signed(item: str) -> list[str]:
-    r"""One text for each choice of signs: a sign for every \pm, and the opposite one for every \mp."""
+    r"""One text for each choice of the signs of \pm. With an \mp, all \pm have the same sign and it the opposite."""
     count = len(re.findall(r"\\pm(?![a-zA-Z])", item))
     if not 1 <= count <= 4 or "\\{" in item:
         return [item]  # the members of a set get their signs one by one
-    linked = r"\mp" in item
-    out = []
-    for signs in ["+" * count, "-" * count] if linked else ["".join(s) for s in product("+-", repeat=count)]:
-        remaining = iter(signs)
-        signed = re.sub(r"\\pm(?![a-zA-Z])", lambda _, left=remaining: next(left), item)
-        signed = re.sub(r"\\mp(?![a-zA-Z])", "-" if signs[0] == "+" else "+", signed)
-        out.append(re.sub(r"(^|[=(,\[{])\s*\+", r"\1", signed))
-    return out
+    if r"\mp" in item:
+        choices = ["+" * count, "-" * count]
+    else:
+        choices = ["".join(signs) for signs in product("+-", repeat=count)]
+    return [_with_signs(item, signs) for signs in choices]
+
+
+def _with_signs(item: str, signs: str) -> str:
+    r"""The item with `signs` in place of every \pm, in their order, and the opposite of the first for every \mp."""
+    remaining = iter(signs)
+    signed = re.sub(r"\\pm(?![a-zA-Z])", lambda _: next(remaining), item)
+    signed = re.sub(r"\\mp(?![a-zA-Z])", "-" if signs[0] == "+" else "+", signed)
+    return re.sub(r"(^|[=(,\[{])\s*\+", r"\1", signed)
 
 
 def _item(text: str) -> Shape:
@@ -168,9 +193,11 @@ def _item(text: str) -> Shape:
     environment = _ENVIRONMENT.fullmatch(_without_fence(text))
     if environment and environment[1] in _MATRICES | _SYSTEMS and r"\begin" not in environment[2]:
         return _table(text, environment[1], environment[2])
-    if (relation := _relation(text)) is not None:
+    relation = _relation(text)
+    if relation is not None:
         return relation
-    if len(parts := _split(text, r"\cup")) > 1:
+    parts = _split(text, r"\cup")
+    if len(parts) > 1:
         return Shape("union", text, tuple(_item(part) for part in parts))
     opening = next((b for b in ("\\{", "{", "(", "[") if text.startswith(b)), None)
     if opening and _end_of_group(text) == len(text):
@@ -191,16 +218,11 @@ def _bracketed(text: str, opening: str) -> Shape:
     if len(items) == 1:
         # Brackets around one value: [3] is a list of it, (3) is the value.
         return _item(inner) if opening == "(" and closing == ")" else Shape("value", text)
-    return Shape("point", text, tuple(parse_part(item) for item in items), brackets=opening + closing)
-
-
-def parse_part(text: str) -> Shape:
-    """Like parse, for what stands between two commas."""
-    return _item(text)
+    return Shape("point", text, tuple(_item(item) for item in items), brackets=opening + closing)
 
 
 def _without_fence(text: str) -> str:
-    r"""[\begin{array}...\end{array}] without its brackets; bars stay, since they make a determinant."""
+    r"""The text of [\begin{array}...\end{array}] without its brackets. Bars stay: they make a determinant."""
     fenced = re.fullmatch(r"(?:\(|\[|\\\{)\s*(\\begin.*\\end\s*\{\w+\*?\})\s*(?:\)|\]|\\\}|)", text, re.DOTALL)
     return fenced[1] if fenced else text
 
@@ -216,8 +238,10 @@ def _table(text: str, name: str, body: str) -> Shape:
 
 
 def _relation(text: str) -> Shape | None:
-    """An equation or inequality, with its sides as values; a chain where it has several signs."""
-    sides, signs, last = [], [], 0
+    """An equation or inequality, which is a chain where it has several signs; None where there is no sign."""
+    sides: list[str] = []
+    signs: list[str] = []
+    last = 0
     for token, start, depth in _tokens(text):
         if depth == 0 and token in _SIGNS:
             sides.append(text[last:start])
@@ -241,36 +265,37 @@ def _relation(text: str) -> Shape | None:
 
 
 def _grouped(text: str, items: list[Shape]) -> Shape:
-    """A list; a record where the items are values of different names; a list of records where names come again."""
+    """The shape of several items: a list; a record, if they name values; a list of records, if names come again."""
     if not items or len(items) > MOST_PARTS:
         return Shape("value", text)
     named = [assigned(item) for item in items]
-    if named[0] is not None and all(
-        one is None and item.kind == "value" for one, item in list(zip(named, items, strict=True))[1:]
-    ):
-        return Shape("list", text, (named[0][1], *items[1:]), names=(named[0][0],))
+    first = named[0]
+    if first is not None and not any(named[1:]) and all(item.kind == "value" for item in items[1:]):
+        return Shape("list", text, (first[1], *items[1:]), names=(first[0],))
     if all(item.kind == "inequality" for item in items):
         return Shape("list", text, tuple(items), signs=("or",) if re.search(r"\bor\b", text) else ("and",))
-    if None in named or all(item.parts[0].kind == "point" for item in items):
+    values = [pair for pair in named if pair is not None]
+    if len(values) < len(items) or all(item.parts[0].kind == "point" for item in items):
         return Shape("list", text, tuple(items))
     records: list[dict[str, Shape]] = [{}]
-    for name, value in named:
+    for name, value in values:
         if name in records[-1]:
             records.append({})
         records[-1][name] = value
     shapes = tuple(record(tuple(r), tuple(r.values())) for r in records)
-    if all(len(record) == 1 for record in records):
+    if all(len(r) == 1 for r in records):
         return Shape("list", text, tuple(r.parts[0] for r in shapes), names=shapes[0].names)
     return shapes[0] if len(shapes) == 1 else Shape("list", text, shapes)
 
 
 def record(names: tuple[str, ...], values: tuple[Shape, ...]) -> Shape:
+    """The record of these names and their values."""
     text = ", ".join(f"{name}={value.text}" for name, value in zip(names, values, strict=True))
     return Shape("record", text, values, names=names)
 
 
 def assigned(item: Shape) -> tuple[str, Shape] | None:
-    """(name, value) of x=3; None for what gives no name a value."""
+    """(name, value) of an equation such as x=3; None for a shape that gives no name a value."""
     if item.kind != "equation" or not is_name(item.parts[0].text):
         return None
     return canonical(item.parts[0].text.strip()).replace(" ", ""), item.parts[-1]

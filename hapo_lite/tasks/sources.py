@@ -1,7 +1,7 @@
-"""Where rows come from: a local file, a hub data set or the built-in task, read a piece at a time.
+"""The sources of rows, read a piece at a time: a local file, a hub data set or the built-in task.
 
-Local files are read with pyarrow and the standard library, which keep no cache that could go stale: that of datasets
-knows a file by its path and time alone. Only a .json file with one list has to be read whole.
+Local files are read with pyarrow and the standard library. Both keep no cache, while the cache of datasets can go
+stale: it identifies a file by its path and time alone. Only a .json file with one list has to be read whole.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from hapo_lite.tiny.task import problems
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 LONGEST_LINE = 1 << 26
-"""Bytes of a line of JSON: more is no row but a mistake, or an attack on the memory."""
+"""Most bytes of a line of JSON: a longer one is not a row but a mistake, or an attack on the memory."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _FIRST = 1_000
-"""Rows at the start of a JSON Lines file that tell its columns."""
+"""Rows at the start of a JSON Lines file whose columns are the file's; also the rows that are read at once."""
 
 Rows = Iterator[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A source. name: for messages; stem: for ids; columns: dotted names; read: the rows, given the columns needed.
+    """A source of rows. name: its name in messages; stem: the first part of its ids; columns: their dotted names.
 
-    origin: the commit of a hub data set or the hash of a file, as far as it is known.
-    Iterating over rows raises UserError where the source turns out to be damaged.
+    read: takes the columns needed and gives the rows; iterating over them raises UserError if the source is damaged.
+    origin: the commit of a hub data set or the hash of a file, "" where it is not known.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Table:
 
 
 def open_table(data: DataSettings) -> Table:
-    """Raises UserError where there is no such source or it cannot be read."""
+    """Open `data.source`. Raises UserError if it does not exist or cannot be read."""
     path = Path(data.source)
     if data.source == "tiny":
         return _tiny(data.split)
@@ -89,7 +89,7 @@ def _watched(path: Path, rows: Rows) -> Rows:
 
 
 class _Reading:
-    """Turns what the readers raise about a file into one sentence. pyarrow's errors are ValueErrors or OSErrors."""
+    """Turns the errors of the readers of a file into one sentence. pyarrow's errors are ValueErrors or OSErrors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -97,9 +97,9 @@ class _Reading:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (OSError, ValueError, RecursionError, MemoryError, csv.Error)):
-            reason = (str(error).strip() or kind.__name__).splitlines()[0][:300]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise UserError(
                 f"the data file {self.path} cannot be read ({reason}): check that it is a {self.path.suffix} file"
             ) from None
@@ -108,7 +108,7 @@ class _Reading:
 def _parquet(path: Path) -> tuple[list[str], Callable[[Iterable[str]], Rows]]:
     import pyarrow.parquet as pq
 
-    # Not ahead and through a buffer: a row group may be the whole file.
+    # pre_buffer would read ahead a whole row group, which may be the whole file.
     file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 16)
 
     def read(needed: Iterable[str]) -> Rows:
@@ -181,7 +181,7 @@ def _hub(data: DataSettings) -> Table:
             "check data.source, data.config, data.split and the connection, or give a local file"
         ) from None
 
-    commit = _commit(rows)
+    commit = _commit_of(rows)
     if commit and data.revision and COMMIT.fullmatch(data.revision) and commit != data.revision:
         raise UserError(
             f"the hub data set {named!r} is here at commit {commit} only, and the hub cannot be reached: try "
@@ -189,7 +189,7 @@ def _hub(data: DataSettings) -> Table:
         )
 
     def read(needed: Iterable[str]) -> Rows:
-        # By tables: DAPO-Math-17k repeats itself to 1.8 million rows, which one at a time takes minutes.
+        # Row by row DAPO-Math-17k would take minutes: it repeats itself to 1.8 million rows.
         for table in rows.with_format("arrow").iter(_FIRST):
             yield from table.to_pylist()
 
@@ -197,10 +197,10 @@ def _hub(data: DataSettings) -> Table:
     return Table(f"the data set {named}", stem, columns, read, f"commit {commit}" if commit else "")
 
 
-def _commit(rows: Any) -> str | None:
-    """The commit that a hub data set was made from: datasets names its folder after it.
+def _commit_of(rows: Any) -> str | None:
+    """The commit that a hub data set was made from: datasets names the folder of the data set after it.
 
-    Without a connection datasets takes the newest that is in its cache, whatever revision was asked for.
+    Without a connection datasets takes the newest commit in its cache, whatever revision was asked for.
     """
     folders = {Path(file["filename"]).parent.name for file in rows.cache_files}
     found = folders.pop() if len(folders) == 1 else ""
@@ -216,7 +216,7 @@ def _arrow_columns(schema: Any) -> list[str]:
     return names
 
 
-def _dotted(row: dict, prefix: str = "") -> Iterator[str]:
+def _dotted(row: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in row.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):

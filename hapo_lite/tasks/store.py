@@ -1,6 +1,7 @@
-"""Prompts by the million: kept in a temporary file that has no name, and read back one at a time.
+"""Prompts by the million: they are kept in a temporary file without a name and read back one at a time.
 
-An Arrow file would need a name, by which a kill would leave it behind, and takes twice as long to read a prompt from.
+An Arrow file needs a name, so that a killed process would leave the file behind, and takes twice as long to read a
+prompt from.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import operator
 import tempfile
 import threading
+import weakref
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,23 +21,27 @@ from hapo_lite.errors import writing
 from hapo_lite.records import Prompt
 
 IN_MEMORY = 16 << 20
-"""Bytes of prompts that need no file."""
+"""Most bytes of prompts that are kept without a file."""
 
 
 class _Prompts(Sequence[Prompt]):
-    """What both kinds share: a slice is a tuple, and equal prompts make equal sequences of any kind.
+    """The base of both sequences of prompts: a slice is a tuple, and sequences of equal prompts are equal.
 
-    digest: changes with any prompt, or their order. origin: of the data that they are from, as in sources.Table.
+    origin: the origin of the data, as in sources.Table.
     """
 
-    digest: str
     origin: str
+
+    @property
+    def digest(self) -> str:
+        """A hash of the prompts in their order."""
+        raise NotImplementedError
 
     @overload
     def __getitem__(self, index: int) -> Prompt: ...
     @overload
     def __getitem__(self, index: slice) -> tuple[Prompt, ...]: ...
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> Prompt | tuple[Prompt, ...]:
         if isinstance(index, slice):
             return tuple(self._at(i) for i in range(*index.indices(len(self))))
         place = index + len(self) if index < 0 else index
@@ -48,7 +54,7 @@ class _Prompts(Sequence[Prompt]):
             return NotImplemented
         return len(self) == len(other) and all(map(operator.eq, self, other))
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # object has a method here, and None marks a class without one
 
     def _at(self, place: int) -> Prompt:
         raise NotImplementedError
@@ -57,19 +63,20 @@ class _Prompts(Sequence[Prompt]):
 class PromptStore(_Prompts):
     """Prompts in the order they were added. Memory: 8 bytes each, beyond the first `IN_MEMORY` bytes of text.
 
-    The file lies where temporary files do (TMPDIR), is as large as the text, and is gone with the process however that
-    ends. Usable from any thread.
+    The file lies where temporary files do (TMPDIR), is as large as the text, and disappears with the process, however
+    the process ends. Any thread may use the store.
     """
 
     def __init__(self, origin: str = "") -> None:
         self.origin = origin
         self._file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (open as long as the store is)
+        weakref.finalize(self, self._file.close)
         self._ends = array("Q", [0])
         self._hash = hashlib.sha256()
         self._lock = threading.Lock()
 
     def add(self, prompt: Prompt) -> None:
-        """Raises UnicodeEncodeError where the text is no Unicode, UserError where the disk refuses."""
+        """Add a prompt. Raises UnicodeEncodeError if its text is not Unicode, UserError if the disk refuses."""
         fields = json.dumps([prompt.id, prompt.messages, prompt.answer], ensure_ascii=False).encode()
         with writing(Path(tempfile.gettempdir())), self._lock:
             self._file.seek(self._ends[-1])
@@ -97,11 +104,15 @@ class Selection(_Prompts):
     """Some of another sequence's prompts, by place."""
 
     def __init__(self, prompts: Sequence[Prompt], places: Sequence[int]) -> None:
-        self._prompts, self._places = prompts, array("Q", places)
-        together = hashlib.sha256(digest_of(prompts).encode())
-        together.update(self._places.tobytes())
-        self.digest = together.hexdigest()
         self.origin = origin_of(prompts)
+        self._prompts = prompts
+        self._places = array("Q", places)
+        self._hash = hashlib.sha256(digest_of(prompts).encode())
+        self._hash.update(self._places.tobytes())
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -111,12 +122,12 @@ class Selection(_Prompts):
 
 
 def origin_of(prompts: Sequence[Prompt]) -> str:
-    """Of the data that prompts are from; "" where it is not known."""
+    """The origin of the data that prompts are from; "" where it is not known."""
     return prompts.origin if isinstance(prompts, _Prompts) else ""
 
 
 def digest_of(prompts: Sequence[Prompt]) -> str:
-    """A hash of prompts, in their order."""
+    """A hash of prompts in their order."""
     if isinstance(prompts, _Prompts):
         return prompts.digest
     return hashlib.sha256(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import overload
 
 import numpy as np
 
@@ -13,22 +14,30 @@ from hapo_lite.tasks.store import digest_of, origin_of
 
 
 class LazyPrompts(Sequence[EncodedPrompt | None]):
-    """Prompts that are tokenised when they are asked for; None in place of one of more than `most` tokens.
+    """Prompts that are tokenised when they are read; a prompt of more than `most` tokens is read as None.
 
-    digest: changes with any prompt, their order, and the way they are tokenised. origin: as in sources.Table.
+    digest: a hash of the prompts, their order, and the way they are tokenised. origin: as in sources.Table.
     """
 
     def __init__(self, prompts: Sequence[Prompt], encode: Callable[[Prompt], list[int]], most: int) -> None:
-        self._prompts, self._encode, self.most = prompts, encode, most
+        self._prompts = prompts
+        self._encode = encode
+        self.most = most
         self.origin = origin_of(prompts)
-        # The tokens of one prompt tell another tokenizer or chat template.
+        # The tokens of one prompt differ with another tokenizer or chat template.
         tokens = encode(prompts[0]) if len(prompts) else []
         self.digest = hashlib.sha256(f"{digest_of(prompts)} {most} {tokens}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._prompts)
 
-    def __getitem__(self, index: int) -> EncodedPrompt | None:
+    @overload
+    def __getitem__(self, index: int) -> EncodedPrompt | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[EncodedPrompt | None]: ...
+    def __getitem__(self, index: int | slice) -> EncodedPrompt | list[EncodedPrompt | None] | None:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
         prompt = self._prompts[index]
         ids = self._encode(prompt)
         return EncodedPrompt(index, prompt, tuple(ids)) if len(ids) <= self.most else None
@@ -37,28 +46,34 @@ class LazyPrompts(Sequence[EncodedPrompt | None]):
 class PromptStream:
     """The training prompts without end: every epoch a new order, fixed by (seed, epoch).
 
-    digest: of them all. origin: as in sources.Table.
+    digest: a hash of all prompts. origin: as in sources.Table.
 
-    A None among the prompts is one to leave out. It keeps its position, so that where a run stands does not depend on
-    which were left out before.
+    A None among the prompts is left out. It keeps its position, so that the position of a run does not depend on which
+    prompts were left out before.
     """
 
     def __init__(self, prompts: Sequence[EncodedPrompt | None], seed: int) -> None:
-        self.prompts, self.seed = prompts, seed
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-        lazy = isinstance(prompts, LazyPrompts)
-        self.origin = prompts.origin if lazy else ""
-        self.digest = prompts.digest if lazy else digest_of([p.prompt for p in prompts if p is not None])
+        self.prompts = prompts
+        self.seed = seed
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+        if isinstance(prompts, LazyPrompts):
+            self.origin = prompts.origin
+            self.digest = prompts.digest
+        else:
+            self.origin = ""
+            self.digest = digest_of([p.prompt for p in prompts if p is not None])
 
     def take(self, start: int, count: int) -> list[EncodedPrompt]:
-        """`count` prompts from position `start` on; each carries its position, which its sampling is seeded by.
+        """`count` prompts from position `start` on; each carries its position, which seeds its sampling.
 
-        Raises UserError where a whole epoch has none.
+        Raises UserError if a whole epoch has no prompt that is short enough.
         """
         taken: list[EncodedPrompt] = []
         position = start
         while len(taken) < count:
-            if (prompt := self._at(position)) is not None:
+            prompt = self._at(position)
+            if prompt is not None:
                 taken.append(prompt)
             elif position - (taken[-1].index if taken else start) > 2 * len(self.prompts):
                 raise UserError("every prompt of the training data is too long: raise data.max_prompt_tokens")

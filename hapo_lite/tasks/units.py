@@ -1,8 +1,8 @@
 r"""A number and its words, read together: `3\text{ hours }20\text{ minutes}`, `8\text{ million}`, `2:30\text{ pm}`.
 
-`read_quantity` parts an answer into values, the unit of each, and the words that are neither. `scales` says how the
-values of two quantities compare: a unit may stand on one side only, other words may not. Powers are read, and units of
-one dimension convert exactly (100 cm is 1 m).
+`read_quantity` divides an answer into values, the unit of each, and the words that are neither. `scales` says how the
+values of two quantities compare: one side alone may have a unit, but not other words. Powers are read, and units of one
+dimension convert exactly (100 cm is 1 m).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from typing import NamedTuple
 
 from hapo_lite.tasks.notation import TEXT, plain_number
 from hapo_lite.tasks.vocabulary import (
@@ -32,20 +33,28 @@ from hapo_lite.tasks.vocabulary import (
 
 @dataclass(frozen=True)
 class Unit:
-    """dimensions: (base quantity, power) pairs, sorted; factor: how many base units it is."""
+    """A unit. dimensions: (base quantity, power) pairs, sorted; factor: its size in base units."""
 
     dimensions: tuple[tuple[str, int], ...]
     factor: Fraction
 
 
+class Measure(NamedTuple):
+    """A value in LaTeX, the magnitude that multiplies it, such as a million or a dozen, and its unit."""
+
+    value: str
+    magnitude: Fraction = Fraction(1)
+    unit: Unit | None = None
+
+
 @dataclass(frozen=True)
 class Quantity:
-    r"""parts: (value in LaTeX, power of ten or dozen it is multiplied by, unit), several in a compound measure.
+    """An answer with its words. parts: its measures, several in a compound measure.
 
     others: the words, in lower case, that are neither unit nor magnitude, such as `or more`.
     """
 
-    parts: tuple[tuple[str, Fraction, Unit | None], ...]
+    parts: tuple[Measure, ...]
     others: tuple[str, ...] = ()
 
 
@@ -81,19 +90,23 @@ _FLAT = [
 
 def read_quantity(text: str) -> Quantity:
     """The values, units and other words of an answer in tidy notation; one value where there are no words."""
-    whole = Quantity(((text, Fraction(1), None),))
+    whole = Quantity((Measure(text),))
     currency = _CURRENCY.match(text)
     prefix = _CURRENCIES[currency[2]] if currency else None
     bare = currency[1] + text[currency.end() :] if currency else text
     bare = _ORDINAL.sub("", bare)
     start = None if _ANGLE_WITHIN.search(bare) else _first_word(bare)
     if start is None:
-        return Quantity(((bare, Fraction(1), Unit(((prefix, 1),), Fraction(1)) if prefix else None),))
+        return Quantity((Measure(bare, unit=_base_unit(prefix) if prefix else None),))
     head, tail = bare[:start].strip(), _flat(bare[start:])
     if not head or head[-1] in "+-*/=({[,<>^_\\|" or _is_words(head) or not _balanced(head):
         return whole
     groups = _groups(head, tail)
     return _assembled(groups, prefix) if groups else whole
+
+
+def _base_unit(dimension: str) -> Unit:
+    return Unit(((dimension, 1),), Fraction(1))
 
 
 def _is_words(text: str) -> bool:
@@ -105,7 +118,7 @@ def _balanced(text: str) -> bool:
 
 
 def _first_word(text: str) -> int | None:
-    """Where the words behind a value begin: text in braces, a unit's sign, or a word that is no product of letters."""
+    """The position of the first word behind a value: text in braces, a unit's sign, or a word that is not a product."""
     for match in _TAIL.finditer(text):
         word = match.group().strip()
         if not word.isalpha():
@@ -121,6 +134,7 @@ def _first_word(text: str) -> int | None:
 
 
 def _flat(tail: str) -> str:
+    """The words behind a value as plain text, without commands of LaTeX."""
     text = _PRIMES.sub(lambda m: "'" * m[1].count("prime"), tail).replace(r"^{\circ}", " degree ")
     for pattern, plain in _FLAT:
         text = pattern.sub(plain, text)
@@ -131,7 +145,7 @@ def _flat(tail: str) -> str:
 
 
 def _groups(head: str, tail: str) -> list[tuple[str, list[str]]]:
-    """[(value, its words, signs and powers), ...]; [] where something else stands among them."""
+    """Each value with its words, signs and powers; none where something else stands among them."""
     groups: list[tuple[str, list[str]]] = [(head, [])]
     position = 0
     while position < len(tail) and tail[position:].strip(" .,"):
@@ -150,46 +164,57 @@ def _groups(head: str, tail: str) -> list[tuple[str, list[str]]]:
 
 
 def _assembled(groups: list[tuple[str, list[str]]], prefix: str | None) -> Quantity:
-    parts, others = [], []
+    """The quantity of some groups. prefix: the currency that stands before all of them."""
+    parts = []
+    others = []
     for value, words in groups:
-        magnitude, unit, left = _read_words(words)
+        measure, left = _read_words(value, words)
+        unit = measure.unit
         if prefix and (unit is None or unit.dimensions != ((prefix, 1),)):
-            unit = _times(Unit(((prefix, 1),), Fraction(1)), unit)
-        parts.append((value, magnitude, unit))
+            measure = measure._replace(unit=_times(_base_unit(prefix), unit))
+        parts.append(measure)
         others += left
     return Quantity(tuple(parts), tuple(others))
 
 
-def _read_words(words: list[str]) -> tuple[Fraction, Unit | None, list[str]]:
-    """(magnitude, unit or None, other words) of what stands behind one number."""
-    magnitude, unit, others = Fraction(1), None, []
-    sign, power, last = 1, 1, None
+def _read_words(value: str, words: list[str]) -> tuple[Measure, list[str]]:
+    """A value with the magnitude and unit that the words behind it name, and the words that name neither."""
+    magnitude = Fraction(1)
+    unit: Unit | None = None
+    others: list[str] = []
+    last: Unit | None = None  # the unit that a power behind it raises
+    sign = 1
+    power = 1
     for word in words:
         low = ALIASES.get(word.lower(), word.lower())
         if word in ("/", "per") or low == "per":
-            sign, last = -1, None
+            sign = -1
+            last = None
         elif word in "·*" or low in SAID_WITHOUT_MEANING:
             continue
         elif word[0] == "^" or low in ("squared", "cubed"):
             if last is None or (word[0] == "^" and len(word) > len("^-99")):
                 others.append(low)
             else:
-                extra = (int(word[1:]) if word[0] == "^" else POWERS[low]) - 1
-                unit = _times(unit, last, extra)
+                raised_to = int(word[1:]) if word[0] == "^" else POWERS[low]
+                unit = _times(unit, last, raised_to - 1)
         elif low in ("square", "sq", "cubic", "cu"):
             power = POWERS[low]
         elif low in MAGNITUDES:
             magnitude *= MAGNITUDES[low]
-        elif (found := unit_of(word)) is not None:
-            last = _raised(found, sign)
-            unit, power = _times(unit, last, power), 1
         else:
-            others.append(low)
-    return magnitude, unit, others
+            named = unit_of(word)
+            if named is None:
+                others.append(low)
+                continue
+            last = _raised(named, sign)
+            unit = _times(unit, last, power)
+            power = 1
+    return Measure(value, magnitude, unit), others
 
 
 def unit_of(word: str) -> Unit | None:
-    """The unit, or the counted thing, that one word names; None for words that are neither."""
+    """The unit, or the kind of thing counted, that one word names; None for words that name neither."""
     low = ALIASES.get(word.lower(), word.lower())
     if low in SPEEDS:
         above, below = (UNITS[name] for name in SPEEDS[low])
@@ -209,24 +234,26 @@ def unit_of(word: str) -> Unit | None:
 
 
 def _times(a: Unit | None, b: Unit | None, power: int = 1) -> Unit | None:
-    """a x b^power."""
+    """a x b^power; None stands for no unit."""
     if b is None:
         return a
     dimensions = dict(a.dimensions) if a else {}
     for dimension, exponent in b.dimensions:
         dimensions[dimension] = dimensions.get(dimension, 0) + exponent * power
     kept = tuple(sorted((d, p) for d, p in dimensions.items() if p))
-    return Unit(kept, (a.factor if a else 1) * b.factor**power)
+    return Unit(kept, (a.factor if a else Fraction(1)) * b.factor**power)
 
 
 def _raised(unit: Unit, sign: int) -> Unit:
+    """The unit, or for sign -1 its inverse."""
     return unit if sign == 1 else Unit(tuple((d, -p) for d, p in unit.dimensions), 1 / unit.factor)
 
 
 def scales(gold: Quantity, answer: Quantity) -> list[tuple[Fraction, Fraction]]:
-    """The ways in which the values compare, for quantities of one part: factors of the gold and of the answer.
+    """The ways in which the values of two quantities of one part compare: factors of the gold and of the answer.
 
-    []: they do not, since words or units differ. Two ways where one side alone has a percent sign: 10% is 10 or 0.1.
+    There is none where words or units differ, and there are two where one side alone has a percent sign: 10% is 10 or
+    0.1.
     """
     if sorted(gold.others) != sorted(answer.others) or len(gold.parts) != 1 or len(answer.parts) != 1:
         return []
@@ -245,39 +272,45 @@ def scales(gold: Quantity, answer: Quantity) -> list[tuple[Fraction, Fraction]]:
 
 
 def same_compound(gold: Quantity, answer: Quantity) -> bool:
-    """Whether two quantities, one of them of several parts, are as much: 1 hour 20 minutes and 80 minutes."""
+    """Whether two quantities, one of them of several parts, are equal: 1 hour 20 minutes is 80 minutes."""
     if sorted(gold.others) != sorted(answer.others):
         return False
-    totals = _total(gold), _total(answer)
-    if None not in totals:
-        return totals[0] == totals[1]
+    gold_total, answer_total = _total(gold), _total(answer)
+    if gold_total is not None and answer_total is not None:
+        return gold_total == answer_total
     if len(gold.parts) != len(answer.parts):
         return False
-    for part, other in zip(gold.parts, answer.parts, strict=True):
-        values = plain_number(part[0]), plain_number(other[0])
-        ways = scales(Quantity((part,)), Quantity((other,)))
-        if None in values or not any(values[0].value * g == values[1].value * a for g, a in ways):
-            return False
-    return True
+    return all(_same_measure(g, a) for g, a in zip(gold.parts, answer.parts, strict=True))
 
 
-def _total(quantity: Quantity) -> tuple[Fraction, tuple] | None:
-    """(sum in base units, dimension) of parts that have one dimension in common."""
-    dimensions = {unit.dimensions if unit else None for _, _, unit in quantity.parts}
-    values = [plain_number(value) for value, _, _ in quantity.parts]
-    if len(dimensions) != 1 or None in dimensions or None in values:
-        return None
-    total = sum(n.value * m * u.factor for n, (_, m, u) in zip(values, quantity.parts, strict=True))
-    return total, next(iter(dimensions))
+def _same_measure(gold: Measure, answer: Measure) -> bool:
+    gold_number, answer_number = plain_number(gold.value), plain_number(answer.value)
+    if gold_number is None or answer_number is None:
+        return False
+    ways = scales(Quantity((gold,)), Quantity((answer,)))
+    return any(gold_number.value * g == answer_number.value * a for g, a in ways)
+
+
+def _total(quantity: Quantity) -> Unit | None:
+    """The sum of all parts as one unit; None unless all have numbers and units of one dimension."""
+    total = Fraction(0)
+    dimensions = set()
+    for value, magnitude, unit in quantity.parts:
+        number = plain_number(value)
+        if number is None or unit is None:
+            return None
+        total += number.value * magnitude * unit.factor
+        dimensions.add(unit.dimensions)
+    return Unit(dimensions.pop(), total) if len(dimensions) == 1 else None
 
 
 def is_compound(text: str) -> bool:
-    """Whether a tidy text is one measure in several units, each smaller than the one before: 3 hours and 20 minutes."""
+    """Whether a tidy text is one measure in several units that get smaller, such as 3 hours and 20 minutes."""
     if not _TWO_MEASURES.search(text):
         return False
     quantity = read_quantity(text)
-    units = [unit for _, _, unit in quantity.parts]
-    if len(units) < 2 or quantity.others or _total(quantity) is None or None in units:
+    units = [part.unit for part in quantity.parts if part.unit is not None]
+    if len(units) < 2 or quantity.others or _total(quantity) is None:
         return False
     return all(a.factor > b.factor for a, b in pairwise(units))
 

@@ -1,6 +1,6 @@
 """Grading a completion against a gold answer: the names that others import.
 
-`answers` finds what counts and settles plain cases; `grader` has the processes that settle the rest.
+`answers` finds the answer in a text and settles plain cases; `grader` has the processes that settle the others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _shared_lock = threading.Lock()
 
 
 def grade(completion_text: str, gold: str, timeout_s: float = 5.0) -> Grade:
-    """Grade one completion; from any thread. timeout_s: deadline of the comparison, seconds."""
+    """Grade one completion. Any thread may call it. timeout_s: deadline of the comparison, seconds."""
     return _shared_pool().grade_many([(completion_text, gold)], timeout_s)[0]
 
 

@@ -1,4 +1,4 @@
-"""The words that stand by numbers in school and contest mathematics: units, magnitudes, things that are counted."""
+"""The words beside numbers in school and contest mathematics: units, magnitudes and things that are counted."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ UNITS = (
         for name in aliases.split()
     }
 )
-"""Name -> (base quantity, factor). Names are in lower case: no two units here differ in case alone."""
+"""(base quantity, factor) by name. Names are in lower case: no two of these units differ in case alone."""
 VOLUMES = _table("length", {"l L liter liters litre litres": "1/1000", "ml mL milliliter milliliters cc": "1/1000000"})
 SPEEDS = {"mph": ("mi", "h"), "kph": ("km", "h"), "kmph": ("km", "h"), "kmh": ("km", "h"), "fps": ("ft", "s")}
 
@@ -109,7 +109,7 @@ COUNTED = _words(
     "person man woman child mouse goose fish sheep deer apple egg student way integer solution cat dog point digit "
     "side edge vertex vertices triangle marble coin book page ticket player team game car"
 )
-"""Things that are counted; any other regular plural is one too."""
+"""Things that are counted; any other regular plural is taken as one too."""
 NO_COUNT = _words(
     "times dozens pairs couples scores losses gains wins less minus plus halves thirds quarters fourths fifths sixths "
     "sevenths eighths ninths tenths hundredths thousandths debts deficits is was has as this us its thus pass across "
@@ -122,4 +122,4 @@ KNOWN = frozenset(
     {*(name for name in UNITS if len(name) > 1), *(name for name in VOLUMES if len(name) > 1), *SPEEDS, *MAGNITUDES}
     | {*PEOPLE, *COUNTED, *(f"{name}s" for name in COUNTED), "am", "pm", "per", "square", "cubic", "sq", "cu", "and"}
 ) - {"ms", "mo", "pt", "ev", "kn", "pa", "mb", "kb", "kw", "rs", "um", "bar", "and"}
-"""Words known as such without `\\text` and without a space before them; the rest could be a product of letters."""
+"""Words that are words even without `\\text` and a space before them; others could be a product of letters."""

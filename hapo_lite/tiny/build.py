@@ -1,8 +1,8 @@
 """Builds the bundled model: `python -m hapo_lite.tiny.build OUT` (about 20 minutes on 2 cores, seeded).
 
-A Qwen2-architecture model of 0.8 M parameters learns, from random weights, to imitate the mixture of students in
-`task.py`. The learning rate decays to zero over the whole mixture, and the share of careful solutions falls from all to
-its final value early, so that the careful strategy is exact when the strategies are mixed.
+A model of the Qwen2 architecture with 0.8 M parameters learns, from random weights, to imitate the mixture of students
+in `task.py`. At first all solutions are careful; their fraction falls to its final value early, so that the model knows
+the careful strategy exactly when the others come in. The learning rate decays to zero until the end.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 
 from hapo_lite.tiny.task import Habits, problems, write_solution
 
-END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+END_OF_TEXT = "<|endoftext|>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# One digit a token, as Qwen does; a space joins the piece that follows it; `\boxed{` stays whole.
+# Each digit is a token, as in Qwen's tokenizer; a space belongs to the piece behind it; `\boxed{` stays whole.
 PIECES = r"\\boxed\{| ?\p{L}+| ?\p{N}| \\boxed\{| ?[^\s\p{L}\p{N}]|\s+"
 
 
 def build_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over all 256 bytes: it can write any text, and writes the task's words as single tokens."""
+    """A byte-level BPE over all 256 bytes: it encodes any text, and each word of the task as a single token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -59,7 +61,7 @@ def build_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """Random weights: 3 layers x 128, 4 heads on 2 key-value heads, tied embeddings."""
+    """A model with random weights: 3 layers of width 128, 4 heads on 2 key-value heads, tied embeddings."""
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(
         Qwen2Config(
@@ -83,11 +85,13 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausal
     return model
 
 
-def encode_batch(
-    tokenizer: PreTrainedTokenizerFast, rows: list[tuple[str, str]]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(prompt, solution) pairs -> right-padded ids, attention mask and labels, [B, T] each (-100 on prompts)."""
-    ids, labels = [], []
+def encode_batch(tokenizer: PreTrainedTokenizerFast, rows: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
+    """The model's inputs for (prompt, solution) pairs: input_ids, attention_mask and labels.
+
+    All are [B, T] and right-padded; the labels of prompts and padding are -100.
+    """
+    ids = []
+    labels = []
     for prompt, solution in rows:
         head = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
@@ -100,11 +104,15 @@ def encode_batch(
     pad = torch.nn.utils.rnn.pad_sequence
     padded = pad(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
     mask = (torch.arange(padded.shape[1])[None] < lengths[:, None]).long()
-    return padded, mask, pad(labels, batch_first=True, padding_value=-100)
+    return {
+        "input_ids": padded,
+        "attention_mask": mask,
+        "labels": pad(labels, batch_first=True, padding_value=-100),
+    }
 
 
 def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, batch: int, seed: int) -> None:
-    """Next-token prediction on freshly written solutions of the training problems."""
+    """Train the model to predict the next token of solutions that are written anew for every batch."""
     rng = random.Random(seed)
     pool = problems("train", seed)
     target = Habits()
@@ -118,8 +126,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: in
         for group in optimizer.param_groups:
             group["lr"] = lr
         rows = [(p.prompt, write_solution(p, habits, rng)) for p in rng.choices(pool, k=batch)]
-        ids, mask, labels = encode_batch(tokenizer, rows)
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss = model(**encode_batch(tokenizer, rows)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -143,8 +150,8 @@ def main() -> None:
     model = build_model(tokenizer, args.seed)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     train(model, tokenizer, args.steps, args.batch, args.seed)
-    # bf16 halves the file; the policy loads it in fp32, or in NF4, as the recipe says.
-    model.to(torch.bfloat16).save_pretrained(args.out)
+    # bf16 halves the file; the policy loads the weights in fp32, or in NF4, as the recipe says.
+    model.bfloat16().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(json.dumps({"out": str(args.out), "bytes": sum(f.stat().st_size for f in args.out.iterdir())}))
 

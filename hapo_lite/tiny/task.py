@@ -1,9 +1,9 @@
 """The built-in task: three-number arithmetic with precedence, and the ways a student may write it down.
 
-A problem is `a+b*c=?`, `b*c+a=?` or `a-b*c=?`. `write_solution` answers it the way one of several students would: one
-does the product first and carries on step by step (right), one adds first (wrong), one stops half-way and guesses, one
-guesses at once. The bundled model imitates this mixture, so its completions hold real decision points between
-strategies, which is what reinforcement learning can improve: no new skill is needed, only better choices.
+A problem is `a+b*c=?`, `b*c+a=?` or `a-b*c=?`. `write_solution` answers a problem as one of several students would: one
+computes the product first and continues step by step (right), one adds first (wrong), one stops half-way and guesses,
+and one guesses at once. The bundled model imitates this mixture, so its completions contain decisions between
+strategies. Reinforcement learning can improve these decisions: no new skill is needed, only better choices.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CLOSERS = ("So", "Thus", "Answer:")
 
 @dataclass(frozen=True)
 class Problem:
-    """One expression: `form` is `a+b*c`, `b*c+a` or `a-b*c`."""
+    """One expression. form: `a+b*c`, `b*c+a` or `a-b*c`."""
 
     form: str
     a: int
@@ -39,7 +39,7 @@ class Problem:
 
     @property
     def held_out(self) -> bool:
-        """One problem in eight, by hash: never seen in pretraining or in reinforcement learning."""
+        """Whether no training sees the problem, neither pretraining nor a run: one in eight is held out, by hash."""
         return hashlib.sha256(self.prompt.encode()).digest()[0] < 32
 
 
@@ -54,7 +54,7 @@ def all_problems() -> Iterator[Problem]:
 
 
 def problems(split: str, seed: int = 0) -> list[Problem]:
-    """The "train" or the "test" problems, shuffled by `seed`."""
+    """The "train" or the "test" problems, shuffled by `seed`. Raises ValueError for another split."""
     if split not in ("train", "test"):
         raise ValueError(f"the built-in task has the splits 'train' and 'test', not {split!r}")
     chosen = [p for p in all_problems() if p.held_out == (split == "test")]
@@ -64,7 +64,7 @@ def problems(split: str, seed: int = 0) -> list[Problem]:
 
 @dataclass(frozen=True)
 class Habits:
-    """How often a student guesses at once, adds first, or stops after the first step; and how often a guess is off."""
+    """Probabilities that a student guesses at once, adds first, or stops after a step, and that a guess is off."""
 
     guess: float = 0.25
     add_first: float = 0.35
@@ -82,12 +82,18 @@ def write_solution(problem: Problem, habits: Habits, rng: random.Random) -> str:
         second = problem.form.replace("b*c", str(partial)).replace("a", str(a))
         answer = problem.answer
     else:
-        sign = -1 if problem.form == "a-b*c" else 1
-        left, right = (c, a) if problem.form == "b*c+a" else (a, b)
-        partial = left + sign * right
-        first = f"{left}{'-' if sign < 0 else '+'}{right}"
-        second = f"{b}*{partial}" if problem.form == "b*c+a" else f"{partial}*{c}"
-        answer = partial * (b if problem.form == "b*c+a" else c)
+        if problem.form == "b*c+a":
+            partial = c + a
+            first = f"{c}+{a}"
+            second, answer = f"{b}*{partial}", b * partial
+        elif problem.form == "a-b*c":
+            partial = a - b
+            first = f"{a}-{b}"
+            second, answer = f"{partial}*{c}", partial * c
+        else:
+            partial = a + b
+            first = f"{a}+{b}"
+            second, answer = f"{partial}*{c}", partial * c
     text = f"{rng.choice(STEP_OPENERS)} {first}={partial}"
     closer = rng.choice(CLOSERS)
     if rng.random() < habits.skip:

@@ -8,9 +8,10 @@ from typing import Any
 
 
 class _Callable(ModuleType):
-    """A package and the function it is named after: `hapo_lite.train` can only be one object."""
+    """A package that can be called, since `hapo_lite.train` is both this package and the function `train`."""
 
     def __call__(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Call `hapo_lite.train.run.train`."""
         from hapo_lite.train.run import train
 
         return train(*arguments, **options)

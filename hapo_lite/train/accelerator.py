@@ -15,7 +15,7 @@ from hapo_lite.runs.interrupt import Interrupts
 
 
 def someone_wants_to_stop(accelerator: Accelerator, interrupts: Interrupts) -> bool:
-    """Whether any process has a signal pending; asked at the same place by all of them."""
+    """Whether any process has a signal pending. Every process must call this at the same place."""
     if accelerator.num_processes == 1:
         return interrupts.pending is not None
     flag = torch.tensor(float(interrupts.pending is not None), device=accelerator.device)
@@ -23,7 +23,10 @@ def someone_wants_to_stop(accelerator: Accelerator, interrupts: Interrupts) -> b
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Devices, mixed precision and trackers. Raises UserError where the machine or a package is lacking."""
+    """The run's Accelerator, with its device, mixed precision and tracker.
+
+    Raises UserError if a package is missing, the precision needs a GPU, or FSDP or DeepSpeed was configured.
+    """
     tracker = recipe.logging.report_to
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         raise UserError(f"logging.report_to = {tracker} needs a package that is not installed: pip install {tracker}")

@@ -1,4 +1,4 @@
-"""How completions are dealt to optimiser steps and micro-batches. Nothing has to divide anything.
+"""Deals completions to optimiser steps and micro-batches, whose sizes need not divide one another.
 
 The steps decide what is learned. The micro-batches decide how much memory it takes.
 """
@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 Parts = list[list[list[int]]]
-"""Micro-batches, part by part, such as step by step: members of the iteration's completions."""
+"""The micro-batches of each part of an iteration, such as an optimiser step; members are places in its completions."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which completions go where: updates[u] are the micro-batches of step u, members[u] all its completions.
+    """The division of an iteration's completions. members[u]: all completions of step u; updates[u]: its micro-batches.
 
-    `resting` are micro-batches that are only scored: completions without an advantage have no gradient to compute.
+    resting: micro-batches that are only scored, since completions without an advantage have no gradient.
     """
 
     members: list[list[int]]
@@ -27,25 +27,27 @@ class Plan:
 
     @property
     def parts(self) -> Parts:
+        """The micro-batches of each step, then those that are only scored."""
         return [*self.updates, self.resting]
 
     def cut(self, parts: Parts) -> Plan:
-        """The same plan with other micro-batches, part by part."""
+        """The same plan with other micro-batches. parts: in the order of `Plan.parts`."""
         return replace(self, updates=parts[:-1], resting=parts[-1])
 
 
 def make_plan(steps: Sequence[list[int]], lengths: Sequence[int], active: Collection[int], budget: int) -> Plan:
     """Cut each step into micro-batches of at most `budget` padded tokens.
 
-    steps: from `deal_updates`. lengths: as in `micro_batches`. active: completions that have a gradient to compute.
+    steps: from `deal_updates`. lengths: as in `micro_batches`. active: completions that have a gradient.
     """
     members = [step for step in steps if step]
     updates = [micro_batches([i for i in step if i in active], lengths, budget) for step in members]
-    return Plan(members, updates, micro_batches([i for i in range(len(lengths)) if i not in active], lengths, budget))
+    inactive = [i for i in range(len(lengths)) if i not in active]
+    return Plan(members, updates, micro_batches(inactive, lengths, budget))
 
 
 def deal_updates(count: int, updates: int, seed: int, iteration: int) -> list[list[int]]:
-    """Shuffle `count` completions by (seed, iteration) and deal them to `updates` steps as evenly as can be."""
+    """Shuffle `count` completions by (seed, iteration) and deal them to `updates` steps as evenly as possible."""
     order = np.random.default_rng((seed, iteration)).permutation(count)
     return [part.tolist() for part in np.array_split(order, updates)]
 
@@ -67,5 +69,5 @@ def micro_batches(members: Sequence[int], lengths: Sequence[int], budget: int) -
 
 
 def padded_tokens(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
-    """Tokens that micro-batches compute, padding included. lengths: as in `micro_batches`."""
+    """Number of tokens that the micro-batches compute, padding included. lengths: as in `micro_batches`."""
     return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)

@@ -1,4 +1,4 @@
-"""Entropy collapse and length collapse, said once, as they start: the night may be saved by stopping in time."""
+"""Warns of entropy collapse and length collapse once, as they start, while stopping the run can still save compute."""
 
 from __future__ import annotations
 
@@ -7,65 +7,71 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SEEN = 3
-"""Iterations at the beginning and at the end that are compared: one alone is noise."""
+WINDOW = 3
+"""Number of values at the beginning and at the end that are compared, since a single value is noisy."""
 SOLVED = 0.9
-"""Share of correct completions from which on less entropy and fewer tokens are no loss."""
+"""With at least this share of correct completions, lower entropy and shorter completions cause no concern."""
 
 
 @dataclass
-class Fall:
-    """One number. It has collapsed when the last values are all below `share` of the mean of the first ones."""
+class WatchedMetric:
+    """A metric that has collapsed when its last values are all below `share` of the mean of its first values.
+
+    warning: the sentence to print, with {start} and {now} for the values.
+    """
 
     metric: str
     share: float
-    sentence: str
+    warning: str
     first: list[float] = field(default_factory=list)
-    last: deque[float] = field(default_factory=lambda: deque(maxlen=SEEN))
-    said: bool = False
+    last: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    warned: bool = False
 
     def see(self, value: float) -> bool:
-        """Whether it has collapsed with this value, and had not before."""
-        if len(self.first) < SEEN:
+        """Add a value. Returns True the first time that the metric has collapsed."""
+        if len(self.first) < WINDOW:
             self.first.append(value)
             return False
         self.last.append(value)
-        if self.said or len(self.last) < SEEN:
+        if self.warned or len(self.last) < WINDOW:
             return False
-        self.said = max(self.last) < self.share * self.start
-        return self.said
+        self.warned = max(self.last) < self.share * self.start
+        return self.warned
 
     @property
     def start(self) -> float:
+        """Mean of the first values."""
         return sum(self.first) / len(self.first)
 
 
 class CollapseWatch:
-    """Looks at every line of metrics.jsonl in turn, and returns what to warn of."""
+    """Reads the lines of metrics.jsonl in order, and returns the warnings that each one gives rise to."""
 
     def __init__(self) -> None:
-        self.falls = (
-            Fall(
+        self.watched = (
+            WatchedMetric(
                 "entropy/all_mean",
                 0.2,
-                "entropy is collapsing, from {start:.2g} to {now:.2g} nats, and completions alike. "
+                "entropy is collapsing, from {start:.2g} to {now:.2g} nats: completions become alike. "
                 "Lower training.learning_rate, or raise method.eps_high",
             ),
-            Fall(
+            WatchedMetric(
                 "length/mean",
                 0.5,
                 "completions are getting short, from {start:.0f} to {now:.0f} tokens: the policy may be giving up on "
-                "reasoning. Look at traces/, lower training.learning_rate, or see what the reward pays for",
+                "reasoning. Look at traces/, lower training.learning_rate, or check the reward",
             ),
         )
 
     def see(self, line: Mapping[str, Any]) -> list[str]:
+        """Read the next line. Returns a sentence for each metric that has just collapsed."""
         if "entropy/all_mean" not in line:
-            return []  # nothing was learned from: no group was kept, or no number was finite
-        solved = line.get("reward/correct_share", 0.0) >= SOLVED
-        found = []
-        for fall in self.falls:
-            if fall.metric in line and not solved and fall.see(line[fall.metric]):
-                sentence = fall.sentence.format(start=fall.start, now=line[fall.metric])
-                found.append(f"iteration {line['iteration']}: {sentence}")
-        return found
+            return []  # Nothing was learned from: no group was kept, or a number was not finite.
+        if line.get("reward/correct_share", 0.0) >= SOLVED:
+            return []
+        warnings = []
+        for watched in self.watched:
+            if watched.metric in line and watched.see(line[watched.metric]):
+                sentence = watched.warning.format(start=watched.start, now=line[watched.metric])
+                warnings.append(f"iteration {line['iteration']}: {sentence}")
+        return warnings

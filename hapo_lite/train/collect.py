@@ -1,4 +1,4 @@
-"""From a stream of prompts to graded groups of completions, with DAPO's dynamic sampling as an option.
+"""Sampling and grading groups of completions for a stream of prompts, with DAPO's dynamic sampling as an option.
 
 Axes: P prompts per iteration, G completions per prompt.
 """
@@ -9,26 +9,38 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from hapo_lite.records import Completion, EncodedPrompt, Graded, Request, Score
+from hapo_lite.records import Completion, EncodedPrompt, Graded, Prompt, Request, Score
 from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.engine import Engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.progress import Progress
-from hapo_lite.tasks.rewards import Scorer
 from hapo_lite.tasks.stream import PromptStream
 from hapo_lite.train.oom_retry import OomRetry
 
 
+class CompletionScorer(Protocol):
+    """Scores completions, such as `hapo_lite.tasks.rewards.Scorer`. progress: told how many are graded."""
+
+    progress: Progress
+
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], lengths: Sequence[int], truncated: Sequence[bool]
+    ) -> list[Score]:
+        """One Score per completion. lengths: in tokens."""
+        ...
+
+
 @dataclass(frozen=True)
 class GroupsWanted:
-    """groups: how many; samples: completions of each. key: of their random numbers.
+    """groups: number of groups; samples: completions per group; key: seeds their random numbers.
 
-    token_budget: None takes the groups as they come. A number switches dynamic sampling on: groups whose rewards are
-    all equal are dropped and others sampled, until there are enough or so many completion tokens have been sampled.
+    token_budget: completion tokens after which dynamic sampling stops. Dynamic sampling drops groups whose rewards are
+    all equal and samples others in their place. None: no dynamic sampling, every group is kept.
     """
 
     groups: int
@@ -40,7 +52,7 @@ class GroupsWanted:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Graded completions in the order of their prompts. rollout_seconds, grade_seconds: what they took."""
+    """Graded completions in the order of their prompts, with the seconds that sampling and grading took."""
 
     graded: Graded
     rollout_seconds: float
@@ -49,9 +61,9 @@ class Sampled:
 
 @dataclass
 class Collected:
-    """Graded groups, and what it took to get them. seconds: by stage.
+    """Graded groups, and what sampling them cost. seconds: by stage.
 
-    prompts_used: positions of the stream, including those that were left out as too long.
+    prompts_used: positions of the stream that were consumed, including prompts left out because they are too long.
     """
 
     completions: list[Completion] = field(default_factory=list)
@@ -65,11 +77,13 @@ class Collected:
 
     @property
     def graded(self) -> Graded:
+        """The completions with their scores."""
         return Graded(self.completions, self.scores)
 
     def add(self, sampled: Sampled, wanted: GroupsWanted) -> None:
-        """Count what was sampled, and keep the groups that are wanted."""
-        graded, samples = sampled.graded, wanted.samples
+        """Count the sampled groups, and keep them; dynamic sampling discards those with equal rewards."""
+        graded = sampled.graded
+        samples = wanted.samples
         self.groups_sampled += len(graded) // samples
         self.tokens_sampled += sum(c.length for c in graded.completions)
         self.seconds["rollout"] += sampled.rollout_seconds
@@ -88,12 +102,12 @@ class Collected:
 class Collector:
     """Samples, grades and gathers over all processes; every process ends up with the same groups.
 
-    progress: told what begins and how far it is, here, in the engine, the scorer and the loop. oom: what is done when
-    memory runs out, here and in the loop.
+    progress: the stages report to it: this one, the engine, the scorer and the loop. oom: repeats work for which memory
+    ran out; the loop uses the same object.
     """
 
     def __init__(
-        self, engine: Engine, scorer: Scorer, accelerator: Accelerator, progress: Progress | None = None
+        self, engine: Engine, scorer: CompletionScorer, accelerator: Accelerator, progress: Progress | None = None
     ) -> None:
         self.engine = engine
         self.scorer = scorer
@@ -106,16 +120,17 @@ class Collector:
     def sample_and_grade(
         self, prompts: Sequence[EncodedPrompt], samples: int, processor: AdaptiveTemperature, key: DrawKey
     ) -> Sampled:
-        """`samples` completions of each prompt, in the prompts' order, whichever process wrote them."""
+        """Sample and grade `samples` completions of each prompt. They come in the prompts' order on every process."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         training = key.stage == Stage.TRAINING
         started = time.perf_counter()
         self.progress.enter("rollout" if training else "evaluation")
         requests = [Request(prompt, sample) for prompt in prompts[rank::world] for sample in range(samples)]
-        most = math.ceil(len(prompts) / world) * samples  # that any process writes: all of them halve together
+        # The largest count of any process, so that all of them halve their batches together.
+        largest_count = math.ceil(len(prompts) / world) * samples
         completions = self.oom.fit_rollout(
             self.engine,
-            most,
+            largest_count,
             lambda: self.engine.sample(requests, processor, key),
             weights_unchanged=training,
         )
@@ -137,17 +152,17 @@ class Collector:
         return Sampled(graded, rolled - started, time.perf_counter() - rolled)
 
     def collect(self, stream: PromptStream, cursor: int, wanted: GroupsWanted) -> Collected:
-        """The groups that are wanted, from position `cursor` of the stream on; fewer where the token budget ends."""
-        out = Collected()
-        while (missing := wanted.groups - len(out.completions) // wanted.samples) > 0:
-            prompts = stream.take(cursor + out.prompts_used, missing)
+        """Collect the wanted groups from position `cursor` of the stream on; fewer if the token budget is used up."""
+        collected = Collected()
+        while (missing := wanted.groups - len(collected.completions) // wanted.samples) > 0:
+            prompts = stream.take(cursor + collected.prompts_used, missing)
             kept = ""
             if wanted.token_budget is not None:
                 kept = f"{wanted.groups - missing} of {wanted.groups} groups kept"
             with self.progress.within(kept):
                 sampled = self.sample_and_grade(prompts, wanted.samples, wanted.processor, wanted.key)
-            out.prompts_used = prompts[-1].index + 1 - cursor
-            out.add(sampled, wanted)
-            if wanted.token_budget is None or out.tokens_sampled >= wanted.token_budget:
+            collected.prompts_used = prompts[-1].index + 1 - cursor
+            collected.add(sampled, wanted)
+            if wanted.token_budget is None or collected.tokens_sampled >= wanted.token_budget:
                 break
-        return out
+        return collected

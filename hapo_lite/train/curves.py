@@ -1,4 +1,4 @@
-"""What a run shows at its end: the closing table and curves.png."""
+"""The summary that a run shows at its end: the closing table and curves.png."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ ROWS = (
     ("groups/equal_share", "training groups with equal rewards"),
     ("seconds/iteration", "seconds per iteration"),
 )
-
 
 STAGES = ("rollout", "grade", "score", "update")
 PANELS: tuple[tuple[str, dict[str, str]], ...] = (
@@ -50,7 +49,7 @@ PANELS: tuple[tuple[str, dict[str, str]], ...] = (
 
 
 def closing_table(lines: Lines, samples: int) -> str:
-    """First against last value of the numbers that matter, as text."""
+    """The first and the last value of each metric in ROWS, as text. samples: n of avg@n."""
     rows = []
     for key, label in ROWS:
         values = [line[key] for line in lines if key in line]
@@ -65,7 +64,7 @@ def closing_table(lines: Lines, samples: int) -> str:
 
 
 def draw_curves(lines: Lines, path: Path, title: str) -> None:
-    """The panels of PANELS over iterations, as a PNG."""
+    """Draw the metrics of PANELS over iterations into a PNG at `path`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""Numbers that are not finite, found before they reach an update."""
+"""Checks that find numbers that are not finite before they reach an update."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ def check_rewards(graded: Graded) -> None:
 
 
 def check_tokens(what: str, rows: Sequence[Tensor], completions: Sequence[Completion]) -> None:
-    """Raises NotFinite naming the first token of which a number is nan or inf. rows: [T] of each completion."""
-    for i, row in enumerate(rows):
-        odd = (~torch.isfinite(row)).nonzero()
-        if len(odd):
-            place = int(odd[0])
-            raise NotFinite(f"the {what} of token {place} of {describe(completions[i])} is {float(row[place])}")
+    """Raises NotFinite naming the first token whose value is nan or inf. rows: [T] for each completion."""
+    for row, completion in zip(rows, completions, strict=True):
+        places = (~torch.isfinite(row)).nonzero()
+        if len(places):
+            first = int(places[0])
+            raise NotFinite(f"the {what} of token {first} of {describe(completion)} is {float(row[first])}")
 
 
 def describe(completion: Completion) -> str:
+    """The completion's place in words."""
     return f"completion {completion.sample} of prompt {completion.prompt.prompt.id}"

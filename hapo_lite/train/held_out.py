@@ -20,7 +20,7 @@ from hapo_lite.train.traces import make_trace
 
 @dataclass(frozen=True)
 class HeldOut:
-    """graded: `samples` completions of each prompt. metrics: for metrics.jsonl. traces: of a few completions."""
+    """graded: `samples` completions per prompt. metrics: for metrics.jsonl. traces: records of a few completions."""
 
     graded: Graded
     samples: int
@@ -28,7 +28,7 @@ class HeldOut:
     traces: list[Trace] = field(default_factory=list)
 
     def with_traces(self, policy: Policy, iteration: int, count: int) -> HeldOut:
-        """The same with traces of the first completion of the first `count` prompts."""
+        """The same evaluation with traces of the first completion of the first `count` prompts."""
         graded = self.graded
         shown = range(0, len(graded), self.samples)[:count]
         traces = [make_trace(policy, "eval", iteration, graded.completions[i], graded.scores[i]) for i in shown]
@@ -38,16 +38,15 @@ class HeldOut:
 def evaluate_held_out(
     collector: Collector, prompts: Sequence[EncodedPrompt], settings: EvaluationSettings, key: DrawKey
 ) -> HeldOut:
-    """Sample and grade every held-out prompt."""
+    """Sample and grade every held-out prompt. key: seeds the random numbers."""
     processor = AdaptiveTemperature(None, settings.temperature)
     sampled = collector.sample_and_grade(prompts, settings.samples, processor, key)
     completions, scores = sampled.graded.completions, sampled.graded.scores
     count = len(scores)
+    groups = [scores[start : start + settings.samples] for start in range(0, count, settings.samples)]
     metrics = {
         "eval/accuracy": sum(s.correct for s in scores) / count,
-        "eval/solved": [
-            sum(s.correct for s in scores[i : i + settings.samples]) for i in range(0, count, settings.samples)
-        ],
+        "eval/solved": [sum(s.correct for s in group) for group in groups],
         "eval/length_mean": sum(c.length for c in completions) / count,
         "eval/truncated_share": sum(c.truncated for c in completions) / count,
         "eval/entropy_mean": float(torch.cat([c.entropy for c in completions]).mean()),

@@ -2,7 +2,7 @@
 
 Axes: P prompts and G completions per prompt make an iteration; B completions of a micro-batch, T completion tokens.
 Every process holds the completions of the whole iteration, which are small, and does its share of the forward passes.
-So the signal, the groups and the denominator are global by construction.
+The signal, the groups and the denominator are therefore the same on every process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from hapo_lite.train.update import Update
 
 
 class Iteration(NamedTuple):
-    """state: after it. metrics: its line in metrics.jsonl. traces: of a few completions."""
+    """state: the run's state after the iteration. metrics: its line in metrics.jsonl. traces: a few completions."""
 
     state: TrainState
     metrics: dict[str, float]
@@ -44,7 +44,7 @@ class Iteration(NamedTuple):
 
 
 class Loop:
-    """The moving parts of one run. `step` does an iteration."""
+    """The parts of a run that an iteration uses. `step` does one iteration."""
 
     def __init__(
         self,
@@ -68,29 +68,31 @@ class Loop:
 
     @property
     def parts(self) -> RunParts:
-        """What a checkpoint is made of."""
+        """The parts that a checkpoint saves and restores."""
         return RunParts(self.policy, self.learner.optimizer, self.learner.scheduler, self.stream)
 
     def watch(self, observer: Observer) -> None:
-        """Have `observer` told what happens from now on."""
+        """Report the events of the following iterations to `observer`, in place of the observer so far."""
         self.observer = observer
         self.resources.oom.tell = observer.on_shortage
 
     def step(self, state: TrainState) -> Iteration:
-        """One iteration from `state`. The weights change after `observer.before_update`, and not before."""
-        clock, shortages = Stopwatch(), self.resources.oom.count
+        """Do one iteration from `state`. The weights change only after `observer.before_update`."""
+        clock = Stopwatch()
+        shortages_before = self.resources.oom.count
         state = replace(state, iteration=state.iteration + 1)
         collected = self.sample(state)
         clock.lap("rollout")
         state = state.after_rollout(collected.prompts_used, collected.tokens_sampled)
-        metrics, traces = rollout_metrics(collected), []
+        metrics = rollout_metrics(collected)
+        traces: list[Trace] = []
         if collected.completions:
             state, learned, traces = self.learn(state, collected.graded, clock)
             metrics |= learned
         else:
             self.observer.before_update()
         metrics |= iteration_metrics(collected, clock, self.accelerator.device)
-        metrics["memory/shortages"] = self.resources.oom.count - shortages
+        metrics["memory/shortages"] = self.resources.oom.count - shortages_before
         counts = {"iteration": state.iteration, "tokens": state.tokens, "updates": state.updates}
         return Iteration(state, {**counts, **metrics}, traces)
 
@@ -113,12 +115,11 @@ class Loop:
         sampled_with = state.signal if self.recipe.method.adaptive_temperature else None
         traces = training_traces(self.policy, experience, updated.outcomes, traced, state.iteration, sampled_with)
         metrics = learning_metrics(experience, updated.outcomes, self.recipe.method) | updated.metrics
-        return Iteration(
-            state.after_updates(experience.signal, updated.taken, updated.skipped_in_a_row), metrics, traces
-        )
+        state = state.after_updates(experience.signal, updated.taken, updated.skipped_in_a_row)
+        return Iteration(state, metrics, traces)
 
     def sample(self, state: TrainState) -> Collected:
-        """P graded groups of iteration `state.iteration`, sampled with the signal of the one before."""
+        """Sample P graded groups for iteration `state.iteration`, with the signal of the iteration before."""
         rollout, method = self.recipe.rollout, self.recipe.method
         signal = state.signal if method.adaptive_temperature else None
         wanted = GroupsWanted(
@@ -131,9 +132,9 @@ class Loop:
         return self.collector.collect(self.stream, state.cursor, wanted)
 
     def active(self, advantage: Sequence[float], traced: Sequence[int]) -> set[int]:
-        """Completions that take part in the updates: those with a gradient to compute, and the traced ones."""
-        if self.recipe.method.needs_base:  # the divergence from the base has a gradient everywhere
-            return set(range(len(advantage)))
+        """Places of the completions that take part in the updates: those with a gradient, and the traced ones."""
+        if self.recipe.method.needs_base:
+            return set(range(len(advantage)))  # The divergence from the base has a gradient everywhere.
         return {i for i, value in enumerate(advantage) if value != 0.0} | set(traced)
 
     def plan(self, graded: Graded, active: set[int], iteration: int) -> Plan:
@@ -143,24 +144,26 @@ class Loop:
         return make_plan(steps, graded.sequence_lengths, active, self.token_limit)
 
     def skip(self, state: TrainState, graded: Graded, reason: str) -> Iteration:
-        """The iteration without any of its updates."""
+        """End the iteration without any of its updates. reason: which value is not finite."""
         self.observer.before_update()
         batches = micro_batches(range(len(graded)), graded.sequence_lengths, self.token_limit)
         self.observer.on_skip(SkippedStep(state.iteration, 0, reason, graded, batches))
-        missed = {"update/skipped": self.recipe.training.updates_per_iteration}
-        return Iteration(replace(state, skipped_in_a_row=state.skipped_in_a_row + 1), missed, [])
+        metrics: dict[str, float] = {"update/skipped": self.recipe.training.updates_per_iteration}
+        return Iteration(replace(state, skipped_in_a_row=state.skipped_in_a_row + 1), metrics, [])
 
     @property
     def token_limit(self) -> int:
-        """Padded tokens of a micro-batch: as the recipe says, or what fitted into memory if that is less."""
+        """Most padded tokens in a micro-batch: the recipe's number, or the number that fitted into memory if lower."""
         return self.resources.oom.budget(self.recipe.training.micro_batch_tokens)
 
     @property
     def scoring(self) -> Scoring:
+        """The scoring stage, with the recipe's settings."""
         return Scoring(self.policy, self.recipe.method, self.recipe.rollout, self.resources)
 
     @property
     def update(self) -> Update:
+        """The update stage, with the recipe's settings."""
         recipe = self.recipe
         return Update(
             self.policy,
@@ -172,8 +175,8 @@ class Loop:
         )
 
     def evaluate(self, iteration: int) -> HeldOut:
-        """avg@n on the held-out prompts; the same random numbers every time."""
+        """Evaluate avg@n on the held-out prompts, with the same random numbers at every iteration."""
         key = DrawKey(self.recipe.seed, Stage.EVALUATION, 0)
-        shown = self.recipe.logging.traces_per_iteration
-        found = evaluate_held_out(self.collector, self.held_out, self.recipe.evaluation, key)
-        return found.with_traces(self.policy, iteration, shown)
+        traced = self.recipe.logging.traces_per_iteration
+        held_out = evaluate_held_out(self.collector, self.held_out, self.recipe.evaluation, key)
+        return held_out.with_traces(self.policy, iteration, traced)

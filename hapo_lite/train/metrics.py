@@ -1,10 +1,11 @@
-"""The numbers of an iteration, each defined in docs/metrics.md, and the file they are kept in.
+"""The metrics of an iteration, each defined in docs/metrics.md.
 
 Axes: B completions, N all completion tokens of the iteration, flattened.
 """
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -24,7 +25,7 @@ QUANTILES = (0.2, 0.5, 0.8, 0.95)
 
 
 def rollout_metrics(collected: Collected) -> dict[str, float]:
-    """Rewards, grades, lengths and groups of what was sampled and kept."""
+    """Metrics of the kept completions (rewards, grades, lengths, temperatures) and of the sampled groups."""
     completions, scores = collected.completions, collected.scores
     rewards = torch.tensor([s.reward for s in scores], dtype=torch.float64)
     rewards = rewards[rewards.isfinite()]
@@ -58,7 +59,7 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
 
 
 def learning_metrics(experience: Experience, outcomes: Mapping[int, TokenOutcome], method: Method) -> dict[str, float]:
-    """Entropies, what the updates did, and the distance of sampler and trainer. outcomes: by completion."""
+    """Metrics of the entropies, the updates, and the gap between sampler and trainer. outcomes: by completion."""
     return (
         entropy_metrics(experience)
         | update_metrics(list(outcomes.values()), method)
@@ -67,7 +68,7 @@ def learning_metrics(experience: Experience, outcomes: Mapping[int, TokenOutcome
 
 
 def iteration_metrics(collected: Collected, clock: Stopwatch, device: torch.device) -> dict[str, float]:
-    """Seconds by stage, the pace of sampling, and the peak of memory."""
+    """Seconds by stage, sampled tokens per second, and peak memory."""
     seconds = {**clock.seconds, **collected.seconds}
     return {
         **{f"seconds/{stage}": value for stage, value in seconds.items()},
@@ -77,9 +78,10 @@ def iteration_metrics(collected: Collected, clock: Stopwatch, device: torch.devi
 
 
 def entropy_metrics(experience: Experience) -> dict[str, float]:
-    """Entropy of the old policy over all N tokens, and apart for correct and other completions; the signal."""
+    """Entropy of the old policy over all N tokens, and separately for correct and other completions; the signal."""
     out: dict[str, float] = {}
-    signal, graded = experience.signal, list(zip(experience.entropy, experience.scores, strict=True))
+    signal = experience.signal
+    graded = list(zip(experience.entropy, experience.scores, strict=True))
     correct = [e for e, s in graded if s.correct]
     wrong = [e for e, s in graded if not s.correct]
     for name, rows in (("all", experience.entropy), ("correct", correct), ("wrong", wrong)):
@@ -98,61 +100,72 @@ def entropy_metrics(experience: Experience) -> dict[str, float]:
 
 
 def update_metrics(outcomes: Sequence[TokenOutcome], method: Method) -> dict[str, float]:
-    """What clipping and credit did, over the tokens of completions with an advantage; the divergence, over all."""
-    distances = [(o.kl_base, o.uncertain) for o in outcomes if o.kl_base is not None]
-    out = {}
-    for name, chosen in (("certain", False), ("uncertain", True)):
-        values = _flat([kl[uncertain == chosen] for kl, uncertain in distances])
-        if values.numel():
-            out[f"kl_base/{name}_mean"] = _mean(values)
+    """Divergence from the base over all tokens; ratios, clipping and credit over completions with an advantage."""
+    divergence = _base_divergence(outcomes)
     live = [o for o in outcomes if o.advantage != 0.0]
     if not live:
-        return out
-    ratio, uncertain = _flat([o.ratio for o in live]), _flat([o.uncertain for o in live]).bool()
-    low, high = _flat([o.clipped_low for o in live]), _flat([o.clipped_high for o in live])
+        return divergence
+    ratio = _flat([o.ratio for o in live])
+    uncertain = _flat([o.uncertain for o in live]).bool()
+    low = _flat([o.clipped_low for o in live]).bool()
+    high = _flat([o.clipped_high for o in live]).bool()
     before = torch.cat([torch.full_like(o.credit, o.advantage, dtype=torch.float64) for o in live])
     credit = _flat([o.credit for o in live])
     change = credit.abs() - before.abs()
     count = ratio.numel()
     # A redistributed token differs by a factor 1 + h; rounding alone stays far below this.
     moved = 1e-6 * before.abs()
-    return out | {
+    return divergence | {
         "ratio/mean": _mean(ratio),
         "ratio/min": float(ratio.min()),
         "ratio/max": float(ratio.max()),
         "ratio/kl_old": _mean(ratio - 1.0 - ratio.log()),
-        "clip/low_certain_share": float((low.bool() & ~uncertain).sum()) / count,
-        "clip/low_uncertain_share": float((low.bool() & uncertain).sum()) / count,
-        "clip/high_certain_share": float((high.bool() & ~uncertain).sum()) / count,
-        "clip/high_uncertain_share": float((high.bool() & uncertain).sum()) / count,
+        "clip/low_certain_share": float((low & ~uncertain).sum()) / count,
+        "clip/low_uncertain_share": float((low & uncertain).sum()) / count,
+        "clip/high_certain_share": float((high & ~uncertain).sum()) / count,
+        "clip/high_uncertain_share": float((high & uncertain).sum()) / count,
         "credit/amplified_share": float((change > moved).sum()) / count,
         "credit/suppressed_share": float((change < -moved).sum()) / count,
-        # From the method: what redistribution leaves of a token may be 0 on one CPU and next to nothing on another.
+        # Computed from the method, since a token's redistributed credit may be 0 on one CPU and tiny on another.
         "credit/zero_share": float((~trained_tokens(method, uncertain)).sum()) / count,
     }
 
 
+def _base_divergence(outcomes: Sequence[TokenOutcome]) -> dict[str, float]:
+    """Mean divergence from the base model over certain and over uncertain tokens; empty for a method without it."""
+    measured = [(o.kl_base, o.uncertain) for o in outcomes if o.kl_base is not None]
+    certain = _flat([kl[~uncertain] for kl, uncertain in measured])
+    uncertain = _flat([kl[uncertain] for kl, uncertain in measured])
+    means = {}
+    if certain.numel():
+        means["kl_base/certain_mean"] = _mean(certain)
+    if uncertain.numel():
+        means["kl_base/uncertain_mean"] = _mean(uncertain)
+    return means
+
+
 def gap_metrics(completions: Sequence[Completion], old_logp: Sequence[Tensor]) -> dict[str, float]:
-    """Distance between the sampler's log-probabilities and the trainer's, at the base temperature."""
+    """Absolute difference of the sampler's and the trainer's log-probabilities, at the base temperature."""
     gap = (_flat([c.base_logp for c in completions]) - _flat(list(old_logp))).abs()
     return {"sampler/gap_mean": _mean(gap), "sampler/gap_max": float(gap.max())}
 
 
 class Stopwatch:
-    """Seconds by stage, of one iteration."""
+    """Measures the seconds of each stage of an iteration."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
+        """Count the time since the last lap, or since the start, as `stage`."""
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory allocated so far: on the GPU, or of this process on a CPU; MiB."""
+    """Peak memory so far in MiB: of the tensors on a GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -168,5 +181,5 @@ def _mean(values: Tensor) -> float:
 
 
 def _thinned(values: Tensor, limit: int = 1_000_000) -> Tensor:
-    """Every k-th value: torch.quantile takes at most 16 million."""
-    return values[:: max(1, -(-values.numel() // limit))]
+    """Every k-th value, at most `limit` of them, since torch.quantile refuses more than 16 million."""
+    return values[:: max(1, math.ceil(values.numel() / limit))]

@@ -1,4 +1,4 @@
-"""What a run does while its loop works. Which stage has begun and how far it is, runs/progress.py is told."""
+"""The events of an iteration that a run can react to. Stages report their progress to runs/progress.py instead."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from hapo_lite.runs.skipped import SkippedStep
 
 
 class Observer:
-    """Told what happens in an iteration; does nothing about it. A run has a subclass that saves and speaks."""
+    """Receives the events of an iteration and ignores them. A run uses a subclass that saves and prints."""
 
     def before_update(self) -> None:
-        """The weights are about to change: until now the iteration could be abandoned, from now on it is finished."""
+        """The weights are about to change. The iteration can be abandoned before this call, but not after it."""
 
     def on_skip(self, step: SkippedStep) -> None:
-        """An optimiser step is not taken, since a number is not finite."""
+        """An optimiser step is skipped because a number is not finite."""
 
     def on_shortage(self, sentence: str, weights_unchanged: bool) -> None:
-        """Memory ran out and the work is repeated in smaller parts.
+        """Memory ran out, and the work is repeated in smaller parts.
 
-        weights_unchanged: the weights are those that the iteration began with, so that a checkpoint can be written.
+        weights_unchanged: the weights are still those from the start of the iteration, so a checkpoint can be written.
         """

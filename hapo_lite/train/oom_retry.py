@@ -1,7 +1,7 @@
-"""When memory runs out in a run: what was being done is dropped, the batch is halved, and the same is done again.
+"""Repeats work for which memory ran out, with batches of half the size.
 
-Nothing is learned from half a step. Micro-batches change no gradient and the rows of a batch no random number, so a run
-that was short of memory learns what it would have learned with enough.
+A step that ran out of memory is discarded and computed again as a whole. Neither gradients nor random numbers depend on
+batch sizes, so the run learns the same as it would have learned with enough memory.
 """
 
 from __future__ import annotations
@@ -14,32 +14,33 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 
-from hapo_lite.errors import UserError
+from hapo_lite.errors import UserError, first_line
 from hapo_lite.model.oom import OutOfMemory, is_out_of_memory
+from hapo_lite.rollout.engine import Engine
 from hapo_lite.train.batching import Parts, micro_batches
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 class OomRetry:
-    """What a run does when memory is short. One object of a run, shared by its stages; it remembers what fitted.
+    """Repeats work after memory ran out, and remembers the sizes that fitted. The stages of a run share one object.
 
-    tell: given a sentence each time, and whether the weights are still those that the iteration began with, so that a
-    checkpoint can be made of them. count: how often it has happened. tokens: the micro-batch budget that fitted at
-    last; None: as the recipe says.
+    tell: called at each shortage with the arguments of `Observer.on_shortage`. count: number of shortages so far.
+    tokens: the micro-batch budget after the last shortage; None before the first one.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.count, self.tokens = 0, None
+        self.count = 0
+        self.tokens: int | None = None
         self.tell: Callable[[str, bool], None] = lambda sentence, weights_unchanged: None
 
     @contextlib.contextmanager
     def together(self, lockstep: bool = False) -> Iterator[None]:
-        """Raises OutOfMemory in every process if memory runs out inside it in one. No collective may stand inside.
+        """A context that raises OutOfMemory in every process if memory runs out in one. It must hold no collective.
 
-        lockstep: there are collectives, in which the others wait for this process. So UserError ends it, and the
-        launcher the others.
+        lockstep: the context does hold collectives, in which the other processes wait for this one. The process that is
+        short of memory then raises UserError, and the launcher ends the others.
         """
         short = ""
         try:
@@ -47,7 +48,7 @@ class OomRetry:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            short = f"{error}".strip().partition("\n")[0] or type(error).__name__
+            short = first_line(error)
             if lockstep:
                 raise UserError(
                     f"memory ran out ({short}), which a base split by FSDP cannot go on from: lower "
@@ -57,18 +58,19 @@ class OomRetry:
             return
         if self.accelerator.num_processes > 1:
             flag = torch.tensor(float(bool(short)), device=self.accelerator.device)
-            someone = bool(self.accelerator.reduce(flag, "sum") > 0)
-            short = short or ("in another process" if someone else "")
+            anywhere = bool(self.accelerator.reduce(flag, "sum") > 0)
+            if anywhere and not short:
+                short = "in another process"
         if short:
             raise OutOfMemory(short)
 
     def budget(self, tokens: int) -> int:
-        """The micro-batch budget: the recipe's `tokens`, or what fitted at last if that is less."""
-        return min(tokens, self.tokens or tokens)
+        """The micro-batch budget: the recipe's `tokens`, or the budget after the last shortage if that is lower."""
+        return tokens if self.tokens is None else min(tokens, self.tokens)
 
     def fit(
-        self, stage: str, parts: Parts, lengths: Sequence[int], work: Callable[[Parts], Found], weights_unchanged: bool
-    ) -> tuple[Parts, Found]:
+        self, stage: str, parts: Parts, lengths: Sequence[int], work: Callable[[Parts], Result], weights_unchanged: bool
+    ) -> tuple[Parts, Result]:
         """Do `work` on micro-batches, and again on smaller ones until it does not raise OutOfMemory.
 
         lengths: tokens of each member, prompt included. weights_unchanged: as `Observer.on_shortage` says.
@@ -89,14 +91,16 @@ class OomRetry:
                     f"({reason}): set model.gradient_checkpointing=true, or lower rollout.max_new_tokens or "
                     "data.max_prompt_tokens with another name="
                 )
-            self.tokens = min(self.tokens or max(padded), max(padded) // 2)
-            self._say(stage, f"training.micro_batch_tokens = {self.tokens}", reason, weights_unchanged)
-            parts = [micro_batches([i for batch in part for i in batch], lengths, self.tokens) for part in parts]
+            budget = self.budget(max(padded) // 2)
+            self.tokens = budget
+            self._report(stage, f"training.micro_batch_tokens = {budget}", reason, weights_unchanged)
+            parts = [micro_batches([i for batch in part for i in batch], lengths, budget) for part in parts]
 
-    def fit_rollout(self, engine, count: int, sample: Callable[[], Found], weights_unchanged: bool) -> Found:
-        """Call `sample`, which writes `count` completions, until it fits; each time engine.batch_size is halved.
+    def fit_rollout(self, engine: Engine, count: int, sample: Callable[[], Result], weights_unchanged: bool) -> Result:
+        """Call `sample`, and again with half of engine.batch_size until memory suffices.
 
-        Raises UserError if one completion alone does not fit.
+        count: completions that `sample` writes. weights_unchanged: as `Observer.on_shortage` says. Raises UserError if
+        one completion alone does not fit.
         """
         while True:
             try:
@@ -111,8 +115,8 @@ class OomRetry:
                     "rollout.max_new_tokens or data.max_prompt_tokens with another name="
                 )
             engine.batch_size = max(1, min(engine.batch_size, max(count, 2)) // 2)
-            self._say("rollout", f"rollout.batch_size = {engine.batch_size}", reason, weights_unchanged)
+            self._report("rollout", f"rollout.batch_size = {engine.batch_size}", reason, weights_unchanged)
 
-    def _say(self, stage: str, setting: str, reason: str, weights_unchanged: bool) -> None:
+    def _report(self, stage: str, setting: str, reason: str, weights_unchanged: bool) -> None:
         self.count += 1
         self.tell(f"memory ran out in the {stage} ({reason}); done again with {setting}", weights_unchanged)

@@ -1,11 +1,11 @@
-"""The optimiser and its schedule, and a step that is taken only if its numbers are finite."""
+"""The optimiser, its schedule, and the optimiser step, which is skipped if its numbers are not finite."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +17,7 @@ from hapo_lite.recipe import TrainingSettings
 
 @dataclass
 class Learner:
-    """What changes the weights. optimizer: as accelerate prepared it. parameters: the adapter's, in a fixed order."""
+    """The optimiser as accelerate prepared it, its schedule, and the adapter's parameters in a fixed order."""
 
     optimizer: Any
     scheduler: Any
@@ -33,17 +33,17 @@ def make_learner(settings: TrainingSettings, policy: Policy, accelerator: Accele
 
 def make_optimizer(settings: TrainingSettings, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW, or bitsandbytes' 8-bit AdamW, whose states may be paged out to main memory."""
-    options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
     import bitsandbytes
 
     kind = bitsandbytes.optim.AdamW8bit if settings.optimizer == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
-    return kind(parameters, **options)
+    return kind(parameters, lr=rate, weight_decay=decay)
 
 
 def make_scheduler(settings: TrainingSettings, optimizer: torch.optim.Optimizer) -> Any:
-    """Warm-up, then the recipe's schedule over all its updates."""
+    """The recipe's schedule over all its updates, with warm-up first."""
     schedule = settings.schedule
     return get_scheduler(
         "constant_with_warmup" if schedule == "constant" else schedule,
@@ -53,25 +53,35 @@ def make_scheduler(settings: TrainingSettings, optimizer: torch.optim.Optimizer)
     )
 
 
+class StepResult(NamedTuple):
+    """norm: of the gradients before clipping. problem: why the step was skipped; None if it was taken."""
+
+    norm: float
+    problem: str | None
+
+
 def take_step(
     accelerator: Accelerator, optimizer: Any, parameters: Sequence[torch.nn.Parameter], loss: float, max_norm: float
-) -> tuple[float, str | None]:
-    """Clip the gradients and step. Returns their norm before clipping, and why the step was not taken, None if it was.
+) -> StepResult:
+    """Clip the gradients and step, unless the loss or the norm is nan or inf.
 
-    optimizer: as accelerate prepared it. A step is not taken if the loss or the norm is nan or inf. With fp16's loss
-    scaling it is the scaler that skips, and that lowers its scale: its step is called whatever the numbers are.
+    optimizer: as accelerate prepared it. With fp16's loss scaling, its step is always called: the scaler skips the step
+    itself, and lowers its scale.
     """
     if not math.isfinite(loss):
         for p in parameters:
-            p.grad.fill_(math.nan)  # The scaler looks at nothing but the gradients.
+            if p.grad is not None:
+                p.grad.fill_(math.nan)  # The scaler looks at nothing but the gradients.
     norm = float(accelerator.clip_grad_norm_(parameters, max_norm))
     if optimizer.scaler is not None or math.isfinite(norm):
         optimizer.step()
     if math.isfinite(norm) and not optimizer.step_was_skipped:
-        return norm, None
-    return norm, f"its loss is {loss}" if not math.isfinite(loss) else f"its gradient's norm is {norm}"
+        return StepResult(norm, None)
+    if not math.isfinite(loss):
+        return StepResult(norm, f"its loss is {loss}")
+    return StepResult(norm, f"its gradient's norm is {norm}")
 
 
 def loss_scale(optimizer: Any) -> float:
-    """What fp16's scaler multiplies the loss by; 1 without one."""
+    """The factor by which fp16's scaler multiplies the loss; 1 without a scaler."""
     return 1.0 if optimizer.scaler is None else float(optimizer.scaler.get_scale())

@@ -1,4 +1,4 @@
-"""From the recipe's data to tokenised prompts, trained on and held out."""
+"""Reading and tokenising the recipe's prompts, those to train on and the held-out ones."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from hapo_lite.tasks.data import PromptSet, load_prompts, split_held_out
 from hapo_lite.tasks.stream import LazyPrompts
 
 Say = Callable[[str], None]
+"""Prints a sentence for the user."""
 
-LOOKED_AT = 1_000
-"""About how many training prompts are tokenised at the start, to see whether they fit."""
+CHECKED_AT_START = 1_000
+"""Roughly the number of training prompts that are tokenised at the start, to see whether they fit."""
 
 
 class Data(NamedTuple):
@@ -26,7 +27,7 @@ class Data(NamedTuple):
 
 
 def load_data(data: DataSettings, evaluation: EvaluationSettings, seed: int, say: Say) -> Data:
-    """Read the prompts. seed: decides which are set aside where the held-out ones have no data of their own."""
+    """Read the prompts. seed: decides which prompts are held out if `evaluation` names no data of its own."""
     wanted = evaluation.prompts
     found = load_prompts(data)
     say_skipped("data", found, say)
@@ -43,6 +44,7 @@ def load_data(data: DataSettings, evaluation: EvaluationSettings, seed: int, say
 
 
 def say_skipped(what: str, found: PromptSet, say: Say) -> None:
+    """Say how many rows were left out for each reason. what: names the data."""
     for reason, count in found.skipped.items():
         say(f"{what}: {count:,} rows left out: {reason}")
 
@@ -50,22 +52,28 @@ def say_skipped(what: str, found: PromptSet, say: Say) -> None:
 def training_prompts(
     prompts: Sequence[Prompt], policy: Policy, data: DataSettings, max_new_tokens: int, say: Say
 ) -> LazyPrompts:
-    """Prompts to be tokenised as training takes them. Some, from all over the data, are looked at now.
+    """Prompts that are tokenised as training takes them. A sample of them is tokenised and checked now.
 
-    Raises UserError for what is wrong with those.
+    Raises UserError as `encode_prompts` does, for the sample.
     """
-    some = prompts[:: max(1, len(prompts) // LOOKED_AT)]
-    encode_prompts(some, policy, data, max_new_tokens, say, of=len(prompts))
-    most = min(data.max_prompt_tokens, policy.context - max_new_tokens)
-    return LazyPrompts(prompts, lambda prompt: policy.encode(prompt.chat()), most)
+    sample = prompts[:: max(1, len(prompts) // CHECKED_AT_START)]
+    encode_prompts(sample, policy, data, max_new_tokens, say, total=len(prompts))
+    limit = min(data.max_prompt_tokens, policy.context - max_new_tokens)
+    return LazyPrompts(prompts, lambda prompt: policy.encode(prompt.chat()), limit)
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt], policy: Policy, data: DataSettings, max_new_tokens: int, say: Say, of: int | None = None
+    prompts: Sequence[Prompt],
+    policy: Policy,
+    data: DataSettings,
+    max_new_tokens: int,
+    say: Say,
+    total: int | None = None,
 ) -> list[EncodedPrompt]:
-    """Tokenise, and leave out what exceeds data.max_prompt_tokens. Raises UserError if a completion would not fit.
+    """Tokenise `prompts`, and leave out those longer than data.max_prompt_tokens.
 
-    of: how many prompts these stand for, for the sentence about those that are left out.
+    total: number of all prompts, if these are a sample of them. Raises UserError if every prompt is too long, or if a
+    prompt leaves no room for a completion in the model's context.
     """
     encoded = [EncodedPrompt(i, p, tuple(policy.encode(p.chat()))) for i, p in enumerate(prompts)]
     kept = [e for e in encoded if len(e.ids) <= data.max_prompt_tokens]
@@ -77,9 +85,10 @@ def encode_prompts(
         )
     if len(kept) < len(encoded):
         count, limit = len(encoded) - len(kept), data.max_prompt_tokens
-        if of is not None and of > len(encoded):
+        if total is not None and total > len(encoded):
             say(
-                f"data: {count} of {len(encoded):,} prompts looked at, longer than {limit} tokens; such are passed over"
+                f"data: {count} of {len(encoded):,} prompts checked are longer than {limit} tokens; training skips "
+                "such prompts"
             )
         else:
             say(f"data: {count} prompts left out: longer than {limit} tokens")

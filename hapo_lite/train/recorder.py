@@ -1,4 +1,4 @@
-"""What a run writes: its lines, traces, checkpoints, skipped steps and, at the end, its summary."""
+"""Writes a run's metrics, traces, checkpoints and skipped steps and, at the end, its summary."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from hapo_lite.runs.checkpoint import TrainState, save_checkpoint
 from hapo_lite.runs.files import file_hash, replace_text, replacing_folder
 from hapo_lite.runs.folder import RunFolder
 from hapo_lite.runs.skipped import SkippedStep, save_step
-from hapo_lite.runs.trace import write_traces
+from hapo_lite.runs.trace import Trace, write_traces
 from hapo_lite.train.collapse import CollapseWatch
 from hapo_lite.train.curves import closing_table, draw_curves
 from hapo_lite.train.loop import Loop
 from hapo_lite.train.verdict import judge_run
 
 HEADLINE = {"reward/mean": "reward", "entropy/all_mean": "entropy", "eval/accuracy": "avg@n"}
-"""What the progress bar shows."""
+"""Metrics that the progress bar shows, with their labels."""
 
 
 def is_over(recipe: Recipe, state: TrainState) -> bool:
-    """Whether the run has come to its last iteration, or has sampled its tokens."""
+    """Whether the run has done its last iteration, or has sampled training.max_tokens."""
     training = recipe.training
-    return state.iteration >= training.iterations or state.tokens >= (training.max_tokens or float("inf"))
+    return state.iteration >= training.iterations or state.tokens >= (training.max_tokens or math.inf)
 
 
 def is_due(iteration: int, every: int) -> bool:
-    """Whether something is done after this iteration; every 0: only at the end."""
+    """Whether something that happens every `every` iterations is due after this one. every = 0: only at the end."""
     return every > 0 and iteration % every == 0
 
 
 class Recorder:
-    """Everything a run writes, by the main process."""
+    """Writes the files of a run, in its main process. say: prints a sentence for the user."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe, loop: Loop, say: Callable[[str], None]) -> None:
         self.folder = folder
@@ -53,23 +53,30 @@ class Recorder:
         self.say = say
         self.main = loop.accelerator.is_main_process
         self.shown: dict[str, float] = {}
-        self.watch = CollapseWatch()
-        for line in folder.metrics.read() if self.main else ():
-            self.watch.see(line)  # What they warned of has been said.
+        self.collapse_watch = CollapseWatch()
+        if self.main:
+            for line in folder.metrics.read():
+                self.collapse_watch.see(line)  # These warnings were printed before the run was resumed.
 
     @property
     def evaluates(self) -> bool:
+        """Whether the run has held-out prompts."""
         return bool(self.loop.held_out)
 
     def iteration(self, state: TrainState) -> TrainState:
-        """One iteration with all that is due after it. Raises UserError after too many skipped updates in a row."""
-        recipe, started = self.recipe, time.perf_counter()
+        """Do one iteration, and the evaluation and checkpoint that are due after it.
+
+        Raises UserError after too many skipped updates in a row.
+        """
+        recipe = self.recipe
+        started = time.perf_counter()
         done = self.loop.step(state)
-        number, over = done.state.iteration, is_over(recipe, done.state)
-        done.metrics["seconds/iteration"] = time.perf_counter() - started
-        due = over or is_due(number, recipe.evaluation.every)
-        self.record(done.metrics, done.traces, evaluate=self.evaluates and due)
-        state = replace(done.state, seconds=state.seconds + done.metrics["seconds/iteration"])
+        seconds = time.perf_counter() - started
+        number = done.state.iteration
+        over = is_over(recipe, done.state)
+        evaluate = self.evaluates and (over or is_due(number, recipe.evaluation.every))
+        self.record({**done.metrics, "seconds/iteration": seconds}, done.traces, evaluate)
+        state = replace(done.state, seconds=state.seconds + seconds)
         stuck = state.skipped_in_a_row >= recipe.training.max_skipped
         if over or stuck or is_due(number, recipe.checkpoint.every):
             self.save(state)
@@ -77,14 +84,14 @@ class Recorder:
             raise UserError(self.stuck_sentence(state))
         return state
 
-    def record(self, metrics: dict[str, Any], traces: list, evaluate: bool) -> None:
-        """Add an iteration's line to metrics.jsonl and its traces, after an evaluation if one is due."""
+    def record(self, metrics: dict[str, Any], traces: list[Trace], evaluate: bool) -> None:
+        """Add an iteration's line to metrics.jsonl, and write its traces. evaluate: evaluate first, and add that."""
         if evaluate:
             evaluation = self.loop.evaluate(int(metrics["iteration"]))
             metrics = metrics | evaluation.metrics
             traces = traces + evaluation.traces
         self.loop.resources.progress.enter("recording")
-        # What is nan or inf, such as the entropy of an evaluation, would be no JSON.
+        # JSON has no nan or inf, which the entropy of an evaluation may be.
         metrics = {key: v for key, v in metrics.items() if not isinstance(v, float) or math.isfinite(v)}
         self.shown |= {key: v for key, v in metrics.items() if key in HEADLINE}
         if not self.main:
@@ -92,20 +99,20 @@ class Recorder:
         with writing(self.folder.path):
             write_traces(self.folder.traces, int(metrics["iteration"]), traces)
             self.folder.metrics.append(metrics)
-        for warning in self.watch.see(metrics):
+        for warning in self.collapse_watch.see(metrics):
             tqdm.write(f"warning: {warning}")
         if self.recipe.logging.report_to != "none":
             numbers = {key: value for key, value in metrics.items() if not isinstance(value, list)}
             self.loop.accelerator.log(numbers, step=int(metrics["iteration"]))
 
     def save(self, state: TrainState) -> None:
+        """Write a checkpoint of `state`, unless no iteration has been done yet."""
         if self.main and state.iteration:
             self.loop.resources.progress.enter("checkpoint")
-            loop, folder = self.loop, self.folder.checkpoints
-            save_checkpoint(folder, loop.parts, state, self.recipe)
+            save_checkpoint(self.folder.checkpoints, self.loop.parts, state, self.recipe)
 
     def keep_step(self, step: SkippedStep) -> None:
-        """Save a step that was skipped, and say so."""
+        """Write the file of a skipped step, and print a note about it."""
         if not self.main:
             return
         with writing(self.folder.replay):
@@ -114,10 +121,12 @@ class Recorder:
         self.note(f"{what} of iteration {step.iteration} skipped: {step.reason}; kept as {path}")
 
     def note(self, sentence: str) -> None:
+        """Print a note above the progress bar."""
         if self.main:
             tqdm.write(f"note: {sentence}")
 
     def stuck_sentence(self, state: TrainState) -> str:
+        """The message of a run that stops after too many skipped updates in a row."""
         return (
             f"stopped after iteration {state.iteration}, which is saved: {state.skipped_in_a_row} updates, or "
             "iterations before their first one, were skipped in a row (training.max_skipped = "
@@ -126,6 +135,7 @@ class Recorder:
         )
 
     def headline(self) -> dict[str, str]:
+        """The latest metrics for the progress bar, by label."""
         names = HEADLINE | {"eval/accuracy": f"avg@{self.recipe.evaluation.samples}"}
         return {names[key]: f"{self.shown[key]:.3f}" for key in names if key in self.shown}
 
@@ -140,9 +150,9 @@ class Recorder:
             with replacing_folder(self.folder.adapter) as aside:
                 save_adapter(self.loop.policy, aside)
             draw_curves(lines, self.folder.curves, title=self.recipe.name)
-            # Last, since it says that the run is complete.
             verdict = judge_run(lines, self.recipe)
             summary = self._summary(state, lines) | {"verdict": asdict(verdict)}
+            # The summary is written last, since its presence means that the run is complete.
             replace_text(self.folder.summary, json.dumps(summary, indent=1) + "\n")
         self.say(closing_table(lines, self.recipe.evaluation.samples))
         self.say(str(verdict))

@@ -1,4 +1,4 @@
-"""What every stage of an iteration uses besides its settings."""
+"""The objects that every stage of an iteration uses besides its settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hapo_lite.train.processes import Processes
 
 @dataclass(frozen=True)
 class Resources:
-    """accelerator: device and precision. oom: what is done when memory runs out. progress: told how far a stage is."""
+    """accelerator: device and precision. oom: repeats work for which memory ran out. progress: stages report to it."""
 
     accelerator: Accelerator
     processes: Processes

@@ -1,6 +1,8 @@
-"""Where a run goes on from."""
+"""Resuming a run from its newest checkpoint."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from hapo_lite.errors import UserError, writing
 from hapo_lite.recipe import Recipe
@@ -11,8 +13,12 @@ from hapo_lite.runs.trace import drop_traces_after
 from hapo_lite.train.loop import Loop
 
 
-def resume(folder: RunFolder, recipe: Recipe, loop: Loop, say) -> TrainState:
-    """The state to go on from, with weights, optimiser and schedule put back; a fresh one if there is no checkpoint."""
+def resume(folder: RunFolder, recipe: Recipe, loop: Loop, say: Callable[[str], None]) -> TrainState:
+    """Restore weights, optimiser and schedule from the newest good checkpoint, and return its state.
+
+    Without a checkpoint the state is a fresh one. Metrics, traces and skipped steps from later iterations are removed.
+    Raises UserError if every checkpoint is damaged or belongs to another recipe.
+    """
     newest, complaints = newest_good(folder.checkpoints, recipe)
     for complaint in complaints:
         say(f"note: {complaint}; an older one is used")
@@ -21,12 +27,14 @@ def resume(folder: RunFolder, recipe: Recipe, loop: Loop, say) -> TrainState:
             f"no checkpoint in {folder.checkpoints} can be used: move the folder away to start over ({complaints[0]})"
         )
     state = TrainState()
+    last_recorded = -1  # A fresh run writes iteration 0, its first evaluation, again.
     if newest is not None:
         state = load_checkpoint(newest, loop.parts)
+        last_recorded = state.iteration
         say(f"resuming {folder.path} after iteration {state.iteration}")
     if loop.accelerator.is_main_process:
         with writing(folder.path):
-            folder.metrics.keep_up_to(state.iteration if newest else -1)
-            drop_traces_after(folder.traces, state.iteration if newest else -1)
+            folder.metrics.keep_up_to(last_recorded)
+            drop_traces_after(folder.traces, last_recorded)
             drop_steps_after(folder.replay, state.iteration)
     return state

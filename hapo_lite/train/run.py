@@ -1,7 +1,7 @@
 """One run from its folder to its summary: prepare, resume, train, evaluate, save, report.
 
-What a run leaves in `runs/NAME/`: recipe.yaml, status.json, metrics.jsonl, traces/, checkpoints/, adapter/,
-summary.json, curves.png.
+A run writes into `runs/NAME/`: recipe.yaml, status.json, metrics.jsonl, traces/, checkpoints/, replay/ (skipped steps),
+adapter/, summary.json, curves.png.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from hapo_lite.train.resume import resume
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
-    """Run `recipe` to its end, or on from its newest checkpoint, and return the summary.
+    """Run `recipe` to its end, from its newest checkpoint if there is one, and return the summary.
 
-    Raises UserError for what the user can mend, and Interrupted after a checkpoint has been written for a signal.
+    Raises UserError for a problem that the user can mend. After a signal it writes a checkpoint and raises Interrupted.
     """
     sharded = fsdp_requested()
     accelerator = make_accelerator(recipe)
@@ -69,7 +69,7 @@ class Run:
     sharded: bool
 
     def to_its_end(self) -> dict[str, Any]:
-        """Prepare, resume, check the engine, iterate; the summary."""
+        """Prepare, resume, check the engine, iterate, and return the summary."""
         recipe, say, progress = self.recipe, self.display.say, self.display.progress
         check_same_run(self.folder, recipe)
         with progress.within(f"reading {recipe.data.source}"):
@@ -96,12 +96,13 @@ class Run:
         return summary
 
     def load(self) -> Policy:
+        """Load the policy onto the run's device."""
         recipe, device = self.recipe, self.accelerator.device
         unpacked = not self.sharded and unpacks(recipe, device)
         return load_policy(recipe.model, recipe.seed, device, engine=recipe.rollout.engine, unpacked=unpacked)
 
     def open(self, policy: Policy, prompts: LazyPrompts, held_out: Sequence[EncodedPrompt]) -> None:
-        """Make the folder, and say what is trained and what is worth knowing before."""
+        """Make the folder, start the tracker, and print what is trained, with notes about the recipe."""
         recipe, say = self.recipe, self.display.say
         if self.accelerator.is_main_process:
             open_folder(self.folder, recipe, self.display.status)
@@ -117,6 +118,7 @@ class Run:
             self.accelerator.init_trackers("hapo_lite", config=config)
 
     def make_engine(self, policy: Policy) -> Engine:
+        """Start the rollout engine, and split the base over the processes if FSDP was requested."""
         engine = make_engine(self.recipe, policy)
         if not self.sharded:
             return engine
@@ -127,7 +129,7 @@ class Run:
         return WholeBaseEngine(engine, policy)
 
     def iterate(self, loop: Loop, state: TrainState) -> dict[str, Any]:
-        """Iterate from `state` to the recipe's end; on a signal, save what is whole and raise Interrupted."""
+        """Iterate from `state` to the recipe's end. On a signal, save the last whole state and raise Interrupted."""
         recipe, display = self.recipe, self.display
         recorder = Recorder(self.folder, recipe, loop, display.say)
         interrupts = Interrupts(deferred=self.accelerator.num_processes > 1)
@@ -153,7 +155,7 @@ class Run:
 
 
 class RunObserver(Observer):
-    """Saves and says what happens in a run. state: the run's after its last whole iteration."""
+    """Saves and prints what happens in a run. state: the run's state after its last whole iteration."""
 
     def __init__(self, recorder: Recorder, interrupts: Interrupts, state: TrainState) -> None:
         self.recorder = recorder
@@ -167,14 +169,14 @@ class RunObserver(Observer):
         self.recorder.keep_step(step)
 
     def on_shortage(self, sentence: str, weights_unchanged: bool) -> None:
-        """Say so, and save what there is: after this, memory may run out where nothing can be done."""
+        """Print a note, and save a checkpoint, since memory may run out again where the run cannot recover."""
         self.recorder.note(f"iteration {self.state.iteration + 1}: {sentence}")
         if weights_unchanged:
             self.recorder.save(self.state)
 
 
 def first_evaluation(recipe: Recipe, prompts: int) -> str:
-    """The sentence that says how long the first evaluation takes, with {} for the time."""
+    """The sentence that announces how long the first evaluation takes, with {} for the time."""
     samples = recipe.evaluation.samples
     return (
         f"first evaluation: {prompts * samples:,} completions, {{}} ({prompts} held-out prompts x {samples} samples; "
@@ -189,7 +191,7 @@ def describe(
     held_out: Sequence[EncodedPrompt],
     accelerator: Accelerator,
 ) -> str:
-    """The line a run begins with: what is trained, on what, where."""
+    """The first line of a run: the model, the prompts, and the devices."""
     adapter = sum(p.numel() for p in policy.trainable().values())
     return (
         f"{recipe.name}: {recipe.method.preset} on {recipe.model.name}, base {recipe.model.quantization}, "

@@ -1,4 +1,4 @@
-"""From graded completions to the iteration's experience: advantages, the old policy on every token, the signal.
+"""Turns graded completions into the iteration's experience: advantages, the old policy on every token, the signal.
 
 Axes: B completions, T completion tokens.
 """
@@ -24,15 +24,15 @@ from hapo_lite.train.finite import check_tokens
 from hapo_lite.train.resources import Resources
 
 
-class OldPolicy(NamedTuple):
-    """The policy before the first update on every completion: [T] each, on the CPU; entropy in nats."""
+class TokenScores(NamedTuple):
+    """Log-probability and entropy (nats) of every completion token: [T] for each completion, on the CPU."""
 
     logp: list[Tensor]
     entropy: list[Tensor]
 
 
 class Scored(NamedTuple):
-    """plan: with the micro-batches that fitted into memory, so that the updates use the same ones."""
+    """plan: its micro-batches are those that fitted into memory, and the updates use them again."""
 
     plan: Plan
     experience: Experience
@@ -40,7 +40,7 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class Scoring:
-    """The stage between rollout and update."""
+    """The stage between rollout and update: forward passes of the policy and, for some methods, of its base."""
 
     policy: Policy
     method: Method
@@ -48,10 +48,10 @@ class Scoring:
     resources: Resources
 
     def score(self, graded: Graded, advantage: Tensor, plan: Plan) -> Scored:
-        """Score in the micro-batches of `plan`, and in smaller ones where memory runs out.
+        """Score in the micro-batches of `plan`, and in smaller ones if memory runs out.
 
-        The updates compute the same products on the same shapes, so that ratio = 1 to the last bit before the first
-        one. Raises NotFinite for a log-probability or entropy that is nan or inf.
+        The updates use the same micro-batches: equal shapes give a ratio of 1 to the last bit before the first update.
+        Raises NotFinite for a log-probability or entropy that is nan or inf, and UserError if no signal can be fitted.
         """
 
         def attempt(parts: Parts) -> Experience:
@@ -65,7 +65,7 @@ class Scoring:
     def _experience(self, graded: Graded, advantage: Tensor, plan: Plan) -> Experience:
         method, completions = self.method, graded.completions
         if self.rollout.old_logprobs == "sampled":
-            old = OldPolicy([c.base_logp for c in completions], [c.entropy for c in completions])
+            old = TokenScores([c.base_logp for c in completions], [c.entropy for c in completions])
         else:
             old = self._forward(graded, plan)
         base_logp = None
@@ -92,8 +92,8 @@ class Scoring:
         )
 
     @torch.no_grad()
-    def _forward(self, graded: Graded, plan: Plan) -> OldPolicy:
-        """One forward pass over every completion; each process does its share and gets the results of all."""
+    def _forward(self, graded: Graded, plan: Plan) -> TokenScores:
+        """One forward pass over every completion. Each process does its share, and gets the results of all."""
         processes, oom, progress = self.resources.processes, self.resources.oom, self.resources.progress
         found: dict[int, tuple[Tensor, Tensor]] = {}
         batches = [b for part in plan.parts for b in (*processes.rank_share(part), *processes.padding(part))]
@@ -108,16 +108,17 @@ class Scoring:
                     length = completions[row].length
                     found[i] = logp[row, :length].clone(), entropy[row, :length].clone()
         found = processes.gather(found)
-        return OldPolicy([found[i][0] for i in range(len(graded))], [found[i][1] for i in range(len(graded))])
+        rows = [found[i] for i in range(len(graded))]
+        return TokenScores([logp for logp, _ in rows], [entropy for _, entropy in rows])
 
 
 def logprobs(policy: Policy, completions: Sequence[Completion], temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of every completion token, [B, T] each, with the gradient of the first."""
+    """Log-probability and entropy (nats) of every completion token, [B, T] each; the first is differentiable."""
     return policy.completion_logprobs(Sequences.of(completions, policy.device), temperature)
 
 
 def advantages(graded: Graded, method: Method) -> Tensor:
-    """Each completion's advantage against its group: [B], fp32, computed in fp64."""
+    """Each completion's advantage within its group: [B], fp32, computed in fp64."""
     return group_advantage(
         graded.rewards,
         torch.tensor([c.length for c in graded.completions]),

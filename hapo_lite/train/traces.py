@@ -1,10 +1,12 @@
-"""Which completions are traced, and what their traces say."""
+"""Chooses the completions that are traced, and puts their traces together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.model.policy import Policy
@@ -13,7 +15,7 @@ from hapo_lite.runs.trace import Trace
 
 
 def choose_traced(graded: Graded, count: int) -> list[int]:
-    """Completions to record: from the first groups on, of each group one that is correct and one that is not."""
+    """Places of up to `count` completions to record: from each group, one that is correct and one that is not."""
     chosen: list[int] = []
     seen: set[tuple[int, bool]] = set()
     for i, (completion, score) in enumerate(zip(graded.completions, graded.scores, strict=True)):
@@ -26,9 +28,9 @@ def choose_traced(graded: Graded, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Treatment:
-    """What an iteration did to a completion. sampling_signal: it was sampled with; signal: of the iteration.
+    """An iteration's effect on a completion. outcome: what the update did; None if its step was skipped.
 
-    outcome: of the update; None for a completion whose step was not taken.
+    sampling_signal: the signal that set the temperatures. signal: the signal of the iteration's own completions.
     """
 
     sampling_signal: EntropySignal | None = None
@@ -44,7 +46,7 @@ def training_traces(
     iteration: int,
     sampling_signal: EntropySignal | None,
 ) -> list[Trace]:
-    """Traces of the completions `traced`. outcomes: by completion."""
+    """Traces of the completions at the places `traced`. outcomes: by place."""
     return [
         make_trace(
             policy,
@@ -64,38 +66,14 @@ def make_trace(
     iteration: int,
     completion: Completion,
     score: Score,
-    training: Treatment | None = None,
+    treatment: Treatment | None = None,
 ) -> Trace:
-    """Put one completion's record together. training: what the iteration did to it; None for an evaluation's."""
-    treatment = training or Treatment()
-    outcome = treatment.outcome
-    ids = completion.ids.tolist()
-    tokens: dict[str, list[Any]] = {
-        "id": ids,
-        "text": policy.tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=False),
-        "logp_sampling": _short(completion.sampling_logp),
-        "logp_base": _short(completion.base_logp),
-        "entropy": _short(completion.entropy),
-        "temperature": _short(completion.temperature),
-    }
-    if outcome is not None:
-        tokens |= {
-            "logp_old": _short(outcome.old_logp),
-            "logp_new": _short(outcome.logp),
-            "entropy": _short(outcome.entropy),
-            "h": _short(outcome.h),
-            "ratio": _short(outcome.ratio),
-            "advantage": [_digits(outcome.advantage)] * len(ids),
-            "credit": _short(outcome.credit),
-            "lower": _short(outcome.lower),
-            "upper": _short(outcome.upper),
-            "clipped": [
-                "low" if low else "high" if high else ""
-                for low, high in zip(outcome.clipped_low.tolist(), outcome.clipped_high.tolist(), strict=True)
-            ],
-        }
-        if outcome.kl_base is not None:
-            tokens["kl_base"] = _short(outcome.kl_base)
+    """The trace of one completion. treatment: None for a completion of an evaluation."""
+    if treatment is None:
+        treatment = Treatment()
+    tokens = _sampled_columns(policy, completion)
+    if treatment.outcome is not None:
+        tokens |= _update_columns(treatment.outcome)
     return Trace(
         stage=stage,
         iteration=iteration,
@@ -113,10 +91,47 @@ def make_trace(
     )
 
 
-def _digits(value: float) -> float:
+def _sampled_columns(policy: Policy, completion: Completion) -> dict[str, list[Any]]:
+    """The lists of a trace that every completion has."""
+    ids = completion.ids.tolist()
+    return {
+        "id": ids,
+        "text": policy.tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=False),
+        "logp_sampling": _rounded(completion.sampling_logp),
+        "logp_base": _rounded(completion.base_logp),
+        "entropy": _rounded(completion.entropy),
+        "temperature": _rounded(completion.temperature),
+    }
+
+
+def _update_columns(outcome: TokenOutcome) -> dict[str, list[Any]]:
+    """The lists of a trace that an update adds, the old policy's entropy in place of the sampler's."""
+    clipped = [""] * len(outcome.ratio)
+    for place in outcome.clipped_high.nonzero().flatten().tolist():
+        clipped[place] = "high"
+    for place in outcome.clipped_low.nonzero().flatten().tolist():
+        clipped[place] = "low"
+    columns: dict[str, list[Any]] = {
+        "logp_old": _rounded(outcome.old_logp),
+        "logp_new": _rounded(outcome.logp),
+        "entropy": _rounded(outcome.entropy),
+        "h": _rounded(outcome.h),
+        "ratio": _rounded(outcome.ratio),
+        "advantage": [_seven_digits(outcome.advantage)] * len(outcome.ratio),
+        "credit": _rounded(outcome.credit),
+        "lower": _rounded(outcome.lower),
+        "upper": _rounded(outcome.upper),
+        "clipped": clipped,
+    }
+    if outcome.kl_base is not None:
+        columns["kl_base"] = _rounded(outcome.kl_base)
+    return columns
+
+
+def _seven_digits(value: float) -> float:
     return float(f"{value:.7g}")
 
 
-def _short(values) -> list[float]:
-    """Seven significant digits: all that fp32 holds, and small entropies keep theirs."""
-    return [_digits(v) for v in values.tolist()]
+def _rounded(values: Tensor) -> list[float]:
+    """The values with seven significant digits, which is fp32's precision, also for small entropies."""
+    return [_seven_digits(v) for v in values.tolist()]

@@ -21,13 +21,13 @@ from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.runs.skipped import SkippedStep
 from hapo_lite.train.batching import Parts, Plan, padded_tokens
 from hapo_lite.train.observer import Observer
-from hapo_lite.train.optimizer import Learner, loss_scale, take_step
+from hapo_lite.train.optimizer import Learner, StepResult, loss_scale, take_step
 from hapo_lite.train.resources import Resources
 from hapo_lite.train.scoring import logprobs
 
 
 class Gradients(NamedTuple):
-    """loss: of this process's micro-batches, scalar. outcomes: by completion, what the step does to its tokens."""
+    """loss: scalar, over this process's micro-batches. outcomes: the step's effect on each completion, by place."""
 
     loss: Tensor
     outcomes: dict[int, TokenOutcome]
@@ -35,9 +35,10 @@ class Gradients(NamedTuple):
 
 @dataclass
 class Updated:
-    """What the steps of an iteration did. outcomes: by completion, of the steps that were taken.
+    """The result of an iteration's steps. outcomes: of the steps that were taken, by place of the completion.
 
-    skipped: steps that were not; skipped_in_a_row: of them, those up to the last step, earlier iterations included.
+    losses, norms: one for each step taken. skipped: number of steps that were skipped. skipped_in_a_row: number of
+    skipped steps since the last one that was taken, earlier iterations included.
     """
 
     outcomes: dict[int, TokenOutcome] = field(default_factory=dict)
@@ -49,15 +50,29 @@ class Updated:
 
     @property
     def taken(self) -> int:
+        """Number of steps that were taken."""
         return len(self.losses)
 
     @property
     def metrics(self) -> dict[str, float]:
-        found = {"update/skipped": self.skipped, "update/learning_rate": self.learning_rate}
+        """The step metrics of metrics.jsonl."""
+        metrics = {"update/skipped": self.skipped, "update/learning_rate": self.learning_rate}
         if self.losses:
-            found["update/loss"] = sum(self.losses) / len(self.losses)
-            found["update/grad_norm"] = sum(self.norms) / len(self.norms)
-        return found
+            metrics["update/loss"] = sum(self.losses) / len(self.losses)
+            metrics["update/grad_norm"] = sum(self.norms) / len(self.norms)
+        return metrics
+
+    def add_taken(self, loss: float, norm: float, outcomes: dict[int, TokenOutcome]) -> None:
+        """Count a step that was taken."""
+        self.skipped_in_a_row = 0
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.outcomes |= outcomes
+
+    def add_skipped(self) -> None:
+        """Count a step that was skipped."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
 
 
 @dataclass(frozen=True)
@@ -72,8 +87,8 @@ class Update:
     resources: Resources
 
     def run(self, experience: Experience, plan: Plan, state: TrainState, observer: Observer) -> Updated:
-        """Take every step of `plan`; a step whose numbers are not finite is skipped and handed to the observer."""
-        progress, processes = self.resources.progress, self.resources.processes
+        """Take every step of `plan`. A step whose numbers are not finite is skipped and reported to the observer."""
+        progress, processes, learner = self.resources.progress, self.resources.processes, self.learner
         updated = Updated(skipped_in_a_row=state.skipped_in_a_row)
         lengths = experience.sequence_lengths
         trained = torch.stack([t.sum() for t in experience.trained(self.method)])
@@ -81,39 +96,34 @@ class Update:
         progress.count(len(share), "micro-batches", padded_tokens(share, lengths))
         for number, (members, batches) in enumerate(zip(plan.members, plan.updates, strict=True), 1):
             denominator = loss_denominator(trained[members], self.method.loss_average)
-            [batches], gradients = self.resources.oom.fit(
+            parts, gradients = self.resources.oom.fit(
                 "update",
                 [batches],
                 lengths,
                 partial(self._attempt, experience, denominator),
                 weights_unchanged=number == 1,
             )
-            scale = loss_scale(self.learner.optimizer)
-            problem = self._step(gradients, updated)
-            if problem is not None:
-                order = sorted(members)
-                step = SkippedStep(state.iteration, number, problem, experience, batches, denominator, scale)
-                observer.on_skip(step.only(order))
-        self.learner.optimizer.zero_grad(set_to_none=True)
+            scale = loss_scale(learner.optimizer)
+            updated.learning_rate = learner.scheduler.get_last_lr()[0]
+            loss = float(self.resources.accelerator.reduce(gradients.loss, "sum"))
+            norm, problem = self._take_step(loss)
+            if problem is None:
+                updated.add_taken(loss, norm, gradients.outcomes)
+                continue
+            updated.add_skipped()
+            step = SkippedStep(state.iteration, number, problem, experience, parts[0], denominator, scale)
+            observer.on_skip(step.only(sorted(members)))
+        learner.optimizer.zero_grad(set_to_none=True)
         updated.outcomes = processes.gather(updated.outcomes)
         return updated
 
-    def _step(self, gradients: Gradients, updated: Updated) -> str | None:
-        """Step the optimiser and note it in `updated`. Returns why the step was not taken; None if it was."""
-        accelerator, learner = self.resources.accelerator, self.learner
-        loss = float(accelerator.reduce(gradients.loss, "sum"))
-        updated.learning_rate = learner.scheduler.get_last_lr()[0]
-        norm, problem = take_step(accelerator, learner.optimizer, learner.parameters, loss, self.max_grad_norm)
-        if problem is not None:
-            updated.skipped += 1
-            updated.skipped_in_a_row += 1
-            return problem
-        learner.scheduler.step()
-        updated.skipped_in_a_row = 0
-        updated.outcomes |= gradients.outcomes
-        updated.losses.append(loss)
-        updated.norms.append(norm)
-        return None
+    def _take_step(self, loss: float) -> StepResult:
+        """Step the optimiser and, if the step was taken, the schedule."""
+        learner = self.learner
+        result = take_step(self.resources.accelerator, learner.optimizer, learner.parameters, loss, self.max_grad_norm)
+        if result.problem is None:
+            learner.scheduler.step()
+        return result
 
     def _attempt(self, experience: Experience, denominator: float, parts: Parts) -> Gradients:
         processes = self.resources.processes
@@ -131,8 +141,8 @@ class Update:
     ) -> Gradients:
         """Forward and backward of a step's micro-batches. The gradients are summed over processes, the loss is not.
 
-        denominator: of the whole step, `loss_denominator`. padding: dummy micro-batches that keep collectives in step.
-        Raises OutOfMemory, in all processes, if memory runs out in one; called again, it begins from nothing.
+        denominator: `loss_denominator` of the whole step. padding: dummy micro-batches that keep collectives in step.
+        Raises OutOfMemory in all processes if memory runs out in one. Each call starts with the gradients cleared.
         """
         outcomes: dict[int, TokenOutcome] = {}
         self.learner.optimizer.zero_grad(set_to_none=True)
@@ -153,7 +163,7 @@ class Update:
         return Gradients(loss, outcomes)
 
     def micro_batch(self, batch: Experience, denominator: float) -> Gradients:
-        """The loss of one micro-batch, with its graph, and what it does to each token of its rows."""
+        """The loss of one micro-batch, with its graph, and its effect on each token. The outcomes are by row."""
         logp, _ = logprobs(self.policy, batch.completions, self.temperature)
         inputs = batch.padded(self.method, logp.device)
         loss, credit = method_loss(self.method, logp, inputs, denominator)
@@ -161,7 +171,7 @@ class Update:
 
 
 def outcomes_of(batch: Experience, logp: Tensor, loss: PolicyLoss, credit: Credit) -> dict[int, TokenOutcome]:
-    """By row of `batch`, what its loss does to each token; on the CPU. logp: [B, T]."""
+    """The loss's effect on each token, on the CPU, by row of `batch`. logp: [B, T]."""
     by_token = {
         "logp": logp,
         "ratio": loss.ratio,

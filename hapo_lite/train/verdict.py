@@ -1,6 +1,6 @@
-"""What numbers say in plain words: base against adapter, and what became of a training run and why.
+"""Verdicts in plain words: on an adapter against its base, and on a training run, with the causes of a poor result.
 
-Pure functions. A sentence about what is amiss ends with the setting to change.
+Pure functions. A sentence about a problem ends with the setting to change.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hapo_lite.recipe import Recipe
 from hapo_lite.train.intervals import Interval, bootstrap_interval, paired_interval, pass_at_k, unpaired_interval
@@ -17,28 +18,35 @@ from hapo_lite.train.intervals import Interval, bootstrap_interval, paired_inter
 Lines = Sequence[Mapping[str, Any]]
 
 CEILING = 0.95
-"""From this pass@n before training on, few problems are left on which anything new could be found."""
+"""With at least this pass@n before training, few problems are left that training could newly solve."""
 CUT_OFF = 0.2
-"""Share of completions cut off at the limit from which on the numbers are about the limit too."""
+"""With at least this share of completions cut off at the limit, the limit distorts the results."""
 EQUAL = 0.7
-"""Share of groups with equal rewards from which on most of what is sampled teaches nothing."""
+"""With at least this share of groups with equal rewards, most samples teach nothing."""
 UNPARSED = 0.5
+"""With at least this share of completions without an answer, the format of the answers is a problem."""
 UNGRADED = 0.05
-COLLAPSED, SCATTERED = 0.1, 3.0
-"""Entropy as a multiple of the first iteration's: below the one, or above the other."""
+"""With at least this share of completions that could not be graded, the grader is a problem."""
+COLLAPSED = 0.1
+"""The entropy has collapsed below this multiple of the first iteration's entropy."""
+SCATTERED = 3.0
+"""The policy writes increasingly random text above this multiple of the first iteration's entropy."""
 JUMPED = 0.1
-"""KL divergence from the old policy within an iteration, nats, that is ten times what is normal."""
+"""KL divergence from the old policy within an iteration, nats, that is ten times the normal value."""
 STILL = 1e-8
-"""KL divergence from the old policy within an iteration, nats, below which hundreds of iterations lead nowhere."""
+"""KL divergence from the old policy within an iteration, nats, below which hundreds of iterations change little."""
 SHORT_RUN = 10
-"""Iterations below which a run without a visible difference has not been given a chance."""
+"""A run of fewer iterations without a visible difference is too short for a verdict."""
 SOLVED = 0.9
+"""With at least this share of correct completions, the problems are solved."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """word: learned (avg@n and pass@n rose), sharpened (avg@n rose, pass@n did not), worse (avg@n fell), no difference;
-    of a run also too short and not measured. By 95 % intervals. because: a sentence for each thing worth mending.
+    """A judgement by 95 % intervals. because: a sentence for each problem to mend.
+
+    word: "learned" (avg@n and pass@n rose), "sharpened" (avg@n rose, pass@n did not), "worse" (avg@n fell) or
+    "no difference"; a run can also be "too short" or "not measured".
     """
 
     word: str
@@ -50,7 +58,7 @@ class Verdict:
 
 
 def judge(before: Mapping[str, Interval], change: Mapping[str, Interval], n: int, on: str) -> Verdict:
-    """The verdict on a change of avg@n and pass@n. on: what they rest on, such as "64 held-out prompts"."""
+    """The verdict on a change of avg@n and pass@n. on: names the data, such as "64 held-out prompts"."""
     avg, best = change[f"avg@{n}"], change[f"pass@{n}"]
     if avg.below_zero:
         return Verdict("worse", f"worse: avg@{n} fell by {_plain(avg, -1)} on {on}")
@@ -62,24 +70,26 @@ def judge(before: Mapping[str, Interval], change: Mapping[str, Interval], n: int
         both = "" if n == 1 else f", pass@{n} by {_plain(best)}"
         return Verdict("learned", f"learned: avg@{n} rose by {_plain(avg)}{both} on {on}")
     why = "the same ones are solved, more often"
-    if (level := before[f"pass@{n}"].value) >= CEILING:
-        why = f"{percent(level)} of them were solved in {n} attempts before, so there was hardly anything new to find"
+    solved_before = before[f"pass@{n}"].value
+    if solved_before >= CEILING:
+        why = (
+            f"{percent(solved_before)} of them were solved in {n} attempts before, so there was hardly anything new to "
+            "find"
+        )
     return Verdict(
         "sharpened", f"sharpened: avg@{n} rose by {_plain(avg)} on {on}, pass@{n} did not ({signed(best)}): {why}"
     )
 
 
 def judge_run(lines: Lines, recipe: Recipe) -> Verdict:
-    """The verdict on a finished run. lines: of metrics.jsonl, from iteration 0 on."""
+    """The verdict on a finished run. lines: metrics.jsonl from iteration 0 on."""
     trained = [line for line in lines if line["iteration"] > 0]
     verdict = _held_out(lines, recipe) or _training_reward(trained)
     if verdict.word in ("learned", "sharpened"):
-        return replace(verdict, because=(*_obstacles(trained, recipe), *_done(trained)))
-    astray = list(_astray(trained, recipe))
-    # A policy that has come apart gives equal groups too; easier problems would not mend that.
-    stuck = [] if astray else list(_no_signal(trained, recipe)) or list(_still(trained, recipe))
-    causes = [*astray, *_obstacles(trained, recipe), *stuck]
-    count, updates = len(trained), trained[-1]["updates"] if trained else 0
+        return replace(verdict, because=(*_obstacles(trained, recipe), *_used_up(trained)))
+    causes = _causes(trained, recipe)
+    count = len(trained)
+    updates = trained[-1]["updates"] if trained else 0
     warmup = recipe.training.warmup_updates
     if verdict.word == "no difference" and (count < SHORT_RUN or updates <= warmup):
         changed = verdict.sentence.removeprefix("no difference: ").split(";")[0]
@@ -96,27 +106,48 @@ def judge_run(lines: Lines, recipe: Recipe) -> Verdict:
     return replace(verdict, because=tuple(causes))
 
 
+def _causes(trained: Lines, recipe: Recipe) -> list[str]:
+    """Sentences about what kept a run from learning."""
+    unstable = list(_unstable(trained, recipe))
+    obstacles = list(_obstacles(trained, recipe))
+    if unstable:
+        # A policy that has come apart gives equal groups too, and easier problems would not mend that.
+        return [*unstable, *obstacles]
+    return [*obstacles, *(list(_no_signal(trained, recipe)) or _still(trained, recipe))]
+
+
 def _held_out(lines: Lines, recipe: Recipe) -> Verdict | None:
-    """By the first and the last evaluation, prompt by prompt; None where there are not two."""
+    """The verdict by the first and the last evaluation, prompt by prompt; None without two evaluations."""
     n = recipe.evaluation.samples
     evaluated = [line for line in lines if "eval/solved" in line]
     if len(evaluated) < 2 or evaluated[0]["iteration"] != 0:
         return None
-    grids = [np.array([[i < solved for i in range(n)] for solved in evaluated[end]["eval/solved"]]) for end in (0, -1)]
-    values = [{f"avg@{n}": grid.mean(axis=1), f"pass@{n}": pass_at_k(grid, n)} for grid in grids]
-    before = {name: bootstrap_interval(v) for name, v in values[0].items()}
-    change = {name: paired_interval(v, values[1][name]) for name, v in values[0].items()}
-    return judge(before, change, n, f"{len(grids[0]):,} held-out prompts")
+    first, last = _scores_by_prompt(evaluated[0], n), _scores_by_prompt(evaluated[-1], n)
+    before = {name: bootstrap_interval(values) for name, values in first.items()}
+    change = {name: paired_interval(values, last[name]) for name, values in first.items()}
+    return judge(before, change, n, f"{len(evaluated[0]['eval/solved']):,} held-out prompts")
+
+
+def _scores_by_prompt(line: Mapping[str, Any], n: int) -> dict[str, NDArray[np.float64]]:
+    """avg@n and pass@n of each prompt in an evaluation, [P] each."""
+    solved = np.array(line["eval/solved"])
+    correct = np.arange(n) < solved[:, None]
+    return {f"avg@{n}": correct.mean(axis=1), f"pass@{n}": pass_at_k(correct, n)}
 
 
 def _training_reward(trained: Lines) -> Verdict:
-    """What can be said without evaluations."""
+    """The verdict on a run without evaluations, by its training reward."""
     ask = "set evaluation.prompts to measure on prompts that it is not trained on"
-    rewards, third = [line["reward/mean"] for line in trained], len(trained) // 3
+    rewards = [line["reward/mean"] for line in trained]
+    third = len(trained) // 3
     if third < 3:
         return Verdict("not measured", f"not measured: there are no evaluations to compare; {ask}")
     change = unpaired_interval(rewards[:third], rewards[-third:])
-    way = "rose" if change.above_zero else "fell" if change.below_zero else "did not change for certain"
+    way = "did not change for certain"
+    if change.above_zero:
+        way = "rose"
+    elif change.below_zero:
+        way = "fell"
     return Verdict(
         "not measured",
         f"not measured: the training reward {way} from the first third of the iterations to the last "
@@ -125,8 +156,9 @@ def _training_reward(trained: Lines) -> Verdict:
 
 
 def _obstacles(trained: Lines, recipe: Recipe) -> Iterator[str]:
-    """What kept answers from being given or graded, at the end of the run."""
-    cut, unparsed = _late(trained, "length/truncated_share"), _late(trained, "grade/unparseable_share")
+    """Sentences about problems with giving and grading answers, over the last third of the run."""
+    cut = _late(trained, "length/truncated_share")
+    unparsed = _late(trained, "grade/unparseable_share")
     ungraded = _late(trained, "grade/timeout_share") + _late(trained, "grade/error_share")
     if cut >= CUT_OFF:
         at_first = _mean(trained[:1], "length/truncated_share")
@@ -135,7 +167,7 @@ def _obstacles(trained: Lines, recipe: Recipe) -> Iterator[str]:
             f"{percent(cut)} of the completions were cut off at {recipe.rollout.max_new_tokens:,} tokens{grown}: raise "
             "rollout.max_new_tokens"
         )
-    # A completion that is cut off seldom has an answer; that is said above.
+    # Completions that are cut off seldom have an answer, and the sentence above covers them.
     if unparsed >= UNPARSED and unparsed - cut >= CUT_OFF:
         yield (
             f"no answer was found in {percent(unparsed)} of the completions: ask for a \\boxed{{}} in "
@@ -149,14 +181,15 @@ def _obstacles(trained: Lines, recipe: Recipe) -> Iterator[str]:
 
 
 def _no_signal(trained: Lines, recipe: Recipe) -> Iterator[str]:
-    """Groups with equal rewards, over the whole run."""
+    """A sentence about groups with equal rewards, if they prevail over the whole run."""
     equal = _mean(trained, "groups/equal_share")
+    right = _mean(trained, "reward/correct_share")
     if equal < EQUAL:
         return
     if any(line["groups/discarded"] for line in trained):
-        # Of the groups that were kept nothing follows about those that were not.
+        # The share of correct answers is known for the kept groups only, so it does not tell easy from hard problems.
         advice = "choose problems that this model solves now and then (data.source), or raise rollout.token_budget"
-    elif (right := _mean(trained, "reward/correct_share")) < 0.5:
+    elif right < 0.5:
         size = recipe.rollout.completions_per_prompt
         advice = (
             f"{percent(right)} of the answers were right: choose easier problems (data.source), or larger groups "
@@ -170,16 +203,17 @@ def _no_signal(trained: Lines, recipe: Recipe) -> Iterator[str]:
     yield f"no signal: {percent(equal)} of the groups had equal rewards, which teach nothing; {advice}"
 
 
-def _astray(trained: Lines, recipe: Recipe) -> Iterator[str]:
-    """Entropy that is gone or out of hand, or steps that were too large."""
+def _unstable(trained: Lines, recipe: Recipe) -> Iterator[str]:
+    """Sentences about entropy that collapsed or exploded, and about steps that were too large."""
     rate = f"training.learning_rate ({recipe.training.learning_rate:g})"
     entropies = [(line["iteration"], line["entropy/all_mean"]) for line in trained if "entropy/all_mean" in line]
     if len(entropies) > 3:
-        # The first iteration's is that of the policy before training.
-        start, last = entropies[0][1], [value for _, value in entropies[-3:]]
+        # The first iteration's entropy is that of the policy before training.
+        start = entropies[0][1]
+        last = [value for _, value in entropies[-3:]]
         if max(last) < COLLAPSED * start and _late(trained, "reward/correct_share") < SOLVED:
-            stays = max(i for i, (_, value) in enumerate(entropies) if value >= COLLAPSED * start) + 1
-            when, value = entropies[stays]
+            last_above = max(i for i, (_, value) in enumerate(entropies) if value >= COLLAPSED * start)
+            when, value = entropies[last_above + 1]
             yield (
                 f"entropy collapsed at iteration {when}, from {start:.2g} to {value:.2g} nats: lower {rate}, or raise "
                 f"method.eps_high ({recipe.method.eps_high:g})"
@@ -193,7 +227,7 @@ def _astray(trained: Lines, recipe: Recipe) -> Iterator[str]:
 
 
 def _still(trained: Lines, recipe: Recipe) -> Iterator[str]:
-    """With one update an iteration every ratio is 1, and nothing can be seen."""
+    """A sentence about a policy that hardly moved. With one update an iteration every ratio is 1 and shows nothing."""
     moved = [line["ratio/kl_old"] for line in trained if "ratio/kl_old" in line]
     if moved and max(moved) < STILL and recipe.training.updates_per_iteration > 1:
         yield (
@@ -202,8 +236,10 @@ def _still(trained: Lines, recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _done(trained: Lines) -> Iterator[str]:
-    equal, right = _late(trained, "groups/equal_share"), _late(trained, "reward/correct_share")
+def _used_up(trained: Lines) -> Iterator[str]:
+    """A sentence about problems that are nearly all solved at the end of the run."""
+    equal = _late(trained, "groups/equal_share")
+    right = _late(trained, "reward/correct_share")
     if equal >= EQUAL and right >= SOLVED:
         yield (
             f"the problems are nearly used up: at the end {percent(right)} of the answers were right and "
@@ -222,13 +258,16 @@ def _late(trained: Lines, key: str) -> float:
 
 
 def percent(share: float) -> str:
+    """0.25 -> "25 %"."""
     return f"{100 * share:.0f} %"
 
 
 def signed(change: Interval, digits: int = 3) -> str:
+    """A change with its sign and interval, such as "+0.120 [+0.050, +0.190]"."""
     return f"{change.value:+.{digits}f} [{change.low:+.{digits}f}, {change.high:+.{digits}f}]"
 
 
 def _plain(change: Interval, sign: int = 1) -> str:
+    """A change without its sign, such as "0.120 [0.050, 0.190]". sign: -1 for a fall."""
     low, high = sorted((sign * change.low, sign * change.high))
     return f"{sign * change.value:.3f} [{low:.3f}, {high:.3f}]"

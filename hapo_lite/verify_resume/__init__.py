@@ -1,1 +1,1 @@
-"""`python -m hapo_lite.verify_resume`: proof that a killed run resumes to the same bytes."""
+"""`python -m hapo_lite.verify_resume`: proves that a killed run resumes to the same bytes."""

@@ -13,6 +13,7 @@ from hapo_lite.verify_resume.verify import COMMANDS, verify
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line `argv`; None: the arguments of this process. Raises UserError if a resumed run differs."""
     parser = recipe_parser(
         "verify_resume",
         "Kill a run at random, resume it, and compare what it leaves with a run that nobody killed.",
@@ -25,24 +26,20 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.kills < 1 or arguments.processes < 1:
         raise UserError("--kills and --processes must be at least 1")
     settings = list(arguments.overrides)
-    if arguments.command == "train":  # all prompts and completions are compared, so all of them are recorded
+    if arguments.command == "train":
+        # Every completion is recorded, so that all prompts and completions are compared.
         rollout = recipe_from(arguments).rollout
-        everything = rollout.prompts_per_iteration * rollout.completions_per_prompt
-        settings += [f"logging.traces_per_iteration={everything}", "logging.progress=false"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(arguments.processes)]
-    start = [
-        sys.executable,
-        *(launcher if arguments.processes > 1 else []),
-        "-m",
-        f"hapo_lite.{arguments.command}",
-        arguments.recipe,
-        *settings,
-    ]
+        completions = rollout.prompts_per_iteration * rollout.completions_per_prompt
+        settings += [f"logging.traces_per_iteration={completions}", "logging.progress=false"]
+    start = [sys.executable]
+    if arguments.processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(arguments.processes)]
+    start += ["-m", f"hapo_lite.{arguments.command}", arguments.recipe, *settings]
     folder = Path(tempfile.mkdtemp(prefix="hapo_lite_verify_"))
     findings = verify(start, folder, arguments.kills, arguments.seed)
     if findings.complaints:
         raise UserError(
-            f"{len(findings.complaints)} things are not as they should be, the first: {findings.complaints[0]}; all "
+            f"{len(findings.complaints)} problems were found, the first: {findings.complaints[0]}; all "
             f"the runs are in {folder}"
         )
     shutil.rmtree(folder)

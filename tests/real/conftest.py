@@ -1,28 +1,27 @@
-"""Real weights: a run in each dtype, once for all tests. `make test` runs them on smollm2, `make test-qwen` on qwen.
+"""Real weights: a run in each dtype, once for all tests. `make test-all` takes smollm2, `make test-qwen` qwen.
 
 HAPO_REAL_MODELS names the folder that holds the models; the Makefile sets it, and `make smollm2` fills it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.train import run
 from hapo_lite.train.memory.live import tensors_of
+from tests.commands import own_precision
 from tests.conftest import ROOT, TINY
-from tests.test_loop import digest
+from tests.loops import digest
 
-MODELS = ["smollm2", pytest.param("qwen", marks=pytest.mark.by_hand)]
+MODELS = [pytest.param("smollm2", marks=pytest.mark.slow), pytest.param("qwen", marks=pytest.mark.by_hand)]
 DATA = ROOT.parent / "shared" / "data"
 GSM8K = {split: DATA / f"gsm8k_{split}.parquet" for split in ("train", "test")}
 
@@ -117,13 +116,3 @@ def trained(request, settings, tmp_path_factory) -> Iterator[Trained]:
         run.train(recipe)
     yield Trained(request.param, recipe, *before)
     before.clear()
-
-
-@contextlib.contextmanager
-def own_precision() -> Iterator[None]:
-    """For a command in this process: accelerate settles on one precision for all of a process's life."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)

@@ -17,10 +17,11 @@ from hapo_lite.export import probes
 from hapo_lite.inspect.generate import GenerationSettings, generate
 from hapo_lite.records import Sequences
 from hapo_lite.train.accelerator import make_accelerator
+from tests.allocations import check_stages
+from tests.commands import own_precision
 from tests.conftest import ROOT, TINY
-from tests.real.conftest import GAP, GSM8K, WAYS, own_precision
-from tests.test_export import scored
-from tests.test_memory import check_stages
+from tests.export.command import scored
+from tests.real.conftest import GAP, GSM8K, WAYS
 
 
 @pytest.fixture(scope="package")

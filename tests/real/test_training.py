@@ -20,11 +20,10 @@ from hapo_lite.runs.status import read_status
 from hapo_lite.runs.trace import read_traces
 from hapo_lite.tasks.data import load_prompts
 from hapo_lite.train import run
-from hapo_lite.verify_resume.verify import Aim, Findings, compare, left_by
-from hapo_lite.verify_resume.verify import run as run_or_kill
+from hapo_lite.verify_resume.verify import Aim, Findings, Launch, compare, left_by
+from tests.commands import ENVIRONMENT, own_precision
 from tests.conftest import ROOT, TINY
-from tests.real.conftest import GAP, WAYS, base_digest, own_precision
-from tests.test_run import ENVIRONMENT
+from tests.real.conftest import GAP, WAYS, base_digest
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -57,7 +56,7 @@ def test_the_check_tells_right_from_wrong_and_the_sampler_is_at_the_floor_of_rou
     assert found.at_rest.engine < 1.1 * found.at_rest.floor and found.perturbed.engine < 1.1 * found.perturbed.floor
     for name in ("one block's adapter missing", "adapter one step old"):
         engine = faulty_engines(recipe, policy, None, seed=7)[name]
-        assert not compare_engine(engine, policy, prompts, recipe).right, name
+        assert not compare_engine(engine, policy, prompts, recipe.rollout, recipe.seed).right, name
 
 
 def test_every_ratio_is_one_to_the_last_bit_before_the_first_update(trained, lines):
@@ -101,9 +100,10 @@ def test_killed_in_an_update_it_resumes_to_the_same_bytes(trained, settings, tmp
         monkeypatch.setenv(name, ENVIRONMENT[name])
     command = [sys.executable, "-m", "hapo_lite.train", str(TINY), *settings, *WAYS["bf16"], "name=bf16"]
     findings = Findings()
-    doing = run_or_kill(command, tmp_path, Aim("update", skip=1, after=0.0), findings)
-    assert (doing.stage, doing.iteration) == ("update", 2) and not (tmp_path / "bf16" / "adapter").exists()
-    assert run_or_kill(command, tmp_path) is None
+    killed = Launch(command, tmp_path).to_kill(Aim("update", skip=1, after=0.0))
+    assert (killed.doing.stage, killed.doing.iteration) == ("update", 2) and not killed.complaints
+    assert not (tmp_path / "bf16" / "adapter").exists()
+    Launch(command, tmp_path).to_its_end()
     compare(left_by(trained.folder.parent), left_by(tmp_path), tmp_path.name, findings)
     assert not findings.complaints
     assert set(findings.compared) >= {"adapters", "completions", "files", "numbers", "optimiser states", "prompts"}

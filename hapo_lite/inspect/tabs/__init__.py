@@ -1,1 +1,1 @@
-"""The tabs of app.py as gradio's widgets: they read boxes, call the pure functions beside them and fill the page."""
+"""The inspector's tabs, built from gradio's components. They read boxes, call pure functions and fill the page."""

@@ -1,4 +1,4 @@
-"""The boxes that say what is generated: the problem, the model and its method, the limits."""
+"""The boxes for a generation: the problem, the model with its method, and the limits."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import gradio as gr
 from hapo_lite.algo.methods import PRESETS
 from hapo_lite.errors import UserError
 from hapo_lite.inspect.generate import MOST_SECONDS, MOST_TOKENS, GenerationSettings
-from hapo_lite.inspect.tabs.desk import Desk, latest_signal
+from hapo_lite.inspect.tabs.state import FIRST_PASS, FROM_RUN, NO_PROGRESS, AppState, latest_signal
 from hapo_lite.model.policy import Policy
 from hapo_lite.tiny.task import problems
 
-FIRST_PASS, FROM_RUN = "first pass", "run's latest"
 Values = dict[Any, Any]
-"""What gradio hands to an event whose inputs are a set: component -> what stands in it."""
+"""The argument of an event whose inputs are a set: each component with its content."""
 
 
 def problem_box() -> gr.Dropdown:
+    """The box for the problem, with examples."""
     examples = [p.prompt for p in problems("test")[:8]]
     return gr.Dropdown(
         examples, value=examples[0], label="Problem", info="type one or pick one", allow_custom_value=True
@@ -27,27 +27,30 @@ def problem_box() -> gr.Dropdown:
 
 
 class LimitBoxes:
-    """Most tokens, seed, time limit and system prompt."""
+    """The boxes for the token limit, the seed, the time limit and the system prompt. view: begins their ids."""
 
-    def __init__(self, desk: Desk, view: str) -> None:
+    def __init__(self, app: AppState, view: str) -> None:
         with gr.Row():
             self.tokens = gr.Number(256, label="Max tokens", precision=0, minimum=1, maximum=MOST_TOKENS)
             self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id=f"{view}-seed")
             self.seconds = gr.Number(120, label="Time limit, s", minimum=1, maximum=MOST_SECONDS)
-        self.system_prompt = gr.Textbox(desk.start().system_prompt, label="System prompt", info="empty: none")
-        self.inputs = {self.tokens, self.seed, self.seconds, self.system_prompt}
+        self.system_prompt = gr.Textbox(app.start().system_prompt, label="System prompt", info="empty: none")
+        self.inputs: set[Any] = {self.tokens, self.seed, self.seconds, self.system_prompt}
 
 
 class ModelBoxes:
-    """Which model writes and what its method makes of the tokens; picking a run fills the boxes with its settings."""
+    """The boxes for the model and the method. A run that a reader picks fills them with its settings.
 
-    def __init__(self, desk: Desk, side: str, limits: LimitBoxes, preset: str = "") -> None:
-        self.desk = desk
-        start = desk.start()
+    side: begins the ids of the boxes. preset: the method at first; "": that of the page's defaults.
+    """
+
+    def __init__(self, app: AppState, side: str, limits: LimitBoxes, preset: str = "") -> None:
+        self.app = app
+        start = app.start()
         with gr.Row():
             self.run = gr.Dropdown(
-                ["", *desk.runs()],
-                value="" if desk.model or desk.adapter else desk.first_run,
+                ["", *app.runs()],
+                value="" if app.model or app.adapter else app.first_run,
                 label="As in run",
                 info="fills the boxes",
                 elem_id=f"{side}-run",
@@ -56,7 +59,7 @@ class ModelBoxes:
                 list(PRESETS),
                 value=preset or start.method.preset,
                 label="Method",
-                info="dapo: HAPO off, every token alike",
+                info="dapo: without HAPO, all tokens are treated alike",
                 elem_id=f"{side}-method",
             )
         with gr.Row():
@@ -64,7 +67,7 @@ class ModelBoxes:
                 start.model, label="Model", info="tiny (bundled), a hub name or a folder", elem_id=f"{side}-model"
             )
             self.adapter = gr.Dropdown(
-                desk.adapters(),
+                app.adapters(),
                 value=start.adapter,
                 label="Adapter",
                 info="runs/NAME/adapter; empty: none",
@@ -76,7 +79,7 @@ class ModelBoxes:
                 ["none", "nf4"], value=start.quantization, label="Quantisation", info="nf4: 4-bit base"
             )
             self.signal = gr.Radio(
-                [FIRST_PASS, FROM_RUN], value=FIRST_PASS, label="Signal", info="what h is measured against (Eq. 5)"
+                [FIRST_PASS, FROM_RUN], value=FIRST_PASS, label="Signal", info="the tokens that h compares with (Eq. 5)"
             )
         with gr.Row():
             self.temperature = gr.Slider(
@@ -88,7 +91,7 @@ class ModelBoxes:
                 start.method.tau,
                 step=0.01,
                 label="tau",
-                info="how far it moves (Eq. 8)",
+                info="how far the temperature moves (Eq. 8)",
                 min_width=210,
                 elem_id=f"{side}-tau",
             )
@@ -102,25 +105,36 @@ class ModelBoxes:
                 min_width=210,
             )
         filled = [self.method, self.model, self.adapter, self.quantization, self.temperature, self.tau, self.rho]
-        self.inputs = {self.run, self.signal, *filled}
-        self.run.input(self._fill, self.run, [*filled, limits.system_prompt], show_progress="hidden")
+        self.inputs: set[Any] = {self.run, self.signal, *filled}
+        self.run.input(self._fill, self.run, [*filled, limits.system_prompt], **NO_PROGRESS)
 
-    def _fill(self, run: str) -> list:
+    def _fill(self, run: str) -> list[Any]:
+        """The settings of a run, in the order of the boxes that its choice fills."""
         try:
-            d = self.desk.defaults(run)
+            defaults = self.app.defaults(run)
         except UserError as error:
             raise gr.Error(str(error)) from None
-        method = d.method
-        known = [method.preset, d.model, d.adapter, d.quantization, d.temperature, method.tau, method.quantile]
-        return [*known, d.system_prompt]
+        return [
+            defaults.method.preset,
+            defaults.model,
+            defaults.adapter,
+            defaults.quantization,
+            defaults.temperature,
+            defaults.method.tau,
+            defaults.method.quantile,
+            defaults.system_prompt,
+        ]
 
     def policy(self, values: Values) -> Policy:
-        """The model of these boxes, loaded if need be. Raises UserError."""
-        return self.desk.shelf.get(values[self.model], values[self.adapter] or "", values[self.quantization])
+        """The model that the boxes name. It is loaded unless it is held already. Raises UserError."""
+        return self.app.shelf.get(values[self.model], values[self.adapter] or "", values[self.quantization])
 
     def settings(self, values: Values, problem: str | None, limits: LimitBoxes) -> GenerationSettings:
-        """What the boxes say. A run's own constants are kept while its method is. Raises UserError."""
-        run = self.desk.run(values[self.run]) if values[self.run] else None
+        """The settings in the boxes. The constants of a run's method hold while that method is chosen.
+
+        Raises UserError for a value that is out of range, or if the run has no signal.
+        """
+        run = self.app.run(values[self.run]) if values[self.run] else None
         method = PRESETS[values[self.method]]
         if run and run.recipe and run.recipe.method.preset == method.preset:
             method = run.recipe.method

@@ -1,4 +1,4 @@
-"""Generate: one completion, streamed and then read token by token."""
+"""The tab Generate: one completion, shown while it is written and then read token by token."""
 
 from __future__ import annotations
 
@@ -11,49 +11,53 @@ import torch
 from hapo_lite.errors import UserError
 from hapo_lite.inspect import markup
 from hapo_lite.inspect.tabs.controls import LimitBoxes, ModelBoxes, Values, problem_box
-from hapo_lite.inspect.tabs.desk import ONE_AT_A_TIME, Desk, Shown, arm, failed, reading, stop
-from hapo_lite.inspect.tabs.stream import write
+from hapo_lite.inspect.tabs.state import NO_PROGRESS, ONE_AT_A_TIME, AppState, arm, error_note, explain, stop
+from hapo_lite.inspect.tabs.stream import snapshots
 from hapo_lite.inspect.tabs.view import GenerationView, Update
+from hapo_lite.inspect.views import Shown
 
 
 class GenerateTab:
-    def __init__(self, desk: Desk, session: gr.State) -> None:
-        reading("Each token is coloured by what HAPO computes for it; point at one to read it (Eq. 5-13).")
-        self.session, self.problem = session, problem_box()
+    """The tab with its events."""
+
+    def __init__(self, app: AppState, session: gr.State) -> None:
+        explain("The colour of a token is what HAPO computes for it. Point at a token to read its numbers (Eq. 5-13).")
+        self.session = session
+        self.problem = problem_box()
         with gr.Accordion("Model and sampling", open=False):
             settings = gr.Column()
-            self.limits = LimitBoxes(desk, "generate")
+            self.limits = LimitBoxes(app, "generate")
             with settings:
-                self.boxes = ModelBoxes(desk, "generate", self.limits)
+                self.boxes = ModelBoxes(app, "generate", self.limits)
         with gr.Row(elem_classes="hapo-actions"):
             start = gr.Button("Generate", variant="primary", elem_id="generate")
             cancel = gr.Button("Cancel", elem_id="cancel")
         self.status = gr.HTML(elem_id="generate-status")
-        self.view = GenerationView(desk, "generated", session)
+        self.view = GenerationView(app, "generated", session)
         inputs = {session, self.problem, *self.boxes.inputs, *self.limits.inputs}
         written = start.click(arm, session, None, queue=False).then(
             self.stream, inputs, [self.status, *self.view.outputs], **ONE_AT_A_TIME
         )
-        written.then(self.view.write_csv, session, self.view.csv, show_progress="hidden")
+        written.then(self.view.write_csv, session, self.view.csv, **NO_PROGRESS)
         cancel.click(stop, session, None, queue=False)
 
     def stream(self, values: Values) -> Iterator[Update]:
-        """The tab while tokens arrive, and the whole of it at the end."""
-        view, session = self.view, values[self.session]
+        """The tab while tokens arrive, and at the end the whole view."""
+        view = self.view
+        session = values[self.session]
         try:
             yield {self.status: markup.note("Loading the model."), **view.blank()}
             settings = self.boxes.settings(values, values[self.problem], self.limits)
             policy = self.boxes.policy(values)
             started = time.monotonic()
-            for progress, table, ended in write(policy, settings, session):
-                if not ended:
-                    which = "First pass, at the base temperature" if progress.first_pass else "Writing"
-                    yield {self.status: markup.note(f"{which}: {len(table):,} tokens."), **view.streaming(table)}
+            for snapshot in snapshots(policy, settings, session):
+                count = f"{len(snapshot.table):,} tokens"
+                if not snapshot.ended:
+                    stage = "First pass, at the base temperature" if snapshot.first_pass else "Writing"
+                    yield {self.status: markup.note(f"{stage}: {count}."), **view.streaming(snapshot.table)}
                     continue
-                sentence = f"{len(table):,} tokens in {time.monotonic() - started:.1f} s; {ended}."
-                yield {
-                    self.status: markup.note(sentence),
-                    **view.fill(session, Shown(progress.trace, table, settings.method)),
-                }
+                sentence = f"{count} in {time.monotonic() - started:.1f} s; {snapshot.ended}."
+                shown = Shown(snapshot.trace, snapshot.table, settings.method)
+                yield {self.status: markup.note(sentence), **view.fill(session, shown)}
         except (UserError, torch.OutOfMemoryError) as error:
-            yield {self.status: failed(error), **view.blank()}
+            yield {self.status: error_note(error), **view.blank()}

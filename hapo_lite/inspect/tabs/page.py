@@ -1,4 +1,4 @@
-"""The page: its three tabs, its look, and the server that gives it out."""
+"""The inspector's page: its three tabs, its look, and the server that serves it."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ import plotly
 from hapo_lite.errors import UserError
 from hapo_lite.inspect import colour, figures
 from hapo_lite.inspect.tabs.compare import CompareTab
-from hapo_lite.inspect.tabs.desk import Desk, Session
 from hapo_lite.inspect.tabs.generate import GenerateTab
 from hapo_lite.inspect.tabs.run import RunTab
+from hapo_lite.inspect.tabs.state import AppState, Session
 
 ASSETS = Path(figures.__file__).parent
 INLINE_HEIGHT = 900
-"""Of the page in a notebook, pixels."""
+"""Height of the page in a notebook, pixels."""
 PLOTLY_JS = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 
 
-def build(desk: Desk) -> gr.Blocks:
-    """The page."""
+def build(app: AppState) -> gr.Blocks:
+    """The page with its three tabs."""
     with gr.Blocks(title="HAPO inspector", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.HTML('<h1 class="hapo-title">HAPO inspector <small>what every token is given</small></h1>')
         session = gr.State(Session())
         with gr.Tabs():
             with gr.Tab("Generate"):
-                GenerateTab(desk, session)
+                GenerateTab(app, session)
             with gr.Tab("Run"):
-                RunTab(desk, blocks, session)
+                RunTab(app, blocks, session)
             with gr.Tab("Compare"):
-                CompareTab(desk, session)
+                CompareTab(app, session)
     return blocks
 
 
 def theme() -> gr.themes.Base:
-    """System fonts: the page asks no other host for anything."""
+    """The theme, with system fonts, so that the page asks no other host for anything."""
     return gr.themes.Base(
         primary_hue="blue",
         neutral_hue="stone",
@@ -47,9 +47,9 @@ def theme() -> gr.themes.Base:
 
 
 def head() -> str:
-    """Plotly as it was installed, the figures' templates, the page's script and its style.
+    """The page's head: Plotly from its package, the figures' templates, the page's script and its style.
 
-    The style goes here because gradio rewrites what it is given as css, and drops container queries.
+    The style is here because gradio rewrites its own `css` argument and drops container queries.
     """
     return (
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -60,19 +60,20 @@ def head() -> str:
     )
 
 
-def launch(desk: Desk, host: str, port: int, block: bool = True) -> tuple[gr.Blocks, str]:
-    """Start the server; returns the page with its address. In a notebook the page shows below the cell.
+def launch(app: AppState, host: str, port: int, block: bool = True) -> tuple[gr.Blocks, str]:
+    """Start the server, and return the page with its address. In a notebook the page shows below the cell.
 
-    port: 0 for the first from 7860 on that is free; block: until Ctrl-C. Raises UserError on a port in use.
+    port: 0 for the first free port from 7860 on. block: return only after Ctrl-C. Raises UserError if the port is in
+    use.
     """
     gr.set_static_paths([str(PLOTLY_JS)])
-    blocks = build(desk)
+    blocks = build(app)
     try:
         _, address, _ = blocks.queue().launch(
             server_name=host,
             server_port=port or None,
             prevent_thread_lock=not block,
-            share=False,  # on Colab, gradio would open a public tunnel by itself
+            share=False,  # by default, gradio opens a public tunnel on Colab
             height=INLINE_HEIGHT,
             theme=theme(),
             head=head(),

@@ -1,4 +1,4 @@
-"""The part of a tab that shows one generation."""
+"""The parts of a tab that show one generation."""
 
 from __future__ import annotations
 
@@ -7,45 +7,49 @@ from typing import Any
 import gradio as gr
 
 from hapo_lite.inspect import markup, views
-from hapo_lite.inspect.tabs.desk import QUIET, Desk, Session, Shown
+from hapo_lite.inspect.tabs.state import QUIET, AppState, Session
 from hapo_lite.inspect.tokens import TokenTable
+from hapo_lite.inspect.views import Shown
 
 Update = dict[Any, Any]
-"""What an event hands to gradio: component -> what it shall hold; the others stay."""
+"""The result of an event: a component and its new content. Other components stay as they are."""
 
 
 class TokensView:
-    """Facts and coloured tokens, with a download of the table. slot: where in the session the generation is kept."""
+    """Facts and coloured tokens, with a download of the table. slot: the view's key in `Session.shown`."""
 
-    def __init__(self, desk: Desk, slot: str) -> None:
-        self.desk, self.slot = desk, slot
+    def __init__(self, app: AppState, slot: str) -> None:
+        self.app = app
+        self.slot = slot
         self.summary = gr.HTML(elem_id=f"{slot}-summary")
         self.tokens = gr.HTML(elem_id=f"{slot}-tokens")
-        # In the page, but out of sight: the button beside the legend clicks it.
-        self.csv = gr.DownloadButton(visible="hidden", elem_id=f"{slot}-csv")
-        self.outputs = [self.summary, self.tokens, self.csv]
+        # The button is hidden on the page. The one beside the legend clicks it.
+        self.csv = gr.DownloadButton(visible="hidden", elem_id=self.download)
+        self.outputs: list[Any] = [self.summary, self.tokens, self.csv]
 
     @property
     def download(self) -> str:
-        """The id that the tokens' CSV button is told."""
+        """The id of the hidden download button."""
         return f"{self.slot}-csv"
 
-    def blank(self, summary: str = "") -> Update:
-        return {self.summary: summary, self.tokens: ""}
+    def blank(self) -> Update:
+        """An empty view."""
+        return {self.summary: "", self.tokens: ""}
 
     def streaming(self, table: TokenTable) -> Update:
+        """The tokens of a generation that is still being written."""
         return {self.summary: "", self.tokens: markup.token_text(table, streaming=True)}
 
     def write_csv(self, session: Session) -> gr.DownloadButton:
-        """After the page is filled, which need not wait for it."""
-        return gr.DownloadButton(value=self.desk.csv_file(session, self.slot))
+        """Write the file of the download. Runs after the page is filled, which need not wait for it."""
+        return gr.DownloadButton(value=self.app.csv_file(session, self.slot))
 
 
 class GenerationView(TokensView):
-    """The tokens, the figures, the what-if and the dual-entropy words."""
+    """Everything about one generation: the tokens, the figures, the what-if and the dual-entropy words."""
 
-    def __init__(self, desk: Desk, slot: str, session: gr.State) -> None:
-        super().__init__(desk, slot)
+    def __init__(self, app: AppState, slot: str, session: gr.State) -> None:
+        super().__init__(app, slot)
         self.figures = gr.HTML(elem_id=f"{slot}-figures")
         with gr.Accordion("What if the ratio were r?", open=True, visible=False) as self.question:
             with gr.Row():
@@ -58,12 +62,14 @@ class GenerationView(TokensView):
         asked = [self.ratio.change, self.answer.input]
         gr.on(asked, self.ask, [session, self.ratio, self.answer], self.what_if, **QUIET)
 
-    def blank(self, summary: str = "") -> Update:
+    def blank(self) -> Update:
+        """An empty view. The what-if and the words are hidden."""
         hidden = gr.Accordion(visible=False)
-        return super().blank(summary) | {self.figures: "", self.question: hidden, self.dual: hidden}
+        return super().blank() | {self.figures: "", self.question: hidden, self.dual: hidden}
 
     def fill(self, session: Session, shown: Shown) -> Update:
-        setattr(session, self.slot, shown)
+        """The view of a whole generation, which the session keeps."""
+        session.shown[self.slot] = shown
         parts = views.generation(shown.trace, shown.table, shown.method, csv=self.download)
         visible = gr.Accordion(visible=True)
         return {
@@ -79,5 +85,6 @@ class GenerationView(TokensView):
         }
 
     def ask(self, session: Session, ratio: float, answer: str) -> str:
-        shown: Shown = getattr(session, self.slot)
-        return views.what_if(shown.table, shown.method, ratio, answer == "right") if shown.table else ""
+        """The what-if figure of the generation that is shown. answer: right or wrong."""
+        shown = session.shown.get(self.slot)
+        return views.what_if(shown.table, shown.method, ratio, answer == "right") if shown else ""

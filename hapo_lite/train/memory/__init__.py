@@ -1,1 +1,1 @@
-"""What an iteration takes of memory, predicted from the model's config.json."""
+"""Prediction of an iteration's memory from the model's config.json."""

@@ -1,9 +1,10 @@
-"""How many bytes of tensors are alive, as torch makes and drops them."""
+"""Counts the bytes of live tensors while torch allocates and frees them."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,28 +13,32 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within it, `now` are the bytes of the tensors made and still alive, and `peak` the most there were.
+    """A context that counts the bytes of the tensors made inside it. now: those alive; peak: the maximum so far.
 
-    known: tensors from before, such as weights; their storages count nothing, and neither do views of them. Works on
-    tensors without data too. What an operator allocates and frees inside itself is not seen.
+    known: tensors from before, such as weights. Their storages and views of them do not count. Tensors without data
+    count as well. Memory that an operator allocates and frees internally is not seen.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = 0
+        self.peak = 0
         self._seen: dict[int, weakref.ref | torch.UntypedStorage] = {}
         for tensor in known:
             storage = tensor.untyped_storage()
             self._seen[storage._cdata] = storage
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator, and count the storages of its results."""
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._see(leaf)
+                self._count(leaf)
         return out
 
-    def _see(self, tensor: Tensor) -> None:
+    def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen:
@@ -41,24 +46,26 @@ class LiveBytes(TorchDispatchMode):
         self.now += size
         self.peak = max(self.peak, self.now)
 
-        def gone(_: weakref.ref) -> None:
+        def freed(_: weakref.ref) -> None:
             del self._seen[key]
             self.now -= size
 
-        self._seen[key] = weakref.ref(storage, gone)
+        self._seen[key] = weakref.ref(storage, freed)
 
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, and what a 4-bit parameter of bitsandbytes keeps beside its own data."""
+    """Parameters and buffers, and the scales that bitsandbytes keeps beside the data of its 4-bit parameters."""
     found: list[Tensor] = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
-        for state in (s := getattr(parameter, "quant_state", None), getattr(s, "state2", None)):
+        scales = getattr(parameter, "quant_state", None)
+        scales_of_scales = getattr(scales, "state2", None)
+        for state in (scales, scales_of_scales):
             if state is not None:
                 found += [t for t in (state.absmax, state.code, getattr(state, "offset", None)) if t is not None]
     return found
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, each once."""
+    """Bytes of the tensors' storages, each storage counted once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -1,20 +1,22 @@
-"""What a recipe takes of memory in its worst case, predicted from the model's config.json alone.
+"""Predicts the memory of a recipe's worst case from the model's config.json alone.
 
-The worst case: the longest prompts, every completion of max_new_tokens, micro-batches filled to the budget. The model's
-own code runs on tensors without data, and the bytes of what is alive are counted (live.py, shapes.py).
+The worst case has the longest prompts, completions of max_new_tokens, and micro-batches filled to the budget. The
+model's own code runs on tensors without data (shapes.py), and the bytes of the live ones are counted (live.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from hapo_lite.head import tile_shape
 from hapo_lite.model.load import resolve_dtype
@@ -41,7 +43,7 @@ PARTS = (
     "head tiles",
     "at work",
 )
-"""What is in a stage's memory at its peak. at work: what is alive only for an operator or a layer."""
+"""The parts of a stage's memory at its peak. at work: tensors that live only during an operator or a layer."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,18 @@ class Stage:
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
     def beside(self, unpacked: int) -> Stage:
-        """The same with an unpacked copy of the base, in bytes."""
+        """The same stage with an unpacked copy of the base of `unpacked` bytes."""
         return Stage(self.name, self.parts | {"unpacked base": unpacked})
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """prompt, completion: tokens; rows: completions sampled at once, of `prompts` prompts; batch: sequences in one
-    micro-batch, of `width` tokens each.
+    """prompt, completion: lengths in tokens. rows: completions sampled at once, for `prompts` prompts. batch: number of
+    sequences in one micro-batch, with `width` tokens each.
     """
 
     prompt: int
@@ -77,32 +80,37 @@ class Sizes:
 def worst_case(recipe: Recipe, context: int) -> Sizes:
     """The largest sizes that the recipe allows. context: the model's longest sequence.
 
-    Sequences are as long as the budget can be filled with: shorter ones would fill it better than the longest.
+    A micro-batch's sequences are stretched until they fill its budget. The longest real ones may leave part of the
+    budget unused, but somewhat shorter ones could fill it.
     """
     completion = min(recipe.rollout.max_new_tokens, context - 1)
     prompt = max(1, min(recipe.data.max_prompt_tokens, context - completion))
     samples = recipe.rollout.completions_per_prompt
     rows = min(recipe.rollout.batch_size, recipe.rollout.prompts_per_iteration * samples)
-    length, budget = prompt + completion, recipe.training.micro_batch_tokens
+    length = prompt + completion
+    budget = recipe.training.micro_batch_tokens
     batch = max(1, min(budget // length, recipe.rollout.prompts_per_iteration * samples))
     width = max(length, min(budget // batch, context)) if batch > 1 else length
-    return Sizes(prompt, completion, rows, -(-rows // samples), batch, width)
+    return Sizes(prompt, completion, rows, math.ceil(rows / samples), batch, width)
 
 
 def unpacking(recipe: Recipe) -> bool | None:
-    """Whether the recipe has a 4-bit base unpacked for the rollout; None: where memory allows."""
+    """Whether the recipe asks for a 4-bit base to be unpacked for the rollout; None: if memory allows."""
     settings = recipe.rollout
     if recipe.model.quantization == "none" or settings.engine not in ("transformers", "paged"):
-        return False  # the others have a base of their own, or a loop that this cannot reach
+        return False  # Other engines hold a base of their own, or call layers in ways that unpacking does not cover.
     return {"always": True, "never": False, "auto": None}[settings.unpacked_base]
 
 
 class Predictor:
-    """Predicts for one model and one kind of device; recipes may differ in all but `model`."""
+    """Predicts for one model and one type of device ("cuda" or "cpu"). Recipes may differ in all but `model`.
+
+    dtype: the dtype that the model computes in; None: the recipe's, on this machine.
+    """
 
     def __init__(self, recipe: Recipe, device: str, dtype: torch.dtype | None = None) -> None:
-        """dtype: what the model computes in; None: as the recipe says, on this machine."""
-        self.recipe, self.device = recipe, device
+        self.recipe = recipe
+        self.device = device
         self.config: PretrainedConfig = load_config(recipe.model)
         self.dtype = dtype or resolve_dtype(recipe.model.dtype, torch.device(device))
         self.context = getattr(self.config, "max_position_embeddings", None) or 1 << 20
@@ -117,51 +125,58 @@ class Predictor:
         }
 
     def stages(self, recipe: Recipe | None = None, room: int = 0) -> list[Stage]:
-        """Rollout, scoring and update at the recipe's worst case. room: bytes of tensors that there is memory for."""
+        """Rollout, scoring and update at the recipe's worst case. room: bytes of tensors that fit into memory."""
         recipe = recipe or self.recipe
         sizes = worst_case(recipe, self.context)
-        rollout, scoring = self.rollout(recipe, sizes), self.score(sizes)
+        rollout = self.rollout(recipe, sizes)
+        scoring = self.score(sizes)
         if self.unpacks(recipe, rollout, room):
             rollout = rollout.beside(self.unpacked)
-            # On a GPU scoring keeps to the kernels that the update will use.
-            scoring = scoring.beside(self.unpacked) if self.device == "cpu" else scoring
+            if self.device == "cpu":  # On a GPU scoring uses the packed kernels, as the update does.
+                scoring = scoring.beside(self.unpacked)
         return [rollout, scoring, self.update(sizes)]
 
     @property
     def unpacked(self) -> int:
-        """Bytes of the base's unpacked copy; 0 where it is not in 4 bits."""
+        """Bytes of the base's unpacked copy; 0 for a base that is not in 4 bits."""
         return UnpackedBase(self.model, None).size
 
     def unpacks(self, recipe: Recipe, rollout: Stage, room: int) -> bool:
-        """Whether the copy is made: as the recipe says or, where that is left open, if it fits beside the rollout."""
+        """Whether the base is unpacked: as the recipe says or, if that is "auto", if the copy fits beside the rollout.
+
+        On a CPU the copy must fit twice, as `UnpackedBase.fits` asks.
+        """
+        if not self.unpacked:
+            return False
         wanted = unpacking(recipe)
-        if wanted is not None or not self.unpacked:
-            return bool(wanted and self.unpacked)
-        return rollout.total + self.unpacked * (1 if self.device == "cuda" else 2) <= room
+        if wanted is not None:
+            return wanted
+        copies = 1 if self.device == "cuda" else 2
+        return rollout.total + copies * self.unpacked <= room
 
     def rollout(self, recipe: Recipe, sizes: Sizes) -> Stage:
-        """Reading the prompts, or the last step of all rows at their longest: whichever takes more."""
+        """Reading the prompts, or the last step of all rows at full length, whichever takes more memory."""
         settings = recipe.rollout
-        base = self.model.get_base_model()
         cache = DynamicCache(config=self.config.get_text_config())
         self.model.eval()
         with (
             self.mode,
             torch.no_grad(),
             computing_in(self.dtype, self.device),
-            trainers_head(base),
+            trainers_head(self.base),
             LiveBytes(tensors_of(self.model)) as live,
             two_products(self.model, self.dtype),
         ):
             transcript = Transcript(sizes.completion, sizes.rows, torch.device("cpu"))
             mask = torch.ones(sizes.prompts, sizes.prompt, dtype=torch.long)
-            read_prompts(self.model, torch.empty_like(mask), mask, cache)
+            read_prompts(self.base, torch.empty_like(mask), mask, cache)
             forward = self._last_step(cache, mask, sizes)
             with forward.reading():
                 forward.prepare(sizes.rows)
                 some = torch.zeros(sizes.rows, dtype=torch.long)
                 logits = forward.logits(some, some[:, None])
-            kept = total_bytes(t for layer in forward.cache.layers for t in (layer.keys, layer.values))
+            layers = cast(list[Any], forward.cache.layers)
+            kept = total_bytes(t for layer in layers for t in (layer.keys, layer.values))
             processor = AdaptiveTemperature(None, settings.temperature, 0.0, settings.top_p, settings.top_k)
             transcript.write(some[:1], torch.arange(sizes.rows), draw(processor, logits, torch.empty(sizes.rows)))
         self.model.train()
@@ -169,27 +184,28 @@ class Predictor:
 
     def _last_step(self, cache: DynamicCache, mask: Tensor, sizes: Sizes) -> FixedForward | GrowingForward:
         """The model before the last step of the longest rows. cache, mask: of the prompts."""
-        base = self.model.get_base_model()
         rows, tokens = torch.zeros(sizes.rows, dtype=torch.long), sizes.prompt + sizes.completion - 1
-        if self.recipe.model.attention == "sdpa" and covers(base, cache, FUSED):
+        if self.recipe.model.attention == "sdpa" and covers(self.base, cache, FUSED):
             fixed = FixedCache(cache, rows, mask, tokens)
             fixed.width = tokens - 1
-            return FixedForward(base, fixed)
-        growing = GrowingForward(base, cache, rows, mask)
+            return FixedForward(self.base, fixed)
+        growing = GrowingForward(self.base, cache, rows, mask)
         growing.attention_mask = mask.new_ones(sizes.rows, tokens - 1)
-        for layer in cache.layers:
+        # The types include layers of linear attention, which have no keys and cannot be predicted.
+        for layer in cast(list[Any], cache.layers):
             shape = (sizes.rows, layer.keys.shape[1], tokens - 1, layer.keys.shape[3])
-            layer.keys, layer.values = (layer.keys.new_empty(shape) for _ in range(2))
+            layer.keys = layer.keys.new_empty(shape)
+            layer.values = layer.values.new_empty(shape)
         return growing
 
     def score(self, sizes: Sizes) -> Stage:
         """The forward pass of one micro-batch."""
         with self.mode, torch.no_grad(), LiveBytes(tensors_of(self.model)) as live:
-            tiles = self._logprobs(sizes, live)[1]
+            _, tiles = self._logprobs(sizes, live)
         return Stage("scoring", self.resident | {"head tiles": tiles, "at work": live.peak - tiles})
 
     def update(self, sizes: Sizes) -> Stage:
-        """Forward and backward of a micro-batch that is not its step's first; or the optimiser's step."""
+        """Forward and backward of a micro-batch after its step's first, or the optimiser step if that takes more."""
         with self.mode:
             gradients = [torch.empty_like(p) for p in self.adapter]
             for p, gradient in zip(self.adapter, gradients, strict=True):
@@ -200,49 +216,61 @@ class Predictor:
                 logp.sum().backward()
             for p in self.adapter:
                 p.grad = None
-        own = total_bytes(gradients)
-        parts = self.resident | {"gradients": own}
-        # torch's AdamW takes the square root of all second moments at once.
-        step = own if self.recipe.training.optimizer == "adamw" and self.device == "cuda" else 0
+        gradient_bytes = total_bytes(gradients)
+        parts = self.resident | {"gradients": gradient_bytes}
+        step = 0
+        if self.recipe.training.optimizer == "adamw" and self.device == "cuda":
+            step = gradient_bytes  # torch's AdamW takes the square root of all second moments at once.
         if step > live.peak:
             return Stage("update", parts | {"at work": step})
         working = {"activations kept": kept, "head tiles": tiles, "at work": live.peak - kept - tiles}
         return Stage("update", parts | working)
 
+    @property
+    def base(self) -> PreTrainedModel:
+        """The base model, with the adapter's layers in it."""
+        # peft's annotation is Module; `build` makes the base from a configuration of transformers.
+        return cast(PreTrainedModel, self.model.get_base_model())
+
     def _logprobs(self, sizes: Sizes, live: LiveBytes) -> tuple[Tensor, int]:
         """Log-probabilities [N], and the bytes of the head's tiles if they are alive at the peak so far, else 0."""
         with computing_in(self.dtype, self.device):
-            decoder = self.model.get_base_model().get_decoder()
+            decoder = self.base.get_decoder()
             ids = torch.empty(sizes.batch, sizes.width, dtype=torch.long)
             with self._keeping():
                 hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-            before, live.peak = live.peak, live.now
+            decoder_peak = live.peak
+            live.peak = live.now
             states = hidden[:, sizes.prompt - 1 : -1].reshape(-1, hidden.shape[-1])
-            tiles = self._tiles(states)
+            tiles = self._tile_bytes(states)
             logp = _Head.apply(states, tiles)
-        in_head, live.peak = live.peak > before, max(live.peak, before)
-        return logp, tiles if in_head else 0
+        if live.peak > decoder_peak:
+            return logp, tiles
+        live.peak = decoder_peak
+        return logp, 0
 
-    def _keeping(self) -> contextlib.AbstractContextManager:
-        """With activation_offload, what is kept for the backward is not on the card until it is asked for."""
+    def _keeping(self) -> contextlib.AbstractContextManager[object]:
+        """A context in which activation_offload keeps tensors for the backward off the card until they are needed."""
         if not self.recipe.model.activation_offload or self.device == "cpu":
             return contextlib.nullcontext()
         return torch.autograd.graph.saved_tensors_hooks(
             lambda t: (t.shape, t.dtype), lambda kept: torch.empty(kept[0], dtype=kept[1])
         )
 
-    def _tiles(self, states: Tensor) -> int:
-        width = states.shape[1]
-        rows, columns = tile_shape(self.device, *states.shape, self.config.get_text_config().vocab_size)
-        rounded = 2 if self.device == "cpu" and states.dtype == torch.bfloat16 else 0  # a CPU's products are bf16 too
+    def _tile_bytes(self, states: Tensor) -> int:
+        """Bytes of the head's tiles for states [N, D]."""
+        tokens, width = states.shape
+        rows, columns = tile_shape(self.device, tokens, width, self.config.get_text_config().vocab_size)
+        # On a CPU the products of a bf16 head are stored in bf16 too.
+        rounded = 2 if self.device == "cpu" and states.dtype == torch.bfloat16 else 0
         return rows * ((8 + rounded) * columns + (16 + rounded) * width)
 
 
 class _Head(torch.autograd.Function):
-    """The sizes of `token_logprobs`: tiles for its forward; for its backward a row of the Jacobian a token, in fp32."""
+    """Allocates as `token_logprobs` does: tiles in forward, and an fp32 row of the Jacobian per token for backward."""
 
     @staticmethod
-    def forward(ctx, states: Tensor, tiles: int) -> Tensor:
+    def forward(ctx: Any, states: Tensor, tiles: int) -> Tensor:
         ctx.dtype = states.dtype
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.empty(states.shape))
@@ -251,14 +279,15 @@ class _Head(torch.autograd.Function):
         return torch.empty(states.shape[0])
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return torch.empty_like(ctx.saved_tensors[0], dtype=ctx.dtype), None
 
 
 def optimizer_bytes(name: str, parameters: Iterable[Tensor]) -> int:
-    """Two states a parameter, in fp32 or in 8 bits with a scale for every 256 (bitsandbytes leaves the small in fp32).
+    """Bytes of the optimiser's two states per parameter. name: training.optimizer.
 
-    Paged states are on the card only while it has room, and count nothing, except small ones, which are not paged.
+    8-bit states have a scale for every 256 entries, and bitsandbytes keeps the states of small tensors in fp32. Paged
+    states leave the card when it is full and do not count, except those of small tensors, which are not paged.
     """
     total = 0
     for p in parameters:
@@ -266,5 +295,5 @@ def optimizer_bytes(name: str, parameters: Iterable[Tensor]) -> int:
         if name == "adamw" or count < 4096:
             total += 8 * count
         elif name == "adamw_8bit" or count < 100_000:
-            total += 2 * (count + 4 * -(-count // 256))
+            total += 2 * (count + 4 * math.ceil(count / 256))
     return total

@@ -1,4 +1,4 @@
-"""How much of a card tensors can take, and whether a base is unpacked there."""
+"""The memory of a card that tensors can use, and whether a 4-bit base is unpacked there."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from hapo_lite.train.memory.predict import Predictor, unpacking
 
 CONTEXT = 0.6 * 2**30
 """Bytes that CUDA and its libraries hold on a card before any tensor; an assumption, not yet measured on a GPU."""
-
-
 FRAGMENTS = 0.06
-"""Share of a card that an allocator's gaps take; likewise."""
+"""Share of a card that the allocator's gaps take; an assumption too."""
 
 
 def usable(card: int) -> int:
@@ -21,9 +19,9 @@ def usable(card: int) -> int:
 
 
 def unpacks(recipe: Recipe, device: torch.device) -> bool | None:
-    """Whether a run of `recipe` on `device` unpacks its 4-bit base; None: asked anew when each rollout begins.
+    """Whether a run of `recipe` on `device` unpacks its 4-bit base; None: each rollout decides when it begins.
 
-    On a GPU the prediction decides, once, since the packed kernels round otherwise.
+    On a GPU the prediction decides once for the whole run, since packed and unpacked kernels round differently.
     """
     wanted = unpacking(recipe)
     if wanted is not None or device.type != "cuda":

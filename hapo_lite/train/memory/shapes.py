@@ -1,13 +1,15 @@
-"""A policy without numbers: the model's own code on tensors that have a shape, a dtype and no data.
+"""A policy without data: the model's own code on tensors that have a shape and a dtype only.
 
-What it allocates is what the real one allocates, apart from what stands in here: 4-bit layers, and fused attention,
-whose kernels need data. Axes: B sequences, L tokens of a sequence, N tokens flattened, D hidden, V vocabulary.
+It allocates what the real policy allocates. 4-bit layers and fused attention are replaced, since their kernels need
+data. Axes: B sequences, L tokens of a sequence, N tokens flattened, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -21,9 +23,12 @@ from hapo_lite.errors import UserError
 from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.recipe import ModelSettings
 
-BLOCK, NESTED_BLOCK = 64, 256
-"""NF4: weights that share a scale, and scales that share one of their own (double quantisation)."""
+BLOCK = 64
+"""Number of NF4 weights that share a scale."""
+NESTED_BLOCK = 256
+"""Number of scales that share a scale of their own (double quantisation)."""
 FUSED = "shape_only"
+"""Name under which the stand-in for fused attention is registered."""
 
 
 def load_config(settings: ModelSettings) -> PretrainedConfig:
@@ -46,7 +51,7 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
 
 @contextlib.contextmanager
 def computing_in(dtype: torch.dtype, device: str) -> Iterator[None]:
-    """Mixed precision as accelerate switches it on: bf16 and fp16 by autocast, fp32 without."""
+    """A context with the mixed precision that accelerate uses: autocast for bf16 and fp16, none for fp32."""
     narrow = dtype != torch.float32
     with torch.autocast("cpu", dtype if narrow else torch.bfloat16, enabled=narrow):
         # peft asks for the GPU's switch, and casts to fp32 where it is off.
@@ -59,23 +64,42 @@ def computing_in(dtype: torch.dtype, device: str) -> Iterator[None]:
 
 
 def build(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dtype, mode: FakeTensorMode) -> PeftModel:
-    """The policy's model as `load_policy` makes it, in training mode, its tensors being `mode`'s."""
+    """The policy's model as `load_policy` makes it, in training mode, with tensors of `mode`."""
     with torch.device("meta"):
         model = _adapted(settings, config, dtype)
-    # peft cannot move mode's tensors about, and the meta device knows no mixed precision.
-    made: dict[int, Tensor] = {}
-
-    def like(old: Tensor) -> Tensor:
-        if id(old) not in made:
-            new = torch.empty(old.shape, dtype=old.dtype)
-            made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-        return made[id(old)]
-
+    # The model is built on the meta device, since peft cannot move tensors of `mode`. Its tensors are then replaced by
+    # tensors of `mode`, since the meta device has no mixed precision.
     with mode:
+        replace = _Replacements()
         for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                tensors |= {name: like(old) for name, old in tensors.items() if old is not None}
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = replace.parameter(parameter)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = replace.tensor(buffer)
     return model.train()
+
+
+class _Replacements:
+    """New tensors in place of old ones. Tensors that are shared by several modules stay shared."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, Tensor] = {}
+
+    def tensor(self, old: Tensor) -> Tensor:
+        """An empty tensor like `old`."""
+        if id(old) not in self._made:
+            self._made[id(old)] = torch.empty(old.shape, dtype=old.dtype)
+        return self._made[id(old)]
+
+    def parameter(self, old: nn.Parameter) -> nn.Parameter:
+        """An empty parameter like `old`."""
+        if id(old) not in self._made:
+            self._made[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), old.requires_grad)
+        made = self._made[id(old)]
+        assert isinstance(made, nn.Parameter)
+        return made
 
 
 def _adapted(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dtype) -> PeftModel:
@@ -92,25 +116,33 @@ def _adapted(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dty
     lora = settings.lora
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     try:
-        return get_peft_model(
-            base, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
-        )
+        # alpha changes no size, and peft's annotation of it is int.
+        model = get_peft_model(base, LoraConfig(r=lora.rank, target_modules=targets, task_type="CAUSAL_LM"))
     except ValueError as error:
         raise UserError(f"model.lora.targets = {targets!r} does not fit {settings.name}: {error}") from error
+    assert isinstance(model, PeftModel)  # A mixed model is made only where it is asked for.
+    return model
 
 
 class _Linear4bit(Linear4bit):
-    """The sizes of a 4-bit layer: packed weight, scales, scales of scales; and those of what it computes."""
+    """A 4-bit layer's tensors (packed weight, scales, scales of scales), and the memory of its products."""
+
+    scales: Tensor
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.compute_dtype = linear.in_features, linear.out_features, dtype
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.compute_dtype = dtype
         count = linear.weight.numel()
-        blocks = -(-count // BLOCK)
-        self.weight = nn.Parameter(torch.empty(-(-count // 2), 1, dtype=torch.uint8), requires_grad=False)
-        self.weight.compress_statistics, self.weight.quant_type = True, "nf4"
+        blocks = math.ceil(count / BLOCK)
+        packed = nn.Parameter(torch.empty(math.ceil(count / 2), 1, dtype=torch.uint8), requires_grad=False)
+        # peft reads these from bitsandbytes' own class of parameters.
+        setattr(packed, "compress_statistics", True)  # noqa: B010 (nn.Parameter has no such attribute)
+        setattr(packed, "quant_type", "nf4")  # noqa: B010
+        self.weight = packed
         self.register_buffer("scales", torch.empty(blocks, dtype=torch.uint8))
-        self.register_buffer("scales_of_scales", torch.empty(-(-blocks // NESTED_BLOCK)))
+        self.register_buffer("scales_of_scales", torch.empty(math.ceil(blocks / NESTED_BLOCK)))
         self.register_buffer("codes", torch.empty(16 + 256 + 1))
         self.bias = linear.bias
 
@@ -121,20 +153,22 @@ class _Linear4bit(Linear4bit):
 
 
 class _FourBitProduct(torch.autograd.Function):
-    """x W^T with W [out, in] unpacked for the time of the product, forward and backward; x is not kept."""
+    """x W^T, where W [out, in] is unpacked only during the product, forward and backward. x is not kept."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, features: int, scales: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.features, ctx.scales = features, scales
+    def forward(ctx: Any, x: Tensor, features: int, scales: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.features = features
+        ctx.scales = scales
         return nn.functional.linear(x, _unpacked(x, features, scales), bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         width = BLOCK * ctx.scales.numel() // ctx.features
         return grad @ _unpacked(grad.new_empty(0, width), ctx.features, ctx.scales), None, None, None
 
 
 def _unpacked(x: Tensor, features: int, scales: Tensor) -> Tensor:
+    """A weight like the unpacked one. The scales in fp32 are alive while it is made."""
     full_scales = scales.float() + 0.0
     weight = x.new_empty(features, x.shape[-1])
     del full_scales
@@ -142,28 +176,32 @@ def _unpacked(x: Tensor, features: int, scales: Tensor) -> Tensor:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps its inputs, its output and a log-sum-exp a query, and no scores."""
+    """Keeps its inputs, its output and one log-sum-exp per query, but no scores."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty_like(q)
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
 
 
-def _attention(module, query, key, value, attention_mask, **options) -> tuple[Tensor, None]:
-    """As transformers' sdpa: grouped keys go in as they are, unless there is a mask."""
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention like transformers' sdpa, which repeats grouped keys only if there is a mask."""
     if attention_mask is not None:
         groups = getattr(module, "num_key_value_groups", 1)
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
-def _mask(batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **options):
+def _mask(
+    batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **options: Any
+) -> Tensor | None:
     if attention_mask is None:
         return None
     return torch.empty(batch_size, 1, int(q_length), int(kv_length), dtype=torch.bool)

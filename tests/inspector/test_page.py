@@ -1,0 +1,221 @@
+"""The inspector's page in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+
+from hapo_lite.algo.methods import Method
+from hapo_lite.inspect.generate import GenerationSettings, ModelShelf, generate
+from hapo_lite.inspect.runs import open_run
+from hapo_lite.inspect.tokens import show_number, token_table, what_if
+from hapo_lite.runs.trace import write_traces
+from tests.inspector.browser import details, filled, forget, generated, open_tab, opened_page
+from tests.inspector.traces import make_trace
+
+
+def test_generate_and_read_a_token(page):
+    generated(page)
+    page.hover("#generated-tokens .t[data-i='2']")
+    policy = ModelShelf().get("tiny")
+    *_, progress = generate(policy, GenerationSettings("9*7+4=?"))
+    table = token_table(progress.trace, tokenizer=policy.tokenizer)
+    shown = details(page, "generated")
+    assert shown["Entropy"] == show_number(table.numbers["entropy"][2]) + " nats"
+    for name, key in {"h": "h", "Temperature": "temperature", "Upper bound": "upper", "Lower bound": "lower"}.items():
+        assert shown[name] == show_number(table.numbers[key][2])
+    assert page.locator("#generated-tokens .hapo-details table tr").count() == 11
+    page.focus("#generated-tokens .t[data-i='0']")
+    page.keyboard.press("ArrowRight")
+    assert details(page, "generated")["h"] == show_number(table.numbers["h"][1])
+    page.click("#generated-tokens .t[data-i='3']")
+    assert details(page, "generated")["h"] == show_number(table.numbers["h"][3])
+
+
+def test_colours_follow_the_chosen_quantity(page):
+    generated(page)
+    token = page.locator("#generated-tokens .t[data-i='0']")
+    assert re.search(r"\bs[0-9a-f]\b", token.get_attribute("class"))
+    page.select_option("#generated-tokens .hapo-choose", "h")
+    assert re.search(r"\bd[0-9a-f]\b", token.get_attribute("class"))
+    assert page.locator("#generated-tokens .hapo-legend:visible").get_attribute("data-name") == "h"
+    page.select_option("#generated-tokens .hapo-choose", "entropy")
+
+
+def test_the_slider_asks_what_if(page):
+    generated(page)
+    policy = ModelShelf().get("tiny")
+    *_, progress = generate(policy, GenerationSettings("9*7+4=?"))
+    table = token_table(progress.trace, tokenizer=policy.tokenizer)
+    page.fill("#generated-ratio input[type=number]", "1.5")
+    page.keyboard.press("Tab")
+    page.wait_for_selector("#generated-what-if figcaption:has-text('ratio were 1.5')")
+    page.click("#generated-answer label:has-text('wrong')")
+    page.wait_for_selector("#generated-what-if figcaption:has-text('answer wrong')")
+    drawn = json.loads(page.locator("#generated-what-if .hapo-spec").text_content())["data"][0]["y"]
+    assert drawn == what_if(table, Method(), 1.5, -1.0).credit
+    page.locator("#generated-what-if").scroll_into_view_if_needed()
+    plot = page.locator("#generated-what-if .js-plotly-plot")
+    plot.wait_for()
+    # A click on a bar shows its token in the text above.
+    plot.evaluate("(plot) => plot.emit('plotly_click', { points: [{ x: 3 }] })")
+    assert details(page, "generated")["h"] == show_number(table.numbers["h"][3])
+
+
+def test_downloads(page):
+    generated(page)
+    with page.expect_download() as table:
+        page.click("#generated-tokens .hapo-save[data-kind=csv]")
+    assert table.value.path().read_text("utf-8").startswith("position,text,entropy")
+    with page.expect_download() as picture:
+        page.click("#generated-tokens .hapo-save[data-kind=png]")
+    assert picture.value.path().read_bytes().startswith(b"\x89PNG")
+    page.locator("#generated-figures .hapo-plot").first.scroll_into_view_if_needed()
+    buttons = page.locator("#generated-figures .hapo-plot").first.locator(".modebar-btn")
+    with page.expect_download() as numbers:
+        buttons.nth(1).click()
+    assert numbers.value.path().read_text("utf-8").startswith('"series","x","y"\n')
+    with page.expect_download() as figure:
+        buttons.nth(0).click()
+    assert figure.value.path().read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_opens(page, root):
+    open_tab(page, "Run")
+    filled(page, "opened")
+    assert page.input_value("#run-iteration input[type=number]") == "1"
+    assert page.locator("#run-curves .hapo-figure").count() == 1
+    page.locator("#run-completion input").click()
+    page.get_by_role("option", name=re.compile("^train")).click()
+    page.wait_for_selector("#opened-tokens .clip-low", state="attached")
+    page.hover("#opened-tokens .t[data-i='4']")
+    trace = open_run(root, "plain").traces(1)[0][1]
+    assert details(page, "opened")["Credit"] == show_number(trace.tokens["credit"][4])
+    clipped = page.locator("#run-treated tr:has-text('clipped low')")
+    assert clipped.locator("td").all_inner_texts() == ["clipped low", "1", "·b ×1"]
+    page.get_by_role("button", name="Right against wrong").click()
+    page.wait_for_selector("#run-right .hapo-card")
+    for kind, start in (("csv", b'"completion","outcome","tokens"'), ("png", b"\x89PNG")):
+        with page.expect_download() as saved:
+            page.click(f"#run-right .hapo-save[data-kind={kind}]")
+        assert saved.value.path().read_bytes().startswith(start)
+    page.get_by_role("button", name="The same prompt over training").click()
+    page.locator("#run-prompt input").click()
+    page.get_by_role("option", name=re.compile("eval: p: 2")).click()
+    page.wait_for_selector("#run-over .hapo-card >> nth=1")
+
+
+def test_a_live_run_is_followed_and_a_reader_left_in_peace(page, root):
+    open_tab(page, "Run")
+    filled(page, "opened")
+    page.locator("#run-name input").click()
+    page.get_by_role("option", name="live").click()
+    page.wait_for_selector("#run-completion :text('iteration 0')")
+    # Taken along from the last iteration to the next.
+    write_traces(root / "live" / "traces", 1, [make_trace(iteration=1)])
+    page.wait_for_selector("#run-completion :text('iteration 1')")
+    page.fill("#run-iteration input[type=number]", "0")
+    page.keyboard.press("Tab")
+    page.wait_for_selector("#run-completion :text('iteration 0')")
+    page.hover("#opened-tokens .t[data-i='2']")
+    details(page, "opened")
+    page.fill("#opened-ratio input[type=number]", "1.5")
+    page.keyboard.press("Tab")
+    page.wait_for_selector("#opened-what-if figcaption:has-text('ratio were 1.5')")
+    write_traces(root / "live" / "traces", 2, [make_trace(iteration=2)])
+    page.wait_for_function("document.querySelector('#run-iteration input[type=range]').max === '2'")
+    assert page.input_value("#run-iteration input[type=number]") == "0"
+    details(page, "opened")
+    assert page.input_value("#opened-ratio input[type=number]") == "1.5"
+
+
+def test_hostile_text_stays_text(page):
+    open_tab(page, "Run")
+    filled(page, "opened")
+    page.locator("#run-name input").click()
+    page.get_by_role("option", name="hostile").click()
+    page.wait_for_selector("#run-problems .hapo-error:has-text('000000.jsonl:2')")
+    page.wait_for_selector("#opened-tokens .t:has-text('<script>')")
+    for i in range(10):
+        page.hover(f"#opened-tokens .t[data-i='{i}']")
+    details(page, "opened")
+    page.locator("#opened-figures .hapo-plot").first.scroll_into_view_if_needed()
+    page.wait_for_selector("#opened-figures .js-plotly-plot")
+    assert page.evaluate("window.attacked") is None
+    assert page.locator("#opened-tokens img, #opened-tokens script, #opened-summary img").count() == 0
+    assert "(100,000 characters)" in page.locator("#opened-tokens .hapo-tokens").inner_text()
+
+
+def test_compare_marks_differences(page, root):
+    open_tab(page, "Compare")
+    page.fill("#left-tau input[type=number]", "0.5")
+    page.keyboard.press("Tab")
+    # On this problem the two sides part at a token where the temperature decides, for any tau from 0.2 up.
+    page.locator("input[aria-label='Problem']:visible").fill("3*9+26=?")
+    page.keyboard.press("Enter")
+    page.click("#compare")
+    filled(page, "right")
+    assert page.locator("#left-tokens .differs").count() and page.locator("#right-tokens .differs").count()
+    assert "no counterpart" in page.locator("#compare-status").inner_text()
+    scale = [page.locator(f"#{side}-tokens .hapo-legend:visible").inner_text() for side in ("left", "right")]
+    assert scale[0] == scale[1]
+    assert page.locator("#compare-figures .hapo-figure").count() == 2
+    with page.expect_download() as table:
+        page.click("#right-tokens .hapo-save[data-kind=csv]")
+    assert table.value.path().read_text("utf-8").count("\n") == page.locator("#right-tokens .t").count() + 1
+    page.locator("#right-run input").click()
+    page.get_by_role("option", name="live").click()
+    page.wait_for_function("document.querySelector('#right-tau input[type=number]').value === '0.2'")
+    assert page.input_value("#right-method input") == "dapo"
+
+
+def test_a_user_error_is_one_sentence(browser, serve):
+    with opened_page(browser, serve("--model", "./nowhere")) as page:
+        page.click("#generate")
+        page.wait_for_selector("#generate-status .hapo-error")
+        assert "is not a folder" in page.locator("#generate-status").inner_text()
+
+
+def test_two_tabs_do_not_disturb_each_other(page, fresh):
+    generated(page)
+    mine = page.locator("#generated-tokens .hapo-tokens").inner_text()
+    assert fresh.locator("#generated-tokens .t").count() == 0
+    fresh.locator("input[aria-label='Problem']").fill("2+3*4=?")
+    fresh.keyboard.press("Enter")
+    generated(fresh)
+    assert fresh.locator("#generated-tokens .hapo-tokens").inner_text() != mine
+    page.click("#generated-answer label:has-text('wrong')")
+    page.wait_for_selector("#generated-what-if figcaption:has-text('answer wrong')")
+    assert page.locator("#generated-tokens .hapo-tokens").inner_text() == mine
+
+
+def test_tokens_stream_in_colour_and_cancel_keeps_them(page, monkeypatch):
+    from hapo_lite.inspect.tabs import stream
+
+    def slow(policy, settings):
+        for progress in generate(policy, settings):
+            time.sleep(0.3)
+            yield progress
+
+    monkeypatch.setattr(stream, "generate", slow)
+    forget(page, "generated")
+    page.click("#generate")
+    page.wait_for_selector("#generated-tokens .t[data-i='2']")
+    page.select_option("#generated-tokens .hapo-choose", "h")
+    page.wait_for_selector("#generated-tokens .t[data-i='3']:is(.d0, .d7, .de, .d1, .d2, .d3, .d4, .d5, .d6)")
+    assert page.locator("#generated-tokens .hapo-legend:visible").get_attribute("data-name") == "h"
+    page.click("#cancel")
+    page.wait_for_selector("#generate-status p:has-text('cancelled')")
+    filled(page, "generated")
+
+
+def test_on_a_phone_a_tap_shows_the_details(browser, address):
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    with opened_page(browser, address, **phone) as page:
+        generated(page)
+        page.tap("#generated-tokens .t[data-i='3']")
+        details(page, "generated")
+        panel = page.locator("#generated-tokens .hapo-details").bounding_box()
+        assert panel["y"] >= 0 and panel["y"] + panel["height"] <= 845
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
