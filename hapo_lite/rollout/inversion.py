@@ -3,7 +3,8 @@
 The sum over a vocabulary needs more than fp32, which loses the tail of 150,000 entries to rounding. fp64 on all of them
 is slow on GPUs for consumers. A large vocabulary is therefore summed block by block: probabilities in fp32, their sums
 over blocks in fp64, and the likeliest blocks again with exponentials in fp64. What fp32 leaves uncertain is 1e-7 of the
-mass outside those blocks, which is small itself unless a row is nearly uniform. Inside the block that a random number falls into, all is fp64.
+mass outside those blocks, which is small unless a row is nearly uniform. Inside the block that a random number falls
+into, all is fp64.
 
 Axes: B rows, V vocabulary, K blocks of BLOCK entries.
 """
