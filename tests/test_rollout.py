@@ -15,7 +15,8 @@ from hapo_lite.recipe import LoraSettings, ModelSettings
 from hapo_lite.records import EncodedPrompt, Prompt, Request, Sequences
 from hapo_lite.rollout.draws import DrawKey, Stage, draws_of, uniforms
 from hapo_lite.rollout.generate_engine import GenerateEngine
-from hapo_lite.rollout.sampling import AdaptiveTemperature, draw, inverse_cdf
+from hapo_lite.rollout.inversion import inverse_cdf
+from hapo_lite.rollout.sampling import AdaptiveTemperature, draw
 from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.rollout.whole_base import WholeBaseEngine
 from hapo_lite.tiny.task import problems

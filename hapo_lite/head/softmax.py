@@ -23,7 +23,7 @@ def logits_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
     """(logsumexp, entropy) over the last axis: [..., V] -> [...], [...]; nats. An entry of -inf has probability 0."""
     # A finite distance keeps 0 * inf out of the entropy.
     rows = logits.reshape(-1, logits.shape[-1]).clamp(min=torch.finfo(logits.dtype).min / 4)
-    softmax = Softmax.empty(logits[..., 0].reshape(-1)).fold(rows, torch.empty_like(rows)).softmax
+    softmax = Softmax.of(rows)
     return softmax.logsumexp().view(logits.shape[:-1]), softmax.entropy().view(logits.shape[:-1])
 
 
@@ -45,6 +45,14 @@ class Softmax:
         # Finite, so that no inf - inf arises, and far enough below any logit that its exponential is 0.
         top = torch.full_like(like, torch.finfo(like.dtype).min / 2)
         return cls(top, torch.zeros_like(like), torch.zeros_like(like))
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Softmax:
+        """The softmax of all entries [n, V], which are overwritten: as one `fold` of them into an empty softmax."""
+        top, where = _largest(logits)
+        below = logits.sub_(top[:, None])
+        exponentials = (below * LOG2_E).exp2_().scatter_(1, where, 0.0)
+        return cls(top, exponentials.sum(dim=1), below.mul_(exponentials).sum(dim=1).neg_())
 
     def fold(self, logits: Tensor, exponentials: Tensor) -> Folded:
         """Take in a tile `logits` [n, v], which is overwritten; exponentials: a buffer of its shape and dtype."""

@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "rollout.batch_size",
     "rollout.engine_memory",
     "rollout.unpacked_base",
+    "rollout.cuda_graphs",
     "model.gradient_checkpointing",
     "model.activation_offload",
     "checkpoint",

@@ -126,6 +126,11 @@ class RolloutSettings(Section):
         description="Unpack a 4-bit base once a rollout, instead of in every step, and keep it until the rollout ends; "
         "auto: where memory allows",
     )
+    cuda_graphs: Literal["auto", "off"] = Field(
+        "auto",
+        description="Replay recorded decoding steps on a GPU, in engine transformers; auto: not before that has been "
+        "measured on a card",
+    )
     old_logprobs: Literal["recomputed", "sampled"] = Field(
         "recomputed", description="pi_old from one pass of the trainer (exact), or the sampler's own (saves the pass)"
     )

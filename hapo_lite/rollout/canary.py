@@ -216,7 +216,7 @@ def _row_states(policy: Policy, completions: Sequence[Completion]) -> list[Tenso
             out = decoder(
                 input_ids=ids,
                 attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1)[:, -ids.shape[1] :],
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
                 past_key_values=cache,
                 use_cache=True,
             )

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.temperature import adaptive_temperature
 from hapo_lite.head import logits_statistics
+from hapo_lite.rollout.inversion import draw_token
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def adapted_scores(logits: Tensor, settings: TemperatureSettings) -> Adapted:
     scaled = logits.float() if settings.base == 1.0 else logits.float() / settings.base
     log_normalizer, entropy = logits_statistics(scaled)
     temperature = adaptive_temperature(entropy, settings.signal, settings.base, settings.tau)
-    scores = scaled * (settings.base / temperature)[:, None]
+    # Without a signal the factor is 1.
+    scores = scaled if settings.signal is None else scaled * (settings.base / temperature)[:, None]
     for truncate in settings.truncations:
         scores = truncate(None, scores)  # a truncation reads no token ids
     return Adapted(scores, entropy, temperature, log_normalizer)
@@ -114,27 +115,14 @@ class AdaptiveTemperature(LogitsProcessor):
 def draw(processor: AdaptiveTemperature, logits: Tensor, uniform: Tensor) -> Drawn:
     """Draw one token for each row. logits: [B, V] as the model gives them; uniform: [B], in [0, 1)."""
     adapted = processor.adapted(logits)
-    ids = inverse_cdf(adapted.scores, uniform)
-    index = ids[:, None]
+    ids, sampling_logp = draw_token(adapted.scores, uniform)
+    # Converted after it is gathered: the whole vocabulary in fp32 would be one more copy.
+    chosen = logits.gather(1, ids[:, None]).squeeze(1).float()
     return Drawn(
         ids,
-        sampling_logp=adapted.scores.gather(1, index).squeeze(1) - adapted.scores.logsumexp(dim=-1),
-        # Converted after it is gathered: the whole vocabulary in fp32 would be one more copy.
-        base_logp=logits.gather(1, index).squeeze(1).float() / processor.settings.base - adapted.log_normalizer,
+        sampling_logp,
+        base_logp=chosen / processor.settings.base - adapted.log_normalizer,
         entropy=adapted.entropy,
         temperature=adapted.temperature,
         scores=adapted.scores,
     )
-
-
-def inverse_cdf(scores: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one token for each row by inverting the cumulative distribution: [B] ids.
-
-    scores: [B, V], unnormalised log-probabilities; uniform: [B]. The sum is taken in fp64, because in fp32 a vocabulary
-    of 150,000 loses its tail to rounding. The token found always has a probability above 0: the cumulative
-    distribution rises at it.
-    """
-    cumulative = torch.softmax(scores, dim=-1, dtype=torch.float64).cumsum_(dim=-1)
-    threshold = uniform.to(cumulative) * cumulative[:, -1]
-    found = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
-    return found.clamp_max_(scores.shape[-1] - 1)

@@ -32,15 +32,11 @@ class Transcript:
         self.ids = torch.zeros((steps, rows), dtype=torch.long, device=device)
         self.records = torch.zeros((4, steps, rows), dtype=torch.float32, device=device)
 
-    def write(self, step: int | Tensor, rows: Tensor, drawn: Drawn, only: Tensor | slice = slice(None)) -> None:
-        """Record the tokens of `rows`, [n], at `step`: one step for all rows, or [n].
-
-        only: the rows of `drawn` to record, n of them.
-        """
-        self.ids[step, rows] = drawn.ids[only]
+    def write(self, step: Tensor, rows: Tensor, drawn: Drawn) -> None:
+        """Record the tokens of `rows`, [n], at `step`: one step for all rows, [1], or [n]."""
+        self.ids[step, rows] = drawn.ids
         values = (drawn.sampling_logp, drawn.base_logp, drawn.entropy, drawn.temperature)
-        for record, value in zip(self.records, values, strict=True):
-            record[step, rows] = value[only]
+        self.records[:, step, rows] = torch.stack(values)
 
     def completions(
         self, requests: Sequence[Request], lengths: Sequence[int], stopped: Sequence[bool], policy: Policy

@@ -23,10 +23,14 @@ from hapo_lite.model.load import resolve_dtype
 from hapo_lite.model.policy import trainers_head
 from hapo_lite.model.unpacked import UnpackedBase
 from hapo_lite.recipe import Recipe
+from hapo_lite.rollout.attention import covers
+from hapo_lite.rollout.cache import FixedCache
+from hapo_lite.rollout.forward import FixedForward, GrowingForward, read_prompts
+from hapo_lite.rollout.lora import two_products
 from hapo_lite.rollout.sampling import AdaptiveTemperature, draw
 from hapo_lite.rollout.transcript import Transcript
 from hapo_lite.train.memory.live import LiveBytes, tensors_of, total_bytes
-from hapo_lite.train.memory.shapes import build, computing_in, load_config
+from hapo_lite.train.memory.shapes import FUSED, build, computing_in, load_config
 
 PARTS = (
     "base weights",
@@ -153,7 +157,6 @@ class Predictor:
     def rollout(self, recipe: Recipe, sizes: Sizes) -> Stage:
         """Reading the prompts, or the last step of all rows at full length, whichever takes more memory."""
         settings = recipe.rollout
-        length = sizes.prompt + sizes.completion
         cache = DynamicCache(config=self.config.get_text_config())
         self.model.eval()
         with (
@@ -162,22 +165,38 @@ class Predictor:
             computing_in(self.dtype, self.device),
             trainers_head(self.base),
             LiveBytes(tensors_of(self.model)) as live,
+            two_products(self.model, self.dtype),
         ):
             transcript = Transcript(sizes.completion, sizes.rows, torch.device("cpu"))
-            self._decode(torch.empty(sizes.prompts, sizes.prompt, dtype=torch.long), sizes.prompt, cache)
-            cache.batch_select_indices(torch.zeros(sizes.rows, dtype=torch.long))
-            # The types include layers of linear attention, which have no keys and cannot be predicted.
-            layers = cast(list[Any], cache.layers)
-            for layer in layers:
-                shape = (sizes.rows, layer.keys.shape[1], length - 2, layer.keys.shape[3])
-                layer.keys = layer.keys.new_empty(shape)
-                layer.values = layer.values.new_empty(shape)
-            logits = self._decode(torch.empty(sizes.rows, 1, dtype=torch.long), length - 1, cache)
-            kept = sum(2 * layer.keys.untyped_storage().nbytes() for layer in layers)
+            mask = torch.ones(sizes.prompts, sizes.prompt, dtype=torch.long)
+            read_prompts(self.base, torch.empty_like(mask), mask, cache)
+            forward = self._last_step(cache, mask, sizes)
+            with forward.reading():
+                forward.prepare(sizes.rows)
+                some = torch.zeros(sizes.rows, dtype=torch.long)
+                logits = forward.logits(some, some[:, None])
+            layers = cast(list[Any], forward.cache.layers)
+            kept = total_bytes(t for layer in layers for t in (layer.keys, layer.values))
             processor = AdaptiveTemperature(None, settings.temperature, 0.0, settings.top_p, settings.top_k)
-            transcript.write(0, torch.arange(sizes.rows), draw(processor, logits, torch.empty(sizes.rows)))
+            transcript.write(some[:1], torch.arange(sizes.rows), draw(processor, logits, torch.empty(sizes.rows)))
         self.model.train()
         return Stage("rollout", self.resident | {"KV cache": kept, "at work": live.peak - kept})
+
+    def _last_step(self, cache: DynamicCache, mask: Tensor, sizes: Sizes) -> FixedForward | GrowingForward:
+        """The model before the last step of the longest rows. cache, mask: of the prompts."""
+        rows, tokens = torch.zeros(sizes.rows, dtype=torch.long), sizes.prompt + sizes.completion - 1
+        if self.recipe.model.attention == "sdpa" and covers(self.base, cache, FUSED):
+            fixed = FixedCache(cache, rows, mask, tokens)
+            fixed.width = tokens - 1
+            return FixedForward(self.base, fixed)
+        growing = GrowingForward(self.base, cache, rows, mask)
+        growing.attention_mask = mask.new_ones(sizes.rows, tokens - 1)
+        # The types include layers of linear attention, which have no keys and cannot be predicted.
+        for layer in cast(list[Any], cache.layers):
+            shape = (sizes.rows, layer.keys.shape[1], tokens - 1, layer.keys.shape[3])
+            layer.keys = layer.keys.new_empty(shape)
+            layer.values = layer.values.new_empty(shape)
+        return growing
 
     def score(self, sizes: Sizes) -> Stage:
         """The forward pass of one micro-batch."""
@@ -212,18 +231,6 @@ class Predictor:
         """The base model, with the adapter's layers in it."""
         # peft's annotation is Module; `build` makes the base from a configuration of transformers.
         return cast(PreTrainedModel, self.model.get_base_model())
-
-    def _decode(self, ids: Tensor, length: int, cache: DynamicCache) -> Tensor:
-        """Next-token logits [B, V], computed as the transformers engine does."""
-        out = self.model(
-            input_ids=ids,
-            attention_mask=torch.ones(ids.shape[0], length, dtype=torch.long),
-            position_ids=torch.zeros(ids.shape, dtype=torch.long),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1]
 
     def _logprobs(self, sizes: Sizes, live: LiveBytes) -> tuple[Tensor, int]:
         """Log-probabilities [N], and the bytes of the head's tiles if they are alive at the peak so far, else 0."""
