@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,7 +25,7 @@ from hapo_lite.cli import quiet_libraries  # noqa: E402
 from hapo_lite.model.load import load_policy  # noqa: E402
 from hapo_lite.model.policy import Policy  # noqa: E402
 from hapo_lite.recipe import Recipe, load_recipe  # noqa: E402
-from hapo_lite.records import Request  # noqa: E402
+from hapo_lite.records import Completion, Request  # noqa: E402
 from hapo_lite.rollout.draws import DrawKey, Stage  # noqa: E402
 from hapo_lite.rollout.engine import Engine, make_engine  # noqa: E402
 from hapo_lite.rollout.generate_engine import GenerateEngine  # noqa: E402
@@ -41,6 +42,42 @@ def engine(name: str, recipe: Recipe, policy: Policy) -> Engine:
     )
 
 
+class Speeds(NamedTuple):
+    """By engine: tokens/s of each turn after the first, and the completions of the last turn."""
+
+    tokens_per_s: dict[str, list[float]]
+    written: dict[str, list[Completion]]
+
+    def ratio(self, name: str, to: str) -> float:
+        """The median over turns of an engine's speed to that of the engine `to`."""
+        pairs = zip(self.tokens_per_s[name], self.tokens_per_s[to], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+
+def requests_of(recipe: Recipe, policy: Policy) -> list[Request]:
+    """The requests of the recipe's first iteration."""
+    settings = recipe.rollout
+    prompts, _ = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None)
+    encoded = encode_prompts(
+        prompts[: settings.prompts_per_iteration], policy, recipe.data, settings.max_new_tokens, say=lambda text: None
+    )
+    return [Request(p, sample) for p in encoded for sample in range(settings.completions_per_prompt)]
+
+
+def measure(engines: dict[str, Engine], requests: list[Request], seed: int, repeats: int) -> Speeds:
+    """Let the engines write the same completions in turn, once to warm up and then `repeats` times."""
+    speeds: dict[str, list[float]] = {name: [] for name in engines}
+    written = {}
+    for turn in range(repeats + 1):
+        for name, each in engines.items():
+            started = time.perf_counter()
+            written[name] = each.sample(requests, AdaptiveTemperature(None), DrawKey(seed, Stage.TRAINING, turn))
+            if turn:
+                seconds = time.perf_counter() - started
+                speeds[name].append(sum(c.length for c in written[name]) / seconds)
+    return Speeds(speeds, written)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
@@ -49,36 +86,22 @@ def main() -> None:
     args = parser.parse_args()
     quiet_libraries()
     recipe = load_recipe(ROOT / "recipes" / "tiny_cpu.yaml", args.overrides)
-    settings = recipe.rollout
     unsloth = "unsloth" if "unsloth" in args.engines else "transformers"
     policy = load_policy(recipe.model, recipe.seed, "cuda" if torch.cuda.is_available() else "cpu", engine=unsloth)
-    prompts, _ = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None)
-    encoded = encode_prompts(
-        prompts[: settings.prompts_per_iteration], policy, recipe.data, settings.max_new_tokens, say=lambda text: None
-    )
-    requests = [Request(p, sample) for p in encoded for sample in range(settings.completions_per_prompt)]
+    requests = requests_of(recipe, policy)
     engines = {name: engine(name, recipe, policy) for name in args.engines}
-    speeds: dict[str, list[float]] = {name: [] for name in engines}
-    written = {}
-    for turn in range(args.repeats + 1):
-        for name, each in engines.items():
-            started = time.perf_counter()
-            written[name] = each.sample(requests, AdaptiveTemperature(None), DrawKey(recipe.seed, Stage.TRAINING, turn))
-            if turn:  # the first turn warms up
-                seconds = time.perf_counter() - started
-                speeds[name].append(sum(c.length for c in written[name]) / seconds)
+    found = measure(engines, requests, recipe.seed, args.repeats)
     first = args.engines[0]
-    mean_length = statistics.mean(c.length for c in written[first])
+    mean_length = statistics.mean(c.length for c in found.written[first])
     print(
         f"torch {torch.__version__}, {policy.device}, {torch.get_num_threads()} threads; "
-        f"{len(requests)} completions of {mean_length:.0f} tokens, {settings.batch_size} at once"
+        f"{len(requests)} completions of {mean_length:.0f} tokens, {recipe.rollout.batch_size} at once"
     )
     for name in engines:
-        same = sum(torch.equal(a.ids, b.ids) for a, b in zip(written[name], written[first], strict=True))
-        ratio = statistics.median(a / b for a, b in zip(speeds[name], speeds[first], strict=True))
+        same = sum(torch.equal(a.ids, b.ids) for a, b in zip(found.written[name], found.written[first], strict=True))
         print(
-            f"{name}: {statistics.median(speeds[name]):,.0f} tokens/s, {ratio:.2f} x {first}; "
-            f"{same} of {len(requests)} completions the same"
+            f"{name}: {statistics.median(found.tokens_per_s[name]):,.0f} tokens/s, "
+            f"{found.ratio(name, first):.2f} x {first}; {same} of {len(requests)} completions the same"
         )
 
 

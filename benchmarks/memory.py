@@ -14,8 +14,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -26,12 +28,12 @@ sys.path.insert(0, str(ROOT))
 from hapo_lite.algo.methods import PRESETS  # noqa: E402
 from hapo_lite.cli import keep_freed_memory, quiet_libraries  # noqa: E402
 from hapo_lite.model.origins import TINY_MODEL  # noqa: E402
-from hapo_lite.preflight.measure import measure_loop, prepare  # noqa: E402
+from hapo_lite.preflight.measure import Measured, measure_loop, prepare  # noqa: E402
 from hapo_lite.preflight.table import memory_table  # noqa: E402
 from hapo_lite.recipe import Recipe, load_recipe  # noqa: E402
 from hapo_lite.runs.checkpoint import TrainState  # noqa: E402
 from hapo_lite.train.loop import Loop  # noqa: E402
-from hapo_lite.train.memory.predict import Predictor  # noqa: E402
+from hapo_lite.train.memory.predict import Predictor, Stage  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -78,37 +80,53 @@ def write_model(folder: Path, name: str) -> Path:
     return path
 
 
-def recipe_for(model: Path, args: argparse.Namespace) -> Recipe:
+@dataclass(frozen=True)
+class Work:
+    """An iteration: its completions, of `new` tokens each behind prompts of `prompt` tokens."""
+
+    completions: int
+    new: int
+    prompt: int
+
+
+class Training(NamedTuple):
+    """Predicted and measured memory by stage. methods: seconds of iterations of HAPO and of DAPO, in pairs."""
+
+    stages: list[Stage]
+    measured: Measured
+    methods: dict[str, list[float]]
+
+
+def recipe_for(model: Path, work: Work, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a measurement. overrides: settings that come last."""
     return load_recipe(
         ROOT / "recipes" / "qwen1_5b_lora.yaml",
         [
             f"model.name={model}",
-            f"data.max_prompt_tokens={args.prompt}",
-            f"rollout.prompts_per_iteration={args.completions // 8}",
-            f"rollout.batch_size={args.completions}",
-            f"rollout.max_new_tokens={args.new}",
-            f"training.micro_batch_tokens={4 * (args.prompt + args.new)}",
+            f"data.max_prompt_tokens={work.prompt}",
+            f"rollout.prompts_per_iteration={work.completions // 8}",
+            f"rollout.batch_size={work.completions}",
+            f"rollout.max_new_tokens={work.new}",
+            f"training.micro_batch_tokens={4 * (work.prompt + work.new)}",
             "training.learning_rate=1e-12",
             "rollout.dynamic_sampling=false",
             "rollout.token_budget=null",
+            *overrides,
         ],
     )
 
 
-def measure_shape(folder: Path, shape: str, args: argparse.Namespace) -> None:
-    recipe = recipe_for(write_model(folder, shape), args)
+def measure_training(recipe: Recipe, pairs: int) -> Training:
+    """Predict and measure the memory of `recipe`, then time `pairs` pairs of iterations."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stages = Predictor(recipe, device).stages()
     worst = prepare(recipe)
     measured = measure_loop(worst, print)
-    print(f"{shape}: {args.completions} completions of {args.new} tokens, prompts of {args.prompt}, on {device}")
-    print(memory_table(stages, measured))
-    if args.pairs:
-        compare_methods(worst.loop, args.pairs)
+    return Training(stages, measured, compare_methods(worst.loop, pairs))
 
 
-def compare_methods(loop: Loop, pairs: int) -> None:
-    """Print the seconds of an iteration of HAPO and of DAPO, which take turns."""
+def compare_methods(loop: Loop, pairs: int) -> dict[str, list[float]]:
+    """The seconds of iterations of HAPO and of DAPO, which take turns."""
     seconds: dict[str, list[float]] = {"hapo": [], "dapo": []}
     state = TrainState()
     for turn in range(pairs):
@@ -117,9 +135,12 @@ def compare_methods(loop: Loop, pairs: int) -> None:
             started = time.perf_counter()
             state = loop.step(state).state
             seconds[method].append(time.perf_counter() - started)
-    ratios = [a / b for a, b in zip(seconds["hapo"], seconds["dapo"], strict=True)]
-    medians = ", ".join(f"{method} {statistics.median(times):.2f} s" for method, times in seconds.items())
-    print(f"an iteration: {medians}; hapo / dapo {statistics.median(ratios):.3f}")
+    return seconds
+
+
+def hapo_by_dapo(seconds: dict[str, list[float]]) -> float:
+    """The median over pairs of HAPO's seconds to DAPO's."""
+    return statistics.median(a / b for a, b in zip(seconds["hapo"], seconds["dapo"], strict=True))
 
 
 def main() -> None:
@@ -134,9 +155,18 @@ def main() -> None:
     keep_freed_memory()
     quiet_libraries()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    work = Work(args.completions, args.new, args.prompt)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as temporary:
         for shape in args.shapes:
-            measure_shape(args.folder or Path(temporary), shape, args)
+            found = measure_training(recipe_for(write_model(args.folder or Path(temporary), shape), work), args.pairs)
+            print(
+                f"{shape}: {work.completions} completions of {work.new} tokens, prompts of {work.prompt}, on {device}"
+            )
+            print(memory_table(found.stages, found.measured))
+            if args.pairs:
+                medians = ", ".join(f"{name} {statistics.median(times):.2f} s" for name, times in found.methods.items())
+                print(f"an iteration: {medians}; hapo / dapo {hapo_by_dapo(found.methods):.3f}")
 
 
 if __name__ == "__main__":

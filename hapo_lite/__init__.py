@@ -7,6 +7,7 @@ The names below are what other programs take from the package. They are imported
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from hapo_lite.train.run import train as train
 
 __version__ = "0.1.0"
+
+if sys.platform == "win32":
+    # Locks of run folders, limits of grading processes and signals are those of POSIX.
+    raise ImportError("hapo_lite runs on Linux and macOS; on Windows it runs in WSL (wsl --install)")
 
 _ROOMS = {
     "AdaptiveTemperature": "rollout.sampling",

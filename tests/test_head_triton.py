@@ -56,3 +56,32 @@ def test_the_head_gives_the_same_with_the_kernel(dtype, soft_cap, monkeypatch):
     torch.testing.assert_close(fused_values, values, rtol=1e-5, atol=1e-6)
     # A bf16 gradient has 8 bits.
     assert float((fused_gradient - gradient).norm() / gradient.norm()) <= (1e-5 if dtype == torch.float32 else 4e-3)
+
+
+def test_a_triton_that_cannot_compile_leaves_the_fold_to_torch(monkeypatch):
+    """Triton raises at the first launch, as without gcc: a plain RuntimeError or CalledProcessError, no ImportError."""
+    head_triton.try_fold(DEVICE)
+
+    def no_compiler(*arguments):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
+
+    monkeypatch.setattr(head_triton, "fold", no_compiler)
+    monkeypatch.setattr(head_triton, "try_fold", lambda device: no_compiler())
+    tiles.fold_kernel.cache_clear()
+    with pytest.warns(UserWarning, match=r"Triton cannot compile here \(Failed to find C compiler.*variable\.\)"):
+        assert tiles.fold_kernel("cuda") is None
+    assert tiles.fold_kernel("cuda") is None  # said once
+    tiles.fold_kernel.cache_clear()
+
+
+def test_memory_that_runs_out_at_the_first_launch_is_no_fault_of_triton(monkeypatch):
+    def short(device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(head_triton, "try_fold", short)
+    tiles.fold_kernel.cache_clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        tiles.fold_kernel("cuda")
+    monkeypatch.undo()
+    assert tiles.fold_kernel("cpu") is None
+    tiles.fold_kernel.cache_clear()

@@ -17,10 +17,11 @@ from hapo_lite.runs.checkpoint import TrainState, load_checkpoint, save_checkpoi
 from hapo_lite.runs.skipped import KEPT, load_step, save_step
 from hapo_lite.train import run
 from hapo_lite.train.__main__ import main
+from hapo_lite.train.accelerator import LOSS_SCALING, make_accelerator
 from hapo_lite.train.collapse import CollapseWatch
 from hapo_lite.train.loop import Loop
 from hapo_lite.train.observer import Observer
-from hapo_lite.train.optimizer import loss_scale, take_step
+from hapo_lite.train.optimizer import loss_scale, make_learner, take_step
 from tests.conftest import TINY
 
 
@@ -265,6 +266,42 @@ def test_loss_scaling_changes_no_update_and_a_bad_step_is_kept_with_its_scale(pr
     _, metrics, _ = loop.step(state)
     assert metrics["update/skipped"] == 1 and loss_scale(loop.learner.optimizer) == 512.0
     assert load_step(files[0]).step.loss_scale == 1024.0
+
+
+def test_a_step_with_nothing_to_learn_is_no_error_under_loss_scaling(make_recipe, make_loop):
+    """Without a loss of this process accelerator.backward, which makes the scaler's scale, is never called."""
+    loop = make_loop(make_recipe("logging.traces_per_iteration=0"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    loop.accelerator.prepare = lambda optimizer: AcceleratedOptimizer(optimizer, scaler=scaler)
+    loop.learner = make_learner(loop.recipe.training, loop.policy, loop.accelerator)
+    loop.accelerator.clip_grad_norm_ = unscaling(loop.learner.optimizer, scaler)
+    loop.active = lambda advantage, traced: set()
+    before = weights(loop)
+    _, metrics, _ = loop.step(TrainState())
+    assert metrics["update/skipped"] == 0 == metrics["update/grad_norm"] and same(weights(loop), before)
+
+
+def test_early_overflows_end_no_run_and_the_scale_recovers(make_recipe):
+    """A gradient of 4,000 overflows in fp16 above a scale of 16."""
+    recipe = make_recipe()
+    assert make_accelerator(recipe).scaler_handler is LOSS_SCALING
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", **LOSS_SCALING.to_kwargs())
+
+    def skipped(gradient: float) -> bool:
+        scaler.scale(torch.zeros(()))
+        before = scaler.get_scale()
+        parameter.grad = torch.tensor([gradient * before], dtype=torch.float16).float()
+        scaler.step(optimizer)
+        scaler.update()
+        return scaler.get_scale() < before
+
+    in_a_row = 0
+    while skipped(4000.0):
+        in_a_row += 1
+    assert 0 < in_a_row < recipe.training.max_skipped
+    assert scaler.get_scale() == 16.0 and not any(skipped(1.0) for _ in range(800)) and scaler.get_scale() >= 2048.0
 
 
 def unscaling(optimizer, scaler):

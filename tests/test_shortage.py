@@ -51,6 +51,15 @@ def test_what_counts_as_a_shortage():
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
     )
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    for text in (
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "CUDA Error: out of memory at /workspace/csrc/cumem_allocator.cpp:62",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    ):
+        assert is_out_of_memory(RuntimeError(text)) and not is_out_of_memory(ValueError(text)), text
+    assert is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory"))
+    assert not is_out_of_memory(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not is_out_of_memory(
         ValueError()
     )

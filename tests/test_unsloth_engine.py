@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -35,8 +35,9 @@ class Fast:
         self.calls.append("inference")
         model.eval()
 
-    def for_training(self, model):
+    def for_training(self, model, use_gradient_checkpointing=True):
         self.calls.append("training")
+        self.checkpointing = use_gradient_checkpointing
         model.train()
 
 
@@ -76,6 +77,14 @@ def test_it_samples_and_scores_as_the_plain_policy_does(plain, unsloth, requests
     for a, b in zip(unsloth.completion_logprobs(batch), plain.completion_logprobs(batch), strict=True):
         assert torch.equal(a, b)
     assert os.environ[HIDDEN_STATES] == "0"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_after_a_rollout_checkpointing_is_as_the_recipe_has_it(unsloth, checkpointing):
+    policy = replace(unsloth, checkpointing=checkpointing)
+    with policy.sampling():
+        pass
+    assert policy.fast.checkpointing is checkpointing
 
 
 def test_environment_and_modes_come_back_after_a_failure(unsloth, requests, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,12 +18,28 @@ from hapo_lite.head.softmax import Folded, Softmax
 
 @functools.cache
 def fold_kernel(device: str) -> Callable[[Softmax, Tensor, Tensor, Tensor], Folded] | None:
-    """The fold as one Triton kernel where there is Triton for that type of device; None leaves it to `Softmax.fold`."""
+    """The fold as one Triton kernel where Triton works for that type of device; None leaves it to `Softmax.fold`.
+
+    Triton compiles at a kernel's first launch, and without a C compiler or Python's headers that fails there. A small
+    launch finds out. A warning says why the kernel is not used, unless Triton is not installed.
+    """
     if device != "cuda":
         return None
     try:
-        from hapo_lite.head.triton import fold
+        from hapo_lite.head.triton import fold, try_fold
     except ImportError:
+        return None
+    try:
+        try_fold(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        warnings.warn(
+            f"Triton cannot compile here ({reason}), so the head's softmax runs as several operators of torch, which "
+            "is slower; Triton needs a C compiler and Python's headers",
+            stacklevel=2,
+        )
         return None
     return fold
 

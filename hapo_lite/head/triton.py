@@ -80,3 +80,11 @@ def fold(softmax: Softmax, logits: Tensor, exponentials: Tensor, place: Tensor) 
     )
     rise = new.top - softmax.top
     return Folded(new, rise, rise.neg().exp_(), exponentials, products=logits)
+
+
+def try_fold(device: str) -> None:
+    """Fold one small tile, to see that the kernel compiles and runs on that type of device. Raises what fails."""
+    softmax = Softmax.empty(torch.zeros(1, device=device))
+    logits = torch.zeros(1, 16, device=device)
+    folded = fold(softmax, logits, torch.empty_like(logits), torch.full((1,), -1, device=device))
+    float(folded.softmax.others)  # waits for the launch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,22 @@ from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import ModelSettings
 
 
+@contextlib.contextmanager
+def peft_packages() -> Iterator[None]:
+    """A context that turns an ImportError of peft into a UserError.
+
+    For a plain layer peft looks for packages with layers of their own, and raises if one is too old. torchao is such a
+    package, and Colab has one of 0.10 installed (peft 0.21 asks for 0.16).
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"peft cannot make the adapter beside a package that is installed here ({first_line(error)}): upgrade that "
+            "package or uninstall it, such as with pip uninstall torchao"
+        ) from error
+
+
 def fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> PeftModel:
     """Put a new adapter on the base, with weights that depend on the seed alone.
 
@@ -25,17 +43,16 @@ def fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> 
     torch.manual_seed(seed)
     lora = settings.lora
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it by the rank: a fraction will do
+        lora_dropout=0.0,  # with dropout the ratio would differ from 1 before the first update
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
     try:
-        model = get_peft_model(
-            base,
-            LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it by the rank: a fraction will do
-                lora_dropout=0.0,  # with dropout the ratio would differ from 1 before the first update
-                target_modules=targets,
-                task_type="CAUSAL_LM",
-            ),
-        )
+        with peft_packages():
+            model = get_peft_model(base, config)
         if isinstance(base.get_output_embeddings(), BaseTunerLayer):
             raise ValueError("the head is among them, and training reads its frozen weight")
         return model
@@ -55,7 +72,8 @@ def saved_adapter(base: PreTrainedModel, settings: ModelSettings, folder: Path) 
     """Put a saved adapter on the base, to sample from and not to train. Raises UserError if it does not fit."""
     check_adapter(folder)
     try:
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
+        with peft_packages():
+            return PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"adapter {folder} does not fit {settings.name}: {first_line(error)}") from error
 

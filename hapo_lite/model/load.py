@@ -19,6 +19,7 @@ from transformers import (
 
 from hapo_lite.errors import UserError, first_line
 from hapo_lite.model.adapter import fresh_adapter, saved_adapter
+from hapo_lite.model.attention import use_fused_attention
 from hapo_lite.model.origins import may_run_code, model_origin
 from hapo_lite.model.policy import Policy, templated
 from hapo_lite.model.unpacked import UnpackedBase
@@ -43,6 +44,8 @@ def load_policy(
     """
     device = torch.device(device)
     dtype = resolve_dtype(settings.dtype, device)
+    check_attention(settings.attention, dtype)
+    use_fused_attention(device)
     try:
         origin = model_origin(settings)
         trust = may_run_code(settings, origin)
@@ -79,7 +82,10 @@ def load_policy(
     base.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=list(stop_ids))
     context = int(getattr(base.config, "max_position_embeddings", None) or tokenizer.model_max_length)
     if engine == "unsloth":
-        return unsloth.UnslothPolicy(model, tokenizer, stop_ids, context, dtype, str(origin), fast=fast)
+        checkpointing = settings.gradient_checkpointing
+        return unsloth.UnslothPolicy(
+            model, tokenizer, stop_ids, context, dtype, str(origin), fast=fast, checkpointing=checkpointing
+        )
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = fresh_adapter(base, settings, seed).train() if adapter is None else saved_adapter(base, settings, adapter)
@@ -95,6 +101,19 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.float32
     # A T4 emulates bf16, and reports support unless emulation is excluded.
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def check_attention(attention: str, dtype: torch.dtype) -> None:
+    """Raise UserError for eager attention in fp16, whose scores overflow.
+
+    Eager attention multiplies queries and keys in the model's dtype before it scales them. In Qwen2.5 that exceeds
+    fp16's largest number, and the model writes "!!!!".
+    """
+    if attention == "eager" and dtype == torch.float16:
+        raise UserError(
+            "model.attention = eager overflows in fp16, which model.dtype asks for or this GPU needs: "
+            "use model.attention=sdpa"
+        )
 
 
 def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

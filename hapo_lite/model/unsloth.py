@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from hapo_lite.errors import UserError
-from hapo_lite.model.adapter import check_adapter
+from hapo_lite.model.adapter import check_adapter, peft_packages
 from hapo_lite.model.origins import Origin
 from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import ModelSettings
@@ -31,9 +31,13 @@ HIDDEN_STATES = "UNSLOTH_RETURN_HIDDEN_STATES"
 
 @dataclass(frozen=True)
 class UnslothPolicy(Policy):
-    """A policy whose model Unsloth loaded. fast: Unsloth's class, which switches the model between its two modes."""
+    """A policy whose model Unsloth loaded.
+
+    fast: Unsloth's class, which switches the model between its two modes. checkpointing: model.gradient_checkpointing.
+    """
 
     fast: Any = None
+    checkpointing: bool = False
     steps: ClassVar[bool] = False
 
     def hidden_states(self, ids: Tensor) -> Tensor:
@@ -59,7 +63,8 @@ class UnslothPolicy(Policy):
                 yield cast(PreTrainedModel, self.model)  # a PeftModel passes on the base's methods
         finally:
             if was_training:
-                self.fast.for_training(self.model)
+                # Its default turns gradient checkpointing on.
+                self.fast.for_training(self.model, use_gradient_checkpointing=self.checkpointing)
 
 
 @contextlib.contextmanager
@@ -111,14 +116,15 @@ def load(
         max_lora_rank=rank,
         trust_remote_code=settings.trust_remote_code,
     )
-    model = FastLanguageModel.get_peft_model(
-        base,
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=targets if isinstance(targets, str) else sorted(targets),
-        use_gradient_checkpointing=checkpointing,
-        random_state=seed,
-    )
+    with peft_packages():
+        model = FastLanguageModel.get_peft_model(
+            base,
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=targets if isinstance(targets, str) else sorted(targets),
+            use_gradient_checkpointing=checkpointing,
+            random_state=seed,
+        )
     if adapter is not None:
         weights = load_file(adapter / "adapter_model.safetensors")
         try:

@@ -12,6 +12,7 @@ from hapo_lite.preflight.advise import Advice, advise, usable, write_back
 from hapo_lite.preflight.measure import measure_loop, prepare
 from hapo_lite.preflight.table import memory_table, suggestion, verdict
 from hapo_lite.recipe import Recipe
+from hapo_lite.train.accelerator import unseen_gpu
 from hapo_lite.train.memory.predict import Predictor, worst_case
 
 
@@ -28,6 +29,9 @@ def preflight(recipe: Recipe, card: int | None, shape_only: bool, file: Path | N
         raise UserError("--write needs to know what to fit: say --card GIB, or run it where the card is")
     predictor = make_predictor(recipe, shape_only)
     print(describe(recipe, predictor))
+    unseen = unseen_gpu()
+    if unseen is not None and not shape_only:
+        print(f"note: {unseen}")
     if recipe.rollout.engine != "transformers":
         print(f"note: the rollout is predicted for rollout.engine=transformers, not for {recipe.rollout.engine}")
     room = psutil.virtual_memory().available if predictor.device == "cpu" else usable(card or 0)

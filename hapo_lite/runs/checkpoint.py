@@ -141,13 +141,30 @@ def load_checkpoint(path: Path, parts: RunParts) -> TrainState:
     if record["prompts"] != prompts.digest:
         raise UserError(_other("training prompts are others", "data", path, then["data"], prompts.origin))
     load_adapter(policy, path)
-    saved = torch.load(path / OPTIMIZER, map_location=policy.device, weights_only=True)
+    # The optimiser moves its states to the parameters. Moved by torch.load, they would also keep the mark of a page.
+    saved = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
+    _return_to_pages(optimizer.optimizer)
     parts.scheduler.load_state_dict(saved["scheduler"])
     # A run that began in bf16 or fp32 has no scaler. It may go on in fp16, on a card without bf16.
     if optimizer.scaler is not None and "scaler" in saved:
         optimizer.scaler.load_state_dict(saved["scaler"])
     return TrainState.from_json(record["state"])
+
+
+def _return_to_pages(optimizer: Any) -> None:
+    """Put the loaded states of a paged optimiser of bitsandbytes into pages of its own; other optimisers stay.
+
+    A page is memory that the driver moves between card and machine, and bitsandbytes marks it with an attribute. The
+    mark is saved with the tensor and the memory is not. Before a step the library prefetches all that bears the mark,
+    and ends the process if it is ordinary memory (bitsandbytes 0.50).
+    """
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            loaded = state[name]
+            state[name] = optimizer.get_state_buffer(parameter, dtype=loaded.dtype).copy_(loaded)
 
 
 def _other(what: str, section: str, path: Path, then: str, now: str) -> str:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, GradScalerKwargs
 
 from hapo_lite.errors import UserError
 from hapo_lite.model.load import resolve_dtype
 from hapo_lite.recipe import Recipe
 from hapo_lite.runs.interrupt import Interrupts
+
+LOSS_SCALING = GradScalerKwargs(init_scale=4096.0, growth_interval=100)
+"""fp16's loss scaling. A run takes hundreds of steps and stops after `training.max_skipped` skipped ones in a row.
+torch's own 65,536 may be too large for several steps in a row, and grows again only after 2,000 steps."""
 
 
 def someone_wants_to_stop(accelerator: Accelerator, interrupts: Interrupts) -> bool:
@@ -40,6 +45,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         cpu=device.type == "cpu",
         log_with=None if tracker == "none" else tracker,
         project_dir=str(recipe.run_dir),
+        kwargs_handlers=[LOSS_SCALING],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise UserError(
@@ -47,3 +53,14 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             "or hapo_lite.train with recipes/accelerate/fsdp.yaml"
         )
     return accelerator
+
+
+def unseen_gpu() -> str | None:
+    """A sentence if this machine has an NVIDIA driver and torch sees no GPU; else None."""
+    if torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return None
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    return (
+        f"there is an NVIDIA driver here, but torch {torch.__version__}, {built}, sees no GPU, so the CPU computes: "
+        "install a build of torch for a CUDA version that the driver has (nvidia-smi prints it)"
+    )

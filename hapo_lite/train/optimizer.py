@@ -27,8 +27,14 @@ class Learner:
 def make_learner(settings: TrainingSettings, policy: Policy, accelerator: Accelerator) -> Learner:
     """The optimiser and the schedule of a run's adapter."""
     parameters = list(policy.trainable().values())
-    optimizer = accelerator.prepare(make_optimizer(settings, parameters))
-    return Learner(optimizer, make_scheduler(settings, optimizer.optimizer), parameters)
+    optimizer = make_optimizer(settings, parameters)
+    # The schedule notes each step of the optimiser, by a wrapper that accelerate must find and keep.
+    scheduler = make_scheduler(settings, optimizer)
+    optimizer = accelerator.prepare(optimizer)
+    if optimizer.scaler is not None:
+        # The scaler makes its scale at the first loss, and a step without a loss of this process needs the scale too.
+        optimizer.scaler.scale(torch.zeros((), device=accelerator.device))
+    return Learner(optimizer, scheduler, parameters)
 
 
 def make_optimizer(settings: TrainingSettings, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -33,7 +33,7 @@ from hapo_lite.runs.skipped import SkippedStep
 from hapo_lite.runs.status import Status
 from hapo_lite.tasks.rewards import Scorer, code_of
 from hapo_lite.tasks.stream import LazyPrompts, PromptStream
-from hapo_lite.train.accelerator import make_accelerator, someone_wants_to_stop
+from hapo_lite.train.accelerator import make_accelerator, someone_wants_to_stop, unseen_gpu
 from hapo_lite.train.collect import Collector
 from hapo_lite.train.loop import Loop
 from hapo_lite.train.memory.room import unpacks
@@ -113,8 +113,9 @@ class Run:
         say(describe(recipe, policy, prompts, held_out, self.accelerator))
         if recipe.reward.function:
             say(f"note: reward.function is code, which runs with your rights: {code_of(recipe.reward.function)}")
-        for note in recipe.advice():
-            say(f"note: {note}")
+        for note in [unseen_gpu(), *recipe.advice()]:
+            if note is not None:
+                say(f"note: {note}")
         if recipe.logging.report_to != "none":
             settings = flatten(recipe.model_dump(mode="json"))
             config = {key: "null" if value is None else value for key, value in settings.items()}

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from hapo_lite.head import tile_shape
+from hapo_lite.model.attention import takes_grouped_keys
 from hapo_lite.model.load import resolve_dtype
 from hapo_lite.model.policy import trainers_head
 from hapo_lite.model.unpacked import UnpackedBase
@@ -102,6 +103,16 @@ def unpacking(recipe: Recipe) -> bool | None:
     return {"always": True, "never": False, "auto": None}[settings.unpacked_base]
 
 
+def grouped_keys(device: str, dtype: torch.dtype) -> bool:
+    """Whether fused attention takes grouped keys on this machine's card or, for a card elsewhere, judged by `dtype`.
+
+    The cards that have bf16 are those whose fused attention takes grouped keys, so fp16 stands for an older card.
+    """
+    if device == "cuda" and torch.cuda.is_available():
+        return takes_grouped_keys(torch.device("cuda"))
+    return device == "cpu" or dtype != torch.float16
+
+
 class Predictor:
     """Predicts for one model and one type of device ("cuda" or "cpu"). Recipes may differ in all but `model`.
 
@@ -115,7 +126,9 @@ class Predictor:
         self.dtype = dtype or resolve_dtype(recipe.model.dtype, torch.device(device))
         self.context = getattr(self.config, "max_position_embeddings", None) or 1 << 20
         self.mode = FakeTensorMode()
-        self.model: PeftModel = build(recipe.model, self.config, self.dtype, self.mode)
+        self.model: PeftModel = build(
+            recipe.model, self.config, self.dtype, self.mode, grouped_keys(device, self.dtype)
+        )
         self.adapter = [p for p in self.model.parameters() if p.requires_grad]
         adapter = total_bytes(self.adapter)
         self.resident = {

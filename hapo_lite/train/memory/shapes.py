@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from hapo_lite.errors import UserError
+from hapo_lite.model.adapter import peft_packages
 from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.recipe import ModelSettings
 
@@ -27,8 +28,8 @@ BLOCK = 64
 """Number of NF4 weights that share a scale."""
 NESTED_BLOCK = 256
 """Number of scales that share a scale of their own (double quantisation)."""
-FUSED = "shape_only"
-"""Name under which the stand-in for fused attention is registered."""
+FUSED, REPEATED = "shape_only", "shape_only_repeated"
+"""Names under which the stand-ins for fused attention are registered: with grouped keys, and with repeated ones."""
 
 
 def load_config(settings: ModelSettings) -> PretrainedConfig:
@@ -63,10 +64,15 @@ def computing_in(dtype: torch.dtype, device: str) -> Iterator[None]:
             torch.set_autocast_enabled("cuda", was)
 
 
-def build(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dtype, mode: FakeTensorMode) -> PeftModel:
-    """The policy's model as `load_policy` makes it, in training mode, with tensors of `mode`."""
+def build(
+    settings: ModelSettings, config: PretrainedConfig, dtype: torch.dtype, mode: FakeTensorMode, grouped_keys: bool
+) -> PeftModel:
+    """The policy's model as `load_policy` makes it, in training mode, with tensors of `mode`.
+
+    grouped_keys: whether the card's fused attention takes grouped keys (model/attention.py).
+    """
     with torch.device("meta"):
-        model = _adapted(settings, config, dtype)
+        model = _adapted(settings, config, dtype, FUSED if grouped_keys else REPEATED)
     # The model is built on the meta device, since peft cannot move tensors of `mode`. Its tensors are then replaced by
     # tensors of `mode`, since the meta device has no mixed precision.
     with mode:
@@ -102,8 +108,8 @@ class _Replacements:
         return made
 
 
-def _adapted(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dtype) -> PeftModel:
-    attention = "eager" if settings.attention == "eager" else FUSED
+def _adapted(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dtype, fused: str) -> PeftModel:
+    attention = "eager" if settings.attention == "eager" else fused
     base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     head = base.get_output_embeddings()
     if settings.quantization == "nf4":
@@ -117,7 +123,8 @@ def _adapted(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dty
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     try:
         # alpha changes no size, and peft's annotation of it is int.
-        model = get_peft_model(base, LoraConfig(r=lora.rank, target_modules=targets, task_type="CAUSAL_LM"))
+        with peft_packages():
+            model = get_peft_model(base, LoraConfig(r=lora.rank, target_modules=targets, task_type="CAUSAL_LM"))
     except ValueError as error:
         raise UserError(f"model.lora.targets = {targets!r} does not fit {settings.name}: {error}") from error
     assert isinstance(model, PeftModel)  # A mixed model is made only where it is asked for.
@@ -194,8 +201,16 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention like transformers' sdpa, which repeats grouped keys only if there is a mask."""
     if attention_mask is not None:
-        groups = getattr(module, "num_key_value_groups", 1)
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        return _repeated(module, query, key, value, attention_mask)
+    return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+def _repeated(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention like `attend_with_repeated_keys`."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
@@ -208,4 +223,6 @@ def _mask(
 
 
 AttentionInterface.register(FUSED, _attention)
+AttentionInterface.register(REPEATED, _repeated)
 AttentionMaskInterface.register(FUSED, _mask)
+AttentionMaskInterface.register(REPEATED, _mask)
