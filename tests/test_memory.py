@@ -119,7 +119,7 @@ def test_shape_only_fits_a_card_and_writes_it_into_the_recipe(tmp_path, capsys):
         "# A head comment.\n"
         f"model: {{name: {write_config(tmp_path, '1.5b', layers=2)}, gradient_checkpointing: true}}  # here\n"
         "data:\n  source: tiny\n  max_prompt_tokens: 512\n\n"
-        "rollout: {prompts_per_iteration: 64, max_new_tokens: 1024, batch_size: 512}\n"
+        "rollout: {prompts_per_iteration: 128, max_new_tokens: 1024, batch_size: 1024}\n"
         "training:\n  iterations: 5   # few\n  optimizer: adamw_8bit\n"
     )
     file.write_text(text)
@@ -129,7 +129,7 @@ def test_shape_only_fits_a_card_and_writes_it_into_the_recipe(tmp_path, capsys):
     assert "does not fit: the rollout takes" in printed and "written to" in printed
     written = load_recipe(file)
     tokens, rows = written.training.micro_batch_tokens, written.rollout.batch_size
-    assert file.read_text() == text.replace("batch_size: 512", f"batch_size: {rows}").replace(
+    assert file.read_text() == text.replace("batch_size: 1024", f"batch_size: {rows}").replace(
         "training:\n", f"training:\n  micro_batch_tokens: {tokens}\n"
     )
     # As large as fits: whole sequences and groups, and one more of either would not.
@@ -140,7 +140,7 @@ def test_shape_only_fits_a_card_and_writes_it_into_the_recipe(tmp_path, capsys):
     assert rollout.total <= room and update.total <= room
     more = load_recipe(file, [f"training.micro_batch_tokens={tokens + 1536}", f"rollout.batch_size={rows + 8}"])
     rollout, _, update = predictor.stages(more)
-    assert rollout.total > room and (update.total > room or tokens == 1536 * 64 * 8 // 4)
+    assert rollout.total > room and (update.total > room or tokens == 1536 * 128 * 8 // 4)
 
 
 def test_overrides_are_not_written(tmp_path, capsys):

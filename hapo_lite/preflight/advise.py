@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,8 +67,8 @@ class Peaks:
 def advise(predictor: Predictor, recipe: Recipe, card: int, factors: dict[str, float] | None = None) -> Advice:
     """The largest settings that fit a card of `card` bytes. factors: as `Peaks` has them.
 
-    Memory is linear in sequences and in tokens, so two predictions give all others. Raises UserError if not even one
-    sequence of 64 new tokens fits.
+    The update's memory is linear in sequences and in tokens, so two predictions give all others. Raises UserError if
+    not even one sequence of 64 new tokens fits.
     """
     room = usable(card)
     sizes = worst_case(recipe, predictor.context)
@@ -91,10 +92,9 @@ def advise(predictor: Predictor, recipe: Recipe, card: int, factors: dict[str, f
     completion = base if longest >= base else longest // 64 * 64
     if completion < base:
         one = peaks.update(completion, 1)
-        group = peaks.rollout(completion, samples)
     completions_per_step = math.ceil(completions / recipe.training.updates_per_iteration)
     batch = 1 + _units_that_fit(room, one, peaks.update(completion, 2))
-    groups = 1 + _units_that_fit(room, group, peaks.rollout(completion, 2 * samples))
+    groups = _groups_that_fit(room, math.ceil(completions / samples), lambda n: peaks.rollout(completion, n * samples))
     batch = max(1, min(batch, completions_per_step))
     rows = max(samples, min(groups * samples, completions))
     return Advice(batch * (sizes.prompt + completion), rows, completion, longest)
@@ -109,6 +109,20 @@ def _longest_completion(room: float, base: int, at_base: float, at_twice: float)
 def _units_that_fit(room: float, at_one: float, at_two: float) -> int:
     """Number of sequences or groups that fit beside the first one, from the bytes with one and with two of them."""
     return int((room - at_one) / max(at_two - at_one, 1.0))
+
+
+def _groups_that_fit(room: float, most: int, peak: Callable[[int], float]) -> int:
+    """Groups that fit, from 1 to `most`. peak: bytes of the rollout with so many groups at once.
+
+    The peak is that of reading the prompts or that of the last step, and each of them is linear in groups. So a line
+    through two counts gives too many groups, and a line through the last two of these gives fewer, but not too few.
+    """
+    first = peak(1)
+    count = min(most, 1 + max(0, _units_that_fit(room, first, peak(2))))
+    while count > 1 and (excess := peak(count) - room) > 0:
+        slope = max(peak(count) - peak(count - 1), 1.0)
+        count = max(1, count - math.ceil(excess / slope))
+    return count
 
 
 def write_back(path: Path, settings: dict[str, int]) -> None:
