@@ -34,7 +34,6 @@ from hapo_lite.runs.checkpoint import TrainState, load_checkpoint, save_checkpoi
 from hapo_lite.train.accelerator import unseen_gpu
 from hapo_lite.train.memory.predict import Predictor
 from tests.conftest import ROOT, TINY
-from tests.recipes import SHIPPED
 
 
 @pytest.fixture
@@ -189,10 +188,3 @@ def test_memory_is_predicted_with_repeated_keys_for_an_older_card(tmp_path, monk
     assert 2 * 2 * tokens * (width - 64) <= more <= 8 * 2 * tokens * width  # keys and values, and their gradients
     scores = 4 * 12 * 1536 * 1536 * 4
     assert update["fp16", "eager"] - update["fp16", "sdpa"] > scores
-
-
-@pytest.mark.parametrize("path", [p for p in SHIPPED if "qwen" in p.name], ids=lambda path: path.name)
-def test_the_first_evaluation_samples_no_more_than_an_iteration(path):
-    recipe = load_recipe(path)
-    iteration = recipe.rollout.prompts_per_iteration * recipe.rollout.completions_per_prompt
-    assert recipe.evaluation.prompts * recipe.evaluation.samples <= iteration
