@@ -30,7 +30,7 @@ from hapo_lite.rollout.engine import make_engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.display import Display
 from hapo_lite.runs.files import file_hash
-from hapo_lite.runs.folder import RunFolder, check_place
+from hapo_lite.runs.folder import RunFolder, check_place, with_date_of
 from hapo_lite.runs.interrupt import Interrupted, Interrupts
 from hapo_lite.runs.progress import Progress
 from hapo_lite.runs.status import Status
@@ -65,6 +65,7 @@ def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
     """
     if adapter is None and (recipe.run_dir / "adapter").is_dir():
         adapter = recipe.run_dir / "adapter"
+    recipe = with_date_of(RunFolder(recipe.run_dir), recipe)
     # Trackers are for training.
     recipe = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"report_to": "none"})})
     accelerator = make_accelerator(recipe)

@@ -109,7 +109,7 @@ class Predictor:
         self.device = device
         self.config: PretrainedConfig = load_config(recipe.model)
         self.dtype = dtype or resolve_dtype(recipe.model.dtype, torch.device(device))
-        self.context = getattr(self.config, "max_position_embeddings", None) or 1 << 20
+        self.context = getattr(self.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
         self.mode = FakeTensorMode()
         self.model: PeftModel = build(recipe.model, self.config, self.dtype, self.mode)
         self.adapter = [p for p in self.model.parameters() if p.requires_grad]
