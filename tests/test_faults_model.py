@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from hapo_lite.errors import UserError
+from hapo_lite.model.experts import notes_on_experts
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.model.policy import head_options
@@ -174,3 +175,19 @@ def test_flash_attention_that_is_not_installed_is_not_taken_for_a_missing_model(
     settings = ModelSettings(name="tiny", quantization="none", dtype="bf16", attention="flash_attention_2")
     with pytest.raises(UserError, match=r"model\.attention = flash_attention_2 cannot be used .*model\.attention=sdpa"):
         load_policy(settings, 0, "cpu")
+
+
+MIXTRAL = SIZES | {"intermediate_size": 64, "num_key_value_heads": 4, "num_local_experts": 4}
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")  # peft's, of experts
+@pytest.mark.parametrize(
+    ("targets", "words"), [("all-linear", "with adapters on down_proj, gate_up_proj"), (["q_proj"], "without adapters")]
+)
+def test_it_is_said_which_experts_have_adapters_and_that_they_are_not_in_4_bits(targets, words, tmp_path):
+    name = saved(tmp_path, "Mixtral", **MIXTRAL)
+    settings = ModelSettings(name=name, lora=LoraSettings(rank=4, alpha=8.0, targets=targets))
+    [note] = notes_on_experts(load_policy(settings, 0, "cpu").model)
+    assert "the experts, 0.05 M of the weights," in note
+    assert note.endswith(f"they are in float32, not in 4 bits, {words}")
+    assert notes_on_experts(loaded("tiny").model) == []

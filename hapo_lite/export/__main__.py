@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from hapo_lite.cli import program_name, run_command
+from hapo_lite.cli import CommandParser, program_name, run_command
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the command line and export. argv: None for the arguments of this process. Raises UserError."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program_name("export"),
         description="Write a run's adapter as a model to pass on, with a model card, after comparing what was written "
         "with the adapter on its 16-bit base (docs/export.md).",

@@ -91,9 +91,7 @@ def load_policy(
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = fresh_adapter(base, settings, seed).train() if adapter is None else saved_adapter(base, settings, adapter)
     dense = UnpackedBase(base, unpacked) if settings.quantization == "nf4" else None
-    # Without checkpointing the saved tensors include weights, which are not worth moving.
-    offload = settings.activation_offload and settings.gradient_checkpointing
-    return Policy(model, tokenizer, stop_ids, context, dtype, str(origin), offload, dense, rendering)
+    return Policy(model, tokenizer, stop_ids, context, dtype, str(origin), settings.offloads, dense, rendering)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -83,6 +83,11 @@ class ModelSettings(Section):
     )
     lora: LoraSettings = Field(default_factory=LoraSettings, description="Adapter")
 
+    @property
+    def offloads(self) -> bool:
+        """Whether activations are moved. Without checkpointing the saved tensors include weights, which stay."""
+        return self.activation_offload and self.gradient_checkpointing
+
 
 class DataSettings(Section):
     """Where problems and their answers come from."""

@@ -244,7 +244,7 @@ class Predictor:
 
     def _keeping(self) -> contextlib.AbstractContextManager[object]:
         """A context in which activation_offload keeps tensors for the backward off the card until they are needed."""
-        if not self.recipe.model.activation_offload or self.device == "cpu":
+        if not self.recipe.model.offloads or self.device == "cpu":
             return contextlib.nullcontext()
         return torch.autograd.graph.saved_tensors_hooks(
             lambda t: (t.shape, t.dtype), lambda kept: torch.empty(kept[0], dtype=kept[1])
