@@ -17,6 +17,7 @@ from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.model.policy import head_options
 from hapo_lite.recipe import LoraSettings, ModelSettings
 from hapo_lite.records import Completion, EncodedPrompt, Prompt, Sequences
+from hapo_lite.train.memory.predict import Predictor
 from hapo_lite.train.memory.shapes import build, load_config
 
 SIZES = {
@@ -191,3 +192,35 @@ def test_it_is_said_which_experts_have_adapters_and_that_they_are_not_in_4_bits(
     assert "the experts, 0.05 M of the weights," in note
     assert note.endswith(f"they are in float32, not in 4 bits, {words}")
     assert notes_on_experts(loaded("tiny").model) == []
+
+
+HYBRIDS = {
+    "Lfm2": {"intermediate_size": 64, "num_key_value_heads": 4, "layer_types": ["conv", "full_attention"]},
+    "GraniteMoeHybrid": {
+        "intermediate_size": 64,
+        "shared_intermediate_size": 64,
+        "num_key_value_heads": 4,
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "num_local_experts": 0,
+    },
+    "MiniCPM3": {
+        "intermediate_size": 64,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_the_memory_of_a_model_with_another_cache_is_predicted(family, tmp_path, make_recipe):
+    name = saved(tmp_path / "m", family, **SIZES | HYBRIDS[family])
+    stages = Predictor(make_recipe(f"model.name={name}"), "cpu").stages()
+    assert [stage.name for stage in stages] == ["rollout", "scoring", "update"]
+    assert 0 < stages[0].parts["KV cache"] < stages[0].total

@@ -146,7 +146,9 @@ OURS = {
 }
 """By the last parts of a foreign setting's name: our setting, or why there is none."""
 
-FOREIGN_SECTIONS = ("actor_rollout_ref", "algorithm", "trainer", "critic", "reward_model", "custom_reward_function")
+OPTIONS = ("filter_groups", "overlong_buffer_cfg", "overlong_buffer", "chat_template_kwargs", "custom_reward_function")
+"""Those of them that hold settings of their own."""
+FOREIGN_SECTIONS = ("actor_rollout_ref", "algorithm", "trainer", "critic", "reward_model")
 """Sections of verl's configuration that have no counterpart here."""
 
 
@@ -161,7 +163,7 @@ def answer_for(name: str) -> str | None:
         if ours is not None:
             return ours if ours.startswith(_NONE) else f"here it is {ours}"
     for part in reversed(parts[:-1]):
-        if part in ("filter_groups", "overlong_buffer_cfg", "overlong_buffer"):
+        if part in OPTIONS:
             return f"here it is {OURS[part]}"
     if parts[0] in FOREIGN_SECTIONS:
         return f"{parts[0]} is a section of verl; the sections here are listed by --help"

@@ -98,6 +98,12 @@ def unpacking(recipe: Recipe) -> bool | None:
     return {"always": True, "never": False, "auto": None}[settings.unpacked_base]
 
 
+def cached_tensors(layer: Any) -> list[Tensor]:
+    """The tensors that a layer of a cache keeps: keys and values, or the states of linear attention."""
+    states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+    return [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None), *states) if t is not None]
+
+
 class Predictor:
     """Predicts for one model and one type of device ("cuda" or "cpu"). Recipes may differ in all but `model`.
 
@@ -165,15 +171,16 @@ class Predictor:
         ):
             transcript = Transcript(sizes.completion, sizes.rows, torch.device("cpu"))
             self._decode(torch.empty(sizes.prompts, sizes.prompt, dtype=torch.long), sizes.prompt, cache)
-            cache.batch_select_indices(torch.zeros(sizes.rows, dtype=torch.long))
-            # The types include layers of linear attention, which have no keys and cannot be predicted.
-            layers = cast(list[Any], cache.layers)
+            cache.reorder_cache(torch.zeros(sizes.rows, dtype=torch.long))
+            layers = cast(list[Any], cache.layers)  # the layers' own types have other fields
             for layer in layers:
-                shape = (sizes.rows, layer.keys.shape[1], length - 2, layer.keys.shape[3])
-                layer.keys = layer.keys.new_empty(shape)
-                layer.values = layer.values.new_empty(shape)
+                # A layer of linear attention has a state of one size and no keys. Keys and values may differ in width.
+                for name in ("keys", "values"):
+                    if (read := getattr(layer, name, None)) is not None:
+                        longer = (sizes.rows, read.shape[1], length - 2, read.shape[3])
+                        setattr(layer, name, read.new_empty(longer))
             logits = self._decode(torch.empty(sizes.rows, 1, dtype=torch.long), length - 1, cache)
-            kept = sum(2 * layer.keys.untyped_storage().nbytes() for layer in layers)
+            kept = total_bytes([tensor for layer in layers for tensor in cached_tensors(layer)])
             processor = AdaptiveTemperature(None, settings.temperature, 0.0, settings.top_p, settings.top_k)
             transcript.write(0, torch.arange(sizes.rows), draw(processor, logits, torch.empty(sizes.rows)))
         self.model.train()
