@@ -32,7 +32,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt with its token ids. index: its place in the data, which seeds its samples."""
+    """A prompt with its token ids.
+
+    index: in training its position in the stream, else its place in the data. It seeds the samples and names the group.
+    """
 
     index: int
     prompt: Prompt

@@ -24,7 +24,15 @@ from hapo_lite.rollout.engine import EngineSettings, make_engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transcript import ForcedSampler
 from hapo_lite.rollout.transformers_engine import TransformersEngine
-from hapo_lite.rollout.vllm_processor import NOBODY, NUMBER, BatchRows, Desk, SlotRows, batch_processor, slot_processor
+from hapo_lite.rollout.vllm_processor import (
+    NOBODY,
+    NUMBER,
+    BatchRows,
+    SharedSampler,
+    SlotRows,
+    batch_processor,
+    slot_processor,
+)
 from hapo_lite.runs.interrupt import Interrupted, Interrupts, signals_held
 from hapo_lite.tiny.task import problems
 from tests.conftest import TINY, noisy_adapter
@@ -54,11 +62,11 @@ def expected(policy, requests):
 
 
 @pytest.fixture
-def desk(policy, requests):
-    desk = Desk()
-    desk.forced = ForcedSampler(AdaptiveTemperature(SIGNAL, 1.1), draws_of(requests, KEY, LIMIT))
-    desk.prompt_lengths = torch.tensor([len(r.prompt.ids) for r in requests])
-    return desk
+def shared(policy, requests):
+    shared = SharedSampler()
+    shared.forced = ForcedSampler(AdaptiveTemperature(SIGNAL, 1.1), draws_of(requests, KEY, LIMIT))
+    shared.prompt_lengths = torch.tensor([len(r.prompt.ids) for r in requests])
+    return shared
 
 
 class Writing:
@@ -82,8 +90,8 @@ class Writing:
         return len(self.written) == LIMIT or (self.written[-1:] and self.written[-1] in self.policy.stop_ids)
 
 
-def same(desk, requests, expected, policy, written):
-    ours = desk.forced.completions(requests, written, policy)
+def same(shared, requests, expected, policy, written):
+    ours = shared.forced.completions(requests, written, policy)
     for a, b in zip(ours, expected, strict=True):
         assert torch.equal(a.ids, b.ids) and (a.text, a.truncated) == (b.text, b.truncated)
         for name in ("sampling_logp", "base_logp", "entropy", "temperature"):
@@ -98,12 +106,12 @@ class Plain:
     update = staticmethod(SimpleNamespace)
 
 
-def first_interface(desk, real):
+def first_interface(shared, real):
     if not real:
-        rows = BatchRows(desk)
+        rows = BatchRows(shared)
         return Plain, rows.update, rows.apply
     module = pytest.importorskip("vllm.v1.sample.logits_processor", reason="vLLM is not installed")
-    processor = batch_processor(desk)(None, torch.device("cpu"), False)
+    processor = batch_processor(shared)(None, torch.device("cpu"), False)
     assert isinstance(processor, module.LogitsProcessor) and not processor.is_argmax_invariant()
     moves = module.MoveDirectionality
     types = SimpleNamespace(SWAP=moves.SWAP, ONE_WAY=moves.UNIDIRECTIONAL, update=module.BatchUpdate)
@@ -111,9 +119,9 @@ def first_interface(desk, real):
 
 
 @pytest.mark.parametrize("real", [False, True])
-def test_the_first_interface_follows_requests_through_the_batch(policy, requests, expected, desk, real):
+def test_the_first_interface_follows_requests_through_the_batch(policy, requests, expected, shared, real):
     """Places are filled again, the last row moves into a gap, rows change places: the completions are the same."""
-    types, update, apply = first_interface(desk, real)
+    types, update, apply = first_interface(shared, real)
     everyone = [Writing(i, r, policy) for i, r in enumerate(requests)]
     waiting, batch, chance, seen = everyone[::-1], [], random.Random(0), set()
     while waiting or batch:
@@ -145,15 +153,15 @@ def test_the_first_interface_follows_requests_through_the_batch(policy, requests
             ):
                 w.take(token)
     assert seen == {"SWAP", "UNIDIRECTIONAL"}
-    same(desk, requests, expected, policy, [w.written for w in everyone])
+    same(shared, requests, expected, policy, [w.written for w in everyone])
 
 
-def second_interface(desk, real):
+def second_interface(shared, real):
     if not real:
-        rows = SlotRows(desk, ROWS + 1, torch.device("cpu"))
+        rows = SlotRows(shared, ROWS + 1, torch.device("cpu"))
         return rows.add, rows.flush, lambda logits, slots, pos: rows.apply(logits, slots, pos)
     module = pytest.importorskip("vllm.v1.worker.gpu.sample.logits_processor", reason="vLLM is not installed")
-    processor = slot_processor(desk)(None, SimpleNamespace(max_num_reqs=ROWS + 1, device=torch.device("cpu")))
+    processor = slot_processor(shared)(None, SimpleNamespace(max_num_reqs=ROWS + 1, device=torch.device("cpu")))
     assert isinstance(processor, module.LogitsProcessor)
 
     def apply(logits, slots, positions):
@@ -165,9 +173,9 @@ def second_interface(desk, real):
 
 
 @pytest.mark.parametrize("real", [False, True])
-def test_the_second_interface_finds_a_request_by_its_slot(policy, requests, expected, desk, real):
+def test_the_second_interface_finds_a_request_by_its_slot(policy, requests, expected, shared, real):
     """Rows are shuffled in every step, slots are used again, and one is somebody else's and left as it is."""
-    add, flush, apply = second_interface(desk, real)
+    add, flush, apply = second_interface(shared, real)
     everyone = [Writing(i, r, policy) for i, r in enumerate(requests)]
     waiting, slots, free, chance = everyone[::-1], {}, list(range(ROWS)), random.Random(0)
     assert not add(ROWS, SimpleNamespace(extra_args=None))
@@ -188,14 +196,14 @@ def test_the_second_interface_finds_a_request_by_its_slot(policy, requests, expe
             if slots[slot].ended:
                 del slots[slot]
                 free.append(slot)
-    same(desk, requests, expected, policy, [w.written for w in everyone])
+    same(shared, requests, expected, policy, [w.written for w in everyone])
 
 
-def test_rows_beyond_a_completion_and_without_a_writer_are_left_alone(desk):
+def test_rows_beyond_a_completion_and_without_a_writer_are_left_alone(shared):
     logits = torch.randn(4, 50)
     requests, steps = torch.tensor([NOBODY, 0, 1, 2]), torch.tensor([0, -1, LIMIT, LIMIT + 1])
-    assert torch.equal(desk.write(logits.clone(), requests, steps), logits)
-    assert torch.equal(Desk().write(logits.clone(), torch.zeros(4).long(), torch.zeros(4).long()), logits)
+    assert torch.equal(shared.write(logits.clone(), requests, steps), logits)
+    assert torch.equal(SharedSampler().write(logits.clone(), torch.zeros(4).long(), torch.zeros(4).long()), logits)
 
 
 def test_an_engine_that_is_not_installed_names_its_extra(policy, monkeypatch):

@@ -1,6 +1,7 @@
 """Every method is a choice of the same pieces: which of them are on, their constants, and the paper of each preset.
 
-Other code never asks for a preset's name. It asks which pieces are on. docs/methods.md has a row for each preset.
+Other code asks which pieces are on; only the recipe's advice asks for a preset's name. docs/methods.md has a row for
+each preset.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from hapo_lite.rollout.batched_engine import WAVE, BatchedEngine
 from hapo_lite.rollout.engine import EngineSettings
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transcript import ForcedSampler
-from hapo_lite.rollout.vllm_processor import NUMBER, Desk, batch_processor, slot_processor
+from hapo_lite.rollout.vllm_processor import NUMBER, SharedSampler, batch_processor, slot_processor
 from hapo_lite.runs.interrupt import signals_held
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -35,13 +35,13 @@ ADAPTER = 1
 
 
 class VllmEngine(BatchedEngine):
-    """Samples with vLLM. llm: a `vllm.LLM` whose logits processor was made with `desk`."""
+    """Samples with vLLM. llm: a `vllm.LLM` whose logits processor was made with `shared`."""
 
-    def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int, llm: Any, desk: Desk) -> None:
+    def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int, llm: Any, shared: SharedSampler) -> None:
         super().__init__(policy, batch_size, max_new_tokens)
         self.rows = batch_size
         self.llm = llm
-        self.desk = desk
+        self.shared = shared
         self.adapter: Any = None
         self.sleep_level = 1 if policy.device.type == "cuda" else 0  # on a CPU only the queue can sleep
         self.llm.sleep(self.sleep_level)
@@ -53,16 +53,16 @@ class VllmEngine(BatchedEngine):
                 "rollout.engine = vllm works in one process: start without accelerate launch, or use "
                 "rollout.engine=transformers"
             )
-        # The engine core runs in this process, where the logits processor and the engine share the desk.
+        # The engine core runs in this process, where the logits processor and the engine share one SharedSampler.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import vllm
 
-        desk = Desk()
+        shared = SharedSampler()
         try:
             arguments = vllm.EngineArgs(**engine_arguments(settings, policy))
             second_runner = arguments.create_engine_config().use_v2_model_runner
-            arguments.logits_processors = [slot_processor(desk) if second_runner else batch_processor(desk)]
+            arguments.logits_processors = [slot_processor(shared) if second_runner else batch_processor(shared)]
             llm = vllm.LLM.from_engine_args(arguments)
         except (ValueError, RuntimeError, OSError, AssertionError) as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -70,7 +70,7 @@ class VllmEngine(BatchedEngine):
                 f"rollout.engine = vllm does not start ({reason}): if memory is short change rollout.engine_memory or "
                 "lower rollout.batch_size, else use rollout.engine=transformers"
             ) from error
-        return cls(policy, settings.rollout.batch_size, settings.max_new_tokens, llm, desk)
+        return cls(policy, settings.rollout.batch_size, settings.max_new_tokens, llm, shared)
 
     @property
     def part_size(self) -> int:
@@ -82,8 +82,8 @@ class VllmEngine(BatchedEngine):
     ) -> list[Completion]:
         device = self.policy.device
         forced = ForcedSampler(processor, draws, self.writing.drew)
-        self.desk.forced = forced
-        self.desk.prompt_lengths = torch.tensor([len(r.prompt.ids) for r in requests], device=device)
+        self.shared.forced = forced
+        self.shared.prompt_lengths = torch.tensor([len(r.prompt.ids) for r in requests], device=device)
         if device.type == "cuda":
             torch.cuda.synchronize()  # vLLM computes in another stream
         with torch.no_grad():
@@ -140,7 +140,7 @@ class VllmEngine(BatchedEngine):
             self.adapter = self._adapter()
             yield
         finally:
-            self.desk.forced = None
+            self.shared.forced = None
             self.llm.sleep(self.sleep_level)
 
 

@@ -21,7 +21,7 @@ NOBODY = -1
 """The number of a row that belongs to none of the requests."""
 
 
-class Desk:
+class SharedSampler:
     """What engine and processor share within one process.
 
     forced: draws the tokens; None while nothing is sampled. prompt_lengths: of each request, [B].
@@ -52,8 +52,8 @@ class BatchRows:
     held: by place, the request's number and the ids that it has written.
     """
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
+    def __init__(self, shared: SharedSampler) -> None:
+        self.shared = shared
         self.held: dict[int, tuple[int, Sequence[int]]] = {}
 
     def update(self, update: Any) -> None:
@@ -77,7 +77,7 @@ class BatchRows:
         rows = [self.held.get(row, (NOBODY, ())) for row in range(logits.shape[0])]
         requests = torch.tensor([number for number, _ in rows], device=logits.device)
         steps = torch.tensor([len(written) for _, written in rows], device=logits.device)
-        return self.desk.write(logits, requests, steps)
+        return self.shared.write(logits, requests, steps)
 
 
 class SlotRows:
@@ -86,8 +86,8 @@ class SlotRows:
     slots: their number. staged, numbers: [slots], the number of each slot's request, on the CPU and on the device.
     """
 
-    def __init__(self, desk: Desk, slots: int, device: torch.device) -> None:
-        self.desk = desk
+    def __init__(self, shared: SharedSampler, slots: int, device: torch.device) -> None:
+        self.shared = shared
         self.staged = [NOBODY] * slots
         self.numbers = torch.tensor(self.staged, device=device)
         self.changed = False
@@ -109,12 +109,12 @@ class SlotRows:
 
         positions: [n], of the last token that each row has read, counted from the prompt's first.
         """
-        if self.desk.forced is None:
+        if self.shared.forced is None:
             return logits
         requests = self.numbers[slots]
         # A row of no request takes the length of the last prompt; `write` skips it by its number.
-        steps = positions + 1 - self.desk.prompt_lengths[requests]
-        return self.desk.write(logits, requests, steps)
+        steps = positions + 1 - self.shared.prompt_lengths[requests]
+        return self.shared.write(logits, requests, steps)
 
 
 def number_of(params: Any) -> int:
@@ -122,13 +122,13 @@ def number_of(params: Any) -> int:
     return (params.extra_args or {}).get(NUMBER, NOBODY)
 
 
-def batch_processor(desk: Desk) -> type:
+def batch_processor(shared: SharedSampler) -> type:
     """The class to register with vLLM's first model runner, which accepts subclasses of one class of its own."""
     from vllm.v1.sample.logits_processor import LogitsProcessor
 
     class BatchProcessor(LogitsProcessor):
         def __init__(self, vllm_config, device, is_pin_memory):
-            self.rows = BatchRows(desk)
+            self.rows = BatchRows(shared)
 
         def is_argmax_invariant(self):
             return False  # it chooses the token, of greedy requests too
@@ -142,13 +142,13 @@ def batch_processor(desk: Desk) -> type:
     return BatchProcessor
 
 
-def slot_processor(desk: Desk) -> type:
+def slot_processor(shared: SharedSampler) -> type:
     """The class to register with vLLM's second model runner, its default, which refuses the first runner's classes."""
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
     class SlotProcessor(LogitsProcessor):
         def __init__(self, vllm_config, req_states):
-            self.rows = SlotRows(desk, req_states.max_num_reqs, req_states.device)
+            self.rows = SlotRows(shared, req_states.max_num_reqs, req_states.device)
 
         def add_request(self, req_idx, sampling_params):
             return self.rows.add(req_idx, sampling_params)

@@ -96,6 +96,19 @@ class Loop:
         counts = {"iteration": state.iteration, "tokens": state.tokens, "updates": state.updates}
         return Iteration(state, {**counts, **metrics}, traces)
 
+    def sample(self, state: TrainState) -> Collected:
+        """Sample P graded groups for iteration `state.iteration`, with the signal of the iteration before."""
+        rollout, method = self.recipe.rollout, self.recipe.method
+        signal = state.signal if method.adaptive_temperature else None
+        wanted = GroupsWanted(
+            rollout.prompts_per_iteration,
+            rollout.completions_per_prompt,
+            AdaptiveTemperature(signal, rollout.temperature, method.tau, rollout.top_p, rollout.top_k),
+            DrawKey(self.recipe.seed, Stage.TRAINING, state.iteration),
+            self.recipe.token_budget if rollout.dynamic_sampling else None,
+        )
+        return self.collector.collect(self.stream, state.cursor, wanted)
+
     def learn(self, state: TrainState, graded: Graded, clock: Stopwatch) -> Iteration:
         """Score and update. A non-finite value found before the first update skips every update of the iteration."""
         traced = choose_traced(graded, self.recipe.logging.traces_per_iteration)
@@ -117,19 +130,6 @@ class Loop:
         metrics = learning_metrics(experience, updated.outcomes, self.recipe.method) | updated.metrics
         state = state.after_updates(experience.signal, updated.taken, updated.skipped_in_a_row)
         return Iteration(state, metrics, traces)
-
-    def sample(self, state: TrainState) -> Collected:
-        """Sample P graded groups for iteration `state.iteration`, with the signal of the iteration before."""
-        rollout, method = self.recipe.rollout, self.recipe.method
-        signal = state.signal if method.adaptive_temperature else None
-        wanted = GroupsWanted(
-            rollout.prompts_per_iteration,
-            rollout.completions_per_prompt,
-            AdaptiveTemperature(signal, rollout.temperature, method.tau, rollout.top_p, rollout.top_k),
-            DrawKey(self.recipe.seed, Stage.TRAINING, state.iteration),
-            self.recipe.token_budget if rollout.dynamic_sampling else None,
-        )
-        return self.collector.collect(self.stream, state.cursor, wanted)
 
     def active(self, advantage: Sequence[float], traced: Sequence[int]) -> set[int]:
         """Places of the completions that take part in the updates: those with a gradient, and the traced ones."""

@@ -9,7 +9,9 @@ class Observer:
     """Receives the events of an iteration and ignores them. A run uses a subclass that saves and prints."""
 
     def before_update(self) -> None:
-        """The weights are about to change. The iteration can be abandoned before this call, but not after it."""
+        """From here on the iteration is finished and recorded; until now it could be abandoned without a trace in the
+        weights. It is called once in every iteration.
+        """
 
     def on_skip(self, step: SkippedStep) -> None:
         """An optimiser step is skipped because a number is not finite."""

@@ -6,16 +6,15 @@ import json
 import math
 import os
 import platform
-import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 import hapo_lite
-from hapo_lite.errors import UserError, writing
+from hapo_lite.errors import writing
 from hapo_lite.model.adapter import save_adapter
 from hapo_lite.recipe import Recipe
 from hapo_lite.runs.checkpoint import TrainState, save_checkpoint
@@ -30,17 +29,6 @@ from hapo_lite.train.verdict import judge_run
 
 HEADLINE = {"reward/mean": "reward", "entropy/all_mean": "entropy", "eval/accuracy": "avg@n"}
 """Metrics that the progress bar shows, with their labels."""
-
-
-def is_over(recipe: Recipe, state: TrainState) -> bool:
-    """Whether the run has done its last iteration, or has sampled training.max_tokens."""
-    training = recipe.training
-    return state.iteration >= training.iterations or state.tokens >= (training.max_tokens or math.inf)
-
-
-def is_due(iteration: int, every: int) -> bool:
-    """Whether something that happens every `every` iterations is due after this one. every = 0: only at the end."""
-    return every > 0 and iteration % every == 0
 
 
 class Recorder:
@@ -62,27 +50,6 @@ class Recorder:
     def evaluates(self) -> bool:
         """Whether the run has held-out prompts."""
         return bool(self.loop.held_out)
-
-    def iteration(self, state: TrainState) -> TrainState:
-        """Do one iteration, and the evaluation and checkpoint that are due after it.
-
-        Raises UserError after too many skipped updates in a row.
-        """
-        recipe = self.recipe
-        started = time.perf_counter()
-        done = self.loop.step(state)
-        seconds = time.perf_counter() - started
-        number = done.state.iteration
-        over = is_over(recipe, done.state)
-        evaluate = self.evaluates and (over or is_due(number, recipe.evaluation.every))
-        self.record({**done.metrics, "seconds/iteration": seconds}, done.traces, evaluate)
-        state = replace(done.state, seconds=state.seconds + seconds)
-        stuck = state.skipped_in_a_row >= recipe.training.max_skipped
-        if over or stuck or is_due(number, recipe.checkpoint.every):
-            self.save(state)
-        if stuck:
-            raise UserError(self.stuck_sentence(state))
-        return state
 
     def record(self, metrics: dict[str, Any], traces: list[Trace], evaluate: bool) -> None:
         """Add an iteration's line to metrics.jsonl, and write its traces. evaluate: evaluate first, and add that."""
@@ -124,15 +91,6 @@ class Recorder:
         """Print a note above the progress bar."""
         if self.main:
             tqdm.write(f"note: {sentence}")
-
-    def stuck_sentence(self, state: TrainState) -> str:
-        """The message of a run that stops after too many skipped updates in a row."""
-        return (
-            f"stopped after iteration {state.iteration}, which is saved: {state.skipped_in_a_row} updates, or "
-            "iterations before their first one, were skipped in a row (training.max_skipped = "
-            f"{self.recipe.training.max_skipped}); python -m hapo_lite.replay FILE, with the newest file of "
-            f"{self.folder.replay}, shows where it begins"
-        )
 
     def headline(self) -> dict[str, str]:
         """The latest metrics for the progress bar, by label."""

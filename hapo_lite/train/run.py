@@ -6,13 +6,16 @@ adapter/, summary.json, curves.png.
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator
 
+from hapo_lite.errors import UserError
 from hapo_lite.model.experts import notes_on_experts
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
@@ -38,7 +41,7 @@ from hapo_lite.train.loop import Loop
 from hapo_lite.train.memory.room import unpacks
 from hapo_lite.train.observer import Observer
 from hapo_lite.train.prompts import Data, encode_prompts, first_prompt, load_data, training_prompts
-from hapo_lite.train.recorder import Recorder, is_over
+from hapo_lite.train.recorder import Recorder
 from hapo_lite.train.resume import resume
 
 
@@ -159,7 +162,7 @@ class Run:
                         recorder.record({"iteration": 0}, [], evaluate=recorder.evaluates)
                 while not is_over(recipe, observer.state):
                     display.status.doing.iteration = observer.state.iteration + 1
-                    observer.state = recorder.iteration(observer.state)
+                    observer.state = self.iteration(loop, recorder, observer.state)
                     bar.update()
                     bar.set_postfix(recorder.headline())
                     interrupts.unshield()
@@ -169,6 +172,32 @@ class Run:
                 recorder.save(observer.state)
                 raise
         return recorder.finish(observer.state)
+
+    def iteration(self, loop: Loop, recorder: Recorder, state: TrainState) -> TrainState:
+        """Do one iteration, and the evaluation and checkpoint that are due after it.
+
+        Raises UserError after too many skipped updates in a row.
+        """
+        recipe = self.recipe
+        started = time.perf_counter()
+        done = loop.step(state)
+        seconds = time.perf_counter() - started
+        number = done.state.iteration
+        over = is_over(recipe, done.state)
+        evaluate = recorder.evaluates and (over or is_due(number, recipe.evaluation.every))
+        recorder.record({**done.metrics, "seconds/iteration": seconds}, done.traces, evaluate)
+        state = replace(done.state, seconds=state.seconds + seconds)
+        stuck = state.skipped_in_a_row >= recipe.training.max_skipped
+        if over or stuck or is_due(number, recipe.checkpoint.every):
+            recorder.save(state)
+        if stuck:
+            raise UserError(
+                f"stopped after iteration {number}, which is saved: {state.skipped_in_a_row} updates, or iterations "
+                "before their first one, were skipped in a row (training.max_skipped = "
+                f"{recipe.training.max_skipped}); python -m hapo_lite.replay FILE, with the newest file of "
+                f"{self.folder.replay}, shows where it begins"
+            )
+        return state
 
 
 class RunObserver(Observer):
@@ -190,6 +219,17 @@ class RunObserver(Observer):
         self.recorder.note(f"iteration {self.state.iteration + 1}: {sentence}")
         if weights_unchanged:
             self.recorder.save(self.state)
+
+
+def is_over(recipe: Recipe, state: TrainState) -> bool:
+    """Whether the run has done its last iteration, or has sampled training.max_tokens."""
+    training = recipe.training
+    return state.iteration >= training.iterations or state.tokens >= (training.max_tokens or math.inf)
+
+
+def is_due(iteration: int, every: int) -> bool:
+    """Whether something that happens every `every` iterations is due after this one. every = 0: only at the end."""
+    return every > 0 and iteration % every == 0
 
 
 def first_evaluation(recipe: Recipe, prompts: int) -> str:

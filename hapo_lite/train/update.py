@@ -26,8 +26,9 @@ from hapo_lite.train.resources import Resources
 from hapo_lite.train.scoring import logprobs
 
 
-class Gradients(NamedTuple):
-    """loss: scalar, over this process's micro-batches. outcomes: the step's effect on each completion, by place."""
+class LossAndOutcomes(NamedTuple):
+    """loss: scalar, over this process's micro-batches. outcomes: the step's effect on each completion, by its
+    index in the iteration."""
 
     loss: Tensor
     outcomes: dict[int, TokenOutcome]
@@ -125,7 +126,7 @@ class Update:
             learner.scheduler.step()
         return result
 
-    def _attempt(self, experience: Experience, denominator: float, parts: Parts) -> Gradients:
+    def _attempt(self, experience: Experience, denominator: float, parts: Parts) -> LossAndOutcomes:
         processes = self.resources.processes
         [batches] = parts
         return self.gradients(
@@ -138,7 +139,7 @@ class Update:
         batches: Sequence[Sequence[int]],
         denominator: float,
         padding: Sequence[Sequence[int]] = (),
-    ) -> Gradients:
+    ) -> LossAndOutcomes:
         """Forward and backward of a step's micro-batches. The gradients are summed over processes, the loss is not.
 
         denominator: `loss_denominator` of the whole step. padding: dummy micro-batches that keep collectives in step.
@@ -160,14 +161,14 @@ class Update:
                 logp, _ = logprobs(self.policy, experience.select(batch).completions, self.temperature)
                 accelerator.backward(0.0 * logp.sum())
         processes.share_gradients(self.learner.parameters)
-        return Gradients(loss, outcomes)
+        return LossAndOutcomes(loss, outcomes)
 
-    def micro_batch(self, batch: Experience, denominator: float) -> Gradients:
+    def micro_batch(self, batch: Experience, denominator: float) -> LossAndOutcomes:
         """The loss of one micro-batch, with its graph, and its effect on each token. The outcomes are by row."""
         logp, _ = logprobs(self.policy, batch.completions, self.temperature)
         inputs = batch.padded(self.method, logp.device)
         loss, credit = method_loss(self.method, logp, inputs, denominator)
-        return Gradients(loss.loss, outcomes_of(batch, logp, loss, credit))
+        return LossAndOutcomes(loss.loss, outcomes_of(batch, logp, loss, credit))
 
 
 def outcomes_of(batch: Experience, logp: Tensor, loss: PolicyLoss, credit: Credit) -> dict[int, TokenOutcome]:
