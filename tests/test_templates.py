@@ -210,3 +210,9 @@ def test_the_shipped_recipe_of_a_thinking_model_does_without_thoughts():
     assert load_recipe(ROOT / "recipes" / "qwen3_8b_24gb.yaml").model.chat_template_options == {
         "enable_thinking": False
     }
+
+
+def test_an_open_thought_belongs_to_the_prompt(model):
+    policy = loaded(model(TURNS + OPEN.replace("assistant\n", "assistant\n<think>\n")))
+    assert written(policy).endswith("assistant\n<think>\n")
+    assert policy.decode(policy.tokenizer.encode("2+2</think>4")) == "2+2</think>4"

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hapo_lite.errors import UserError, first_line
+from hapo_lite.errors import UserError, first_line, page
 from hapo_lite.model.adapter import fresh_adapter, saved_adapter
 from hapo_lite.model.noise import switch_off_noise
 from hapo_lite.model.origins import Origin, may_run_code, model_origin
@@ -182,7 +182,7 @@ def _loading_problem(settings: ModelSettings, origin: Origin, error: Exception) 
     if "trust_remote_code=True" in str(error):
         return (
             f"model.name = {name} brings Python code that it needs, which is not run: read it, and set "
-            "model.trust_remote_code=true if it may run on this machine with your rights (docs/security.md)"
+            f"model.trust_remote_code=true if it may run on this machine with your rights ({page('security.md')})"
         )
     if settings.attention == "flash_attention_2" and re.search("flash.?att", str(error), re.IGNORECASE):
         return (

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from hapo_lite.errors import page
 from hapo_lite.recipe.settings import Section
 
 QWEN_SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -115,7 +116,7 @@ class RewardSettings(Section):
     """What a completion earns, and the processes that grade it."""
 
     function: HomePath | None = Field(
-        None, description="Your own reward as module:function (see docs/rewards.md); null: grade the answer"
+        None, description=f"Your own reward as module:function (see {page('rewards.md')}); null: grade the answer"
     )
     correct: float = Field(1.0, description="Reward of a correct answer")
     wrong: float = Field(0.0, description="Reward of any other outcome")
