@@ -22,7 +22,7 @@ from hapo_lite.errors import UserError, first_line, page
 from hapo_lite.model.adapter import fresh_adapter, saved_adapter
 from hapo_lite.model.noise import switch_off_noise
 from hapo_lite.model.origins import Origin, may_run_code, model_origin
-from hapo_lite.model.policy import Policy
+from hapo_lite.model.policy import Policy, embedding_rows
 from hapo_lite.model.template import Rendering, check_options, templated, today
 from hapo_lite.model.unpacked import UnpackedBase
 from hapo_lite.recipe import ModelSettings
@@ -85,8 +85,8 @@ def load_policy(
     config = base.config.get_text_config()
     context = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
     if engine == "unsloth":
-        known = (model, tokenizer, stop_ids, context, dtype, str(origin))
-        return unsloth.UnslothPolicy(*known, rendering=rendering, fast=fast)
+        parts = (model, tokenizer, stop_ids, context, dtype, str(origin))
+        return unsloth.UnslothPolicy(*parts, rendering=rendering, fast=fast)
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = fresh_adapter(base, settings, seed).train() if adapter is None else saved_adapter(base, settings, adapter)
@@ -132,7 +132,7 @@ def choose_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
     A padding token that was added to the tokenizer alone has an id beyond the embeddings.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     pad_id = tokenizer.pad_token_id
     if pad_id is None or pad_id >= rows:
         tokenizer.pad_token_id = next((i for i in stop_ids if i < rows), 0)

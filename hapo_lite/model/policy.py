@@ -70,7 +70,7 @@ class Policy:
         Raises UserError if the chat template fails, or if the model has no embedding for one of the tokens.
         """
         ids = encode_chat(self.tokenizer, chat, self.rendering)
-        rows = self.base.get_input_embeddings().weight.shape[0]
+        rows = embedding_rows(self.base)
         if ids and max(ids) >= rows:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
             raise UserError(
@@ -183,6 +183,11 @@ def trainers_head(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         del head.forward
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """The number of tokens that a model has an embedding for."""
+    return int(cast(Tensor, model.get_input_embeddings().weight).shape[0])
 
 
 def head_options(model: PreTrainedModel) -> dict[str, Any]:

@@ -170,11 +170,11 @@ def compare(
 
 
 def _cause(found: Canary, engine: str) -> str:
-    """The likely fault, as a clause. The default engine has no weights of its own that could be others."""
-    if engine == "transformers":
+    """The likely fault, as a clause. The default engine has no base of its own that could be another one."""
+    if engine == "transformers" and not found.shares[0] <= 1.0:
         return (
-            "it samples with the trainer's own model, so the trainer computes this architecture in another way than "
-            "the model does"
+            "the two differ even before the adapter is perturbed, on the same weights, so the trainer computes this "
+            "architecture in another way than the model does"
         )
     return found.meaning()
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from hapo_lite.errors import UserError
 from hapo_lite.model.policy import Policy
+from hapo_lite.model.template import text_of
 from hapo_lite.recipe import DataSettings, EvaluationSettings
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.tasks.data import PromptSet, load_prompts, split_held_out
@@ -74,7 +75,7 @@ def first_prompt(prompts: Iterable[EncodedPrompt | None], policy: Policy) -> Ite
     first = next((prompt for prompt in itertools.islice(prompts, CHECKED_AT_START) if prompt is not None), None)
     if first is None:
         return
-    text = policy.tokenizer.decode(list(first.ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = text_of(policy.tokenizer, first.ids, hidden=())
     yield f"first prompt, {len(first.ids)} tokens:\n{textwrap.indent(shown(text), '  | ', lambda line: True)}"
     for role, content in first.prompt.messages:
         if role == "system" and content.strip() and content.strip() not in text:

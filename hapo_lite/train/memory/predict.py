@@ -171,7 +171,7 @@ class Predictor:
         ):
             transcript = Transcript(sizes.completion, sizes.rows, torch.device("cpu"))
             self._decode(torch.empty(sizes.prompts, sizes.prompt, dtype=torch.long), sizes.prompt, cache)
-            cache.reorder_cache(torch.zeros(sizes.rows, dtype=torch.long))
+            cache.reorder_cache(cast(torch.LongTensor, torch.zeros(sizes.rows, dtype=torch.long)))
             layers = cast(list[Any], cache.layers)  # the layers' own types have other fields
             for layer in layers:
                 # A layer of linear attention has a state of one size and no keys. Keys and values may differ in width.
