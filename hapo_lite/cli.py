@@ -7,12 +7,37 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from hapo_lite.errors import UserError, first_line
-from hapo_lite.recipe import Recipe, describe_fields, load_recipe
-from hapo_lite.runs.interrupt import Interrupted
+# Only what loads at once: Ctrl-C during the imports that take long then ends in a sentence (see `run_command`).
+if TYPE_CHECKING:
+    from hapo_lite.recipe import Recipe
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that takes settings and options in any order, and answers settings that are written as options."""
+
+    # argparse declares four overloads.
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):  # type: ignore[override]
+        """See `argparse.ArgumentParser.parse_args`."""
+        return self.parse_intermixed_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        start = "unrecognized arguments: "
+        if message.startswith(start + "-"):
+            from hapo_lite.recipe.elsewhere import answer_for
+
+            option, _, value = message.removeprefix(start).split()[0].partition("=")
+            setting = option.lstrip("-")
+            if answer := answer_for(setting):
+                message = f"{option} is not an option; {answer} (written section.key=value)"
+            elif "." in setting:
+                message = (
+                    f"{option} is not an option: settings are written without dashes, {setting}={value or 'VALUE'}"
+                )
+        super().error(message)
 
 
 def program_name(room: str) -> str:
@@ -28,9 +53,11 @@ def program_name(room: str) -> str:
     return f"python -m hapo_lite.{room}"
 
 
-def recipe_parser(room: str, description: str) -> argparse.ArgumentParser:
+def recipe_parser(room: str, description: str) -> CommandParser:
     """A parser of RECIPE [section.key=value ...]. Its --help lists every field of a recipe."""
-    parser = argparse.ArgumentParser(
+    from hapo_lite.recipe import describe_fields
+
+    parser = CommandParser(
         prog=program_name(room),
         description=description,
         epilog=describe_fields(),
@@ -47,6 +74,8 @@ def recipe_parser(room: str, description: str) -> argparse.ArgumentParser:
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
     """The recipe that the arguments of a `recipe_parser` name. Raises UserError."""
+    from hapo_lite.recipe import load_recipe
+
     return load_recipe(arguments.recipe, arguments.overrides)
 
 
@@ -55,6 +84,17 @@ def run_command(command: Callable[[list[str] | None], object], argv: list[str] |
 
     A shortage of memory counts as a UserError. argv: None takes the arguments of this process.
     """
+    try:
+        return _run(command, argv)
+    except KeyboardInterrupt:
+        print("stopped before anything was done", file=sys.stderr)
+        return 130
+
+
+def _run(command: Callable[[list[str] | None], object], argv: list[str] | None) -> int:
+    from hapo_lite.errors import UserError, first_line
+    from hapo_lite.runs.interrupt import Interrupted
+
     keep_freed_memory()
     quiet_libraries()
     try:
@@ -66,9 +106,6 @@ def run_command(command: Callable[[list[str] | None], object], argv: list[str] |
     except Interrupted as stop:
         print(f"stopped by {stop}; saved: the same command continues from here", file=sys.stderr)
         return 128 + stop.number
-    except KeyboardInterrupt:
-        print("stopped before anything was done", file=sys.stderr)
-        return 130
     except (RuntimeError, MemoryError) as error:
         from hapo_lite.model.oom import is_out_of_memory
 

@@ -38,6 +38,14 @@ def disk_problem(error: BaseException) -> str:
     return f"{str(error).splitlines()[0]}; check the folder and run the same command again"
 
 
+def page(name: str) -> str:
+    """The path of a page of the documentation: in docs/ of a checkout, else in the installed package."""
+    package = Path(__file__).parent
+    if (package.parent / "docs").is_dir() and (package.parent / "pyproject.toml").is_file():
+        return f"docs/{name}"
+    return str(package / "docs" / name)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or the error's type where it has no text."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -24,7 +24,7 @@ from hapo_lite.recipe import load_recipe
 from tests.conftest import ROOT, TINY
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "hapo_lite", "recipes")
+SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "hapo_lite", "recipes", "docs")
 """What the build reads."""
 LOOK = """
 import json, pathlib
@@ -166,7 +166,8 @@ def test_the_wheel_is_whole(installed, tmp_path):
     carried = {name for name in found["files"] if name.startswith("hapo_lite/") and "__pycache__" not in name}
     kept = {path for path in (ROOT / "hapo_lite").rglob("*") if path.is_file() and path.suffix != ".pyc"}
     recipes = {f"hapo_lite/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
-    assert carried == {str(path.relative_to(ROOT)) for path in kept} | recipes
+    pages = {f"hapo_lite/docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    assert carried == {str(path.relative_to(ROOT)) for path in kept} | recipes | pages
     required = {Requirement(line) for line in found["requires"]}
     extras = PYPROJECT["project"]["optional-dependencies"]
     assert required >= {Requirement(line) for line in PYPROJECT["project"]["dependencies"]}

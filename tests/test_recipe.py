@@ -161,7 +161,6 @@ def test_missing_file_names_its_nearest_neighbour(tmp_path):
 
 
 ERRORS = [
-    (rules.offload_needs_checkpointing, ["model.activation_offload=true"], "without it, weights would be moved too"),
     (
         rules.groups_have_two_completions,
         ["rollout.completions_per_prompt=1"],
@@ -178,11 +177,6 @@ ERRORS = [
         "some updates would be empty",
     ),
     (rules.a_correct_answer_earns_more, ["reward.correct=0"], "wrong answers are what is learned"),
-    (
-        rules.token_budget_needs_dynamic_sampling,
-        ["rollout.token_budget=5"],
-        "no effect without rollout.dynamic_sampling",
-    ),
     (
         rules.truncated_sampling_needs_its_weight,
         ["rollout.top_p=0.9"],
@@ -202,6 +196,12 @@ ERRORS = [
 """Rules of RULES, the overrides that break each of them, and words of its sentence."""
 
 DOUBTS = [
+    (rules.offload_needs_checkpointing, ["model.activation_offload=true"], "without it, weights would be moved too"),
+    (
+        rules.token_budget_needs_dynamic_sampling,
+        ["rollout.token_budget=5"],
+        "no effect without rollout.dynamic_sampling",
+    ),
     (rules.one_update_disables_hapo, ["training.updates_per_iteration=1"], "every ratio is 1"),
     (
         rules.one_update_disables_eps_uncertain,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from hapo_lite.cli import program_name, run_command
-from hapo_lite.compare.plan import Comparison, load_comparison, planned_runs
-from hapo_lite.errors import UserError
-from hapo_lite.recipe.fields import describe
+from hapo_lite.cli import CommandParser, program_name, run_command
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    from hapo_lite.compare.plan import Comparison, load_comparison, planned_runs
+    from hapo_lite.errors import UserError
+    from hapo_lite.recipe.fields import describe
+
+    parser = CommandParser(
         prog=program_name("compare"),
         description="Train several methods with several seeds at equal tokens, and report how they differ. "
         "Run it again to go on after an interruption.",

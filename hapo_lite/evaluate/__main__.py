@@ -25,8 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--adapter", type=Path, metavar="DIR", help="an adapter or a checkpoint; without it that of the recipe's run"
     )
-    # Intermixed parsing lets options stand between settings.
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse_args(argv)
     if arguments.suite:
         arguments.overrides.append(f"benchmark.suites={json.dumps(arguments.suite)}")
     recipe = recipe_from(arguments)

@@ -28,9 +28,10 @@ from hapo_lite.recipe import Recipe
 from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.engine import make_engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
+from hapo_lite.runs.checkpoint import list_checkpoints
 from hapo_lite.runs.display import Display
 from hapo_lite.runs.files import file_hash
-from hapo_lite.runs.folder import RunFolder, check_place
+from hapo_lite.runs.folder import RunFolder, check_place, with_date_of
 from hapo_lite.runs.interrupt import Interrupted, Interrupts
 from hapo_lite.runs.progress import Progress
 from hapo_lite.runs.status import Status
@@ -65,6 +66,7 @@ def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
     """
     if adapter is None and (recipe.run_dir / "adapter").is_dir():
         adapter = recipe.run_dir / "adapter"
+    recipe = with_date_of(RunFolder(recipe.run_dir), recipe)
     # Trackers are for training.
     recipe = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"report_to": "none"})})
     accelerator = make_accelerator(recipe)
@@ -305,10 +307,19 @@ class Evaluation:
             text = json.dumps({**whole, "model": self.recipe.model.name, **adapter}, indent=1, default=asdict)
             (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
 
+    def _alone(self) -> str:
+        """The base without an adapter, and the checkpoint that an unfinished run has."""
+        name, checkpoints = self.recipe.model.name, list_checkpoints(RunFolder(self.recipe.run_dir).checkpoints)
+        if not checkpoints:
+            return f"{name} alone"
+        return (
+            f"{name} alone, since the run is not finished (--adapter {checkpoints[-1]} evaluates what it has learned)"
+        )
+
     def opening(self, work: Sequence[Work]) -> str:
         """The first line of output: the model, the suites and the settings."""
         settings = self.settings
-        who = f"{self.recipe.model.name} and {self.adapter}" if self.adapter else f"{self.recipe.model.name} alone"
+        who = f"{self.recipe.model.name} and {self.adapter}" if self.adapter else self._alone()
         done = sum(w.file.done for w in work) * settings.samples
         before = f"; {done:,} completions are there from before" if done else ""
         return (

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from hapo_lite.cli import program_name, run_command
+from hapo_lite.cli import CommandParser, program_name, run_command
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the command line and export. argv: None for the arguments of this process. Raises UserError."""
-    parser = argparse.ArgumentParser(
+    from hapo_lite.errors import page
+
+    parser = CommandParser(
         prog=program_name("export"),
         description="Write a run's adapter as a model to pass on, with a model card, after comparing what was written "
-        "with the adapter on its 16-bit base (docs/export.md).",
+        f"with the adapter on its 16-bit base ({page('export.md')}).",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/tiny_cpu")
     parser.add_argument(

@@ -5,13 +5,12 @@ The inspector reads traces and runs single generations. `tabs/` builds its page 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hapo_lite.cli import program_name, run_command
+from hapo_lite.cli import CommandParser, program_name, run_command
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -23,7 +22,7 @@ def serve(argv: list[str] | None = None, block: bool = True) -> tuple[gr.Blocks,
     argv: the command line; None: that of this process. block: return only after Ctrl-C. Raises UserError if the run
     cannot be opened or the port is in use.
     """
-    parser = argparse.ArgumentParser(prog=program_name("inspect"), description="See what HAPO does to every token.")
+    parser = CommandParser(prog=program_name("inspect"), description="See what HAPO does to every token.")
     parser.add_argument("--run", type=Path, metavar="DIR", help="a run to open, such as runs/tiny_cpu")
     parser.add_argument("--model", default="", metavar="NAME_OR_PATH", help="hub name, folder, or tiny (bundled)")
     parser.add_argument("--adapter", default="", metavar="DIR", help="a trained adapter, such as runs/tiny_cpu/adapter")

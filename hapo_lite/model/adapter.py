@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from hapo_lite.errors import UserError, first_line
 from hapo_lite.model.policy import Policy
+from hapo_lite.model.targets import check_head_is_free, check_targets, peft_targets
 from hapo_lite.recipe import ModelSettings
 
 
@@ -41,8 +41,8 @@ def fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> 
     Raises UserError if model.lora.targets does not fit the model.
     """
     torch.manual_seed(seed)
-    lora = settings.lora
-    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    lora, targets = settings.lora, peft_targets(settings.lora)
+    check_targets(base, lora, settings.name)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it by the rank: a fraction will do
@@ -53,11 +53,10 @@ def fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> 
     try:
         with peft_packages():
             model = get_peft_model(base, config)
-        if isinstance(base.get_output_embeddings(), BaseTunerLayer):
-            raise ValueError("the head is among them, and training reads its frozen weight")
-        return model
     except ValueError as error:
         raise UserError(f"model.lora.targets = {targets!r} does not fit {settings.name}: {error}") from error
+    check_head_is_free(base, lora, settings.name)
+    return model
 
 
 def check_adapter(folder: Path) -> None:

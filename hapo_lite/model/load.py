@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import cast
 
@@ -17,11 +18,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hapo_lite.errors import UserError, first_line
+from hapo_lite.errors import UserError, first_line, page
 from hapo_lite.model.adapter import fresh_adapter, saved_adapter
 from hapo_lite.model.attention import use_fused_attention
-from hapo_lite.model.origins import may_run_code, model_origin
-from hapo_lite.model.policy import Policy, templated
+from hapo_lite.model.noise import switch_off_noise
+from hapo_lite.model.origins import Origin, may_run_code, model_origin
+from hapo_lite.model.policy import Policy, embedding_rows
+from hapo_lite.model.template import Rendering, check_options, templated, today
 from hapo_lite.model.unpacked import UnpackedBase
 from hapo_lite.recipe import ModelSettings
 
@@ -46,8 +49,8 @@ def load_policy(
     dtype = resolve_dtype(settings.dtype, device)
     check_attention(settings.attention, dtype)
     use_fused_attention(device)
+    origin = find_origin(settings)
     try:
-        origin = model_origin(settings)
         trust = may_run_code(settings, origin)
         source = {"revision": origin.commit, "trust_remote_code": trust}
         tokenizer = AutoTokenizer.from_pretrained(origin.name, padding_side="left", **source)
@@ -73,24 +76,26 @@ def load_policy(
         known = (OSError, ValueError, ImportError, KeyError, SafetensorError)
         if not settings.trust_remote_code and not isinstance(error, known):
             raise
-        raise UserError(_loading_problem(settings.name, error)) from error
+        raise UserError(_loading_problem(settings, origin, error)) from error
     keep_weights_unpacked(base)
-    stop_ids = find_stop_ids(base, tokenizer)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = stop_ids[0]
+    switch_off_noise(base)
+    check_options(tokenizer, settings.chat_template_options)
+    rendering = Rendering(settings.chat_template_options, settings.chat_template_date or today())
+    stop_ids = find_stop_ids(base, tokenizer, rendering)
+    choose_pad_token(base, tokenizer, stop_ids)
     # The model's generation settings (top_k, repetition_penalty, ...) would silently change the sampled distribution.
     base.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=list(stop_ids))
-    context = int(getattr(base.config, "max_position_embeddings", None) or tokenizer.model_max_length)
+    config = base.config.get_text_config()
+    context = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
     if engine == "unsloth":
+        parts = (model, tokenizer, stop_ids, context, dtype, str(origin))
         checkpointing = settings.gradient_checkpointing
-        return unsloth.UnslothPolicy(
-            model, tokenizer, stop_ids, context, dtype, str(origin), fast=fast, checkpointing=checkpointing
-        )
+        return unsloth.UnslothPolicy(*parts, rendering=rendering, fast=fast, checkpointing=checkpointing)
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = fresh_adapter(base, settings, seed).train() if adapter is None else saved_adapter(base, settings, adapter)
     dense = UnpackedBase(base, unpacked) if settings.quantization == "nf4" else None
-    return Policy(model, tokenizer, stop_ids, context, dtype, str(origin), settings.activation_offload, dense)
+    return Policy(model, tokenizer, stop_ids, context, dtype, str(origin), settings.offloads, dense, rendering)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -116,7 +121,9 @@ def check_attention(attention: str, dtype: torch.dtype) -> None:
         )
 
 
-def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def find_stop_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rendering: Rendering | None = None
+) -> tuple[int, ...]:
     """Every token id that ends a completion, from the model, its generation settings, tokenizer and chat template.
 
     They can differ: Qwen2.5's base models name <|endoftext|>, but their chat template ends a turn with <|im_end|>.
@@ -128,13 +135,24 @@ def find_stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     if tokenizer.chat_template is not None:
         answer = "answer"
         chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-        text = templated(tokenizer, chat)
+        text = templated(tokenizer, chat, rendering=rendering)
         after = tokenizer.encode(text.rpartition(answer)[2] if answer in text else "", add_special_tokens=False)
         found += [i for i in after[:1] if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]
     stop_ids = tuple(dict.fromkeys(i for i in found if i is not None))
     if not stop_ids:
         raise UserError("the model names no end-of-sequence token: set eos_token_id in its generation_config.json")
     return stop_ids
+
+
+def choose_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: tuple[int, ...]) -> None:
+    """Give the tokenizer a padding token that the model has an embedding for. Masks hide padding, so any will do.
+
+    A padding token that was added to the tokenizer alone has an id beyond the embeddings.
+    """
+    rows = embedding_rows(model)
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None or pad_id >= rows:
+        tokenizer.pad_token_id = next((i for i in stop_ids if i < rows), 0)
 
 
 def keep_weights_unpacked(model: nn.Module) -> None:
@@ -157,21 +175,35 @@ def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _loading_problem(name: str, error: Exception) -> str:
-    """The message for a model that was not loaded."""
-    folder = Path(name)
+def find_origin(settings: ModelSettings) -> Origin:
+    """`model_origin`, with a UserError if nothing is found."""
+    name, folder = settings.name, Path(settings.name)
+    try:
+        return model_origin(settings)
+    except (OSError, ValueError) as error:
+        if folder.is_dir():
+            raise UserError(f"model.name = {name} cannot be read: {first_line(error)}") from error
+        if folder.is_absolute() or name.startswith((".", "~")):
+            raise UserError(
+                f"model.name = {name} is not a folder: give a folder that save_pretrained wrote, or a hub name"
+            ) from error
+        raise UserError(
+            f"model.name = {name} is neither a folder here nor a model that the hub gives: check the name and the "
+            f"network ({first_line(error)})"
+        ) from error
+
+
+def _loading_problem(settings: ModelSettings, origin: Origin, error: Exception) -> str:
+    """The message for a model that was found and not loaded."""
+    name = settings.name
     if "trust_remote_code=True" in str(error):
         return (
             f"model.name = {name} brings Python code that it needs, which is not run: read it, and set "
-            "model.trust_remote_code=true if it may run on this machine with your rights (docs/security.md)"
+            f"model.trust_remote_code=true if it may run on this machine with your rights ({page('security.md')})"
         )
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            return f"model.name = {name} is a folder without a config.json: give a folder that save_pretrained wrote"
-        return f"model.name = {name} cannot be loaded: {first_line(error)}"
-    if folder.is_absolute() or name.startswith((".", "~")):
-        return f"model.name = {name} is not a folder: give a folder that save_pretrained wrote, or a hub name"
-    return (
-        f"model.name = {name} is neither a folder here nor a model that the hub gives: check the name and the network "
-        f"({first_line(error)})"
-    )
+    if settings.attention == "flash_attention_2" and re.search("flash.?att", str(error), re.IGNORECASE):
+        return (
+            f"model.attention = flash_attention_2 cannot be used ({first_line(error)}): set model.attention=sdpa, or "
+            "pip install flash-attn where a GPU is"
+        )
+    return f"model.name = {name} was found ({origin}), and cannot be loaded: {first_line(error)}"

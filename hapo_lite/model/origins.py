@@ -25,6 +25,8 @@ HASHED_WHOLE = 64 << 20
 """Largest file, bytes, that is hashed whole. Of a larger file the size and SAMPLES pieces of PIECE bytes are hashed."""
 LOADED = (".json", ".safetensors", ".txt", ".model", ".tiktoken", ".jinja", ".py")
 SAMPLES, PIECE = 64, 1 << 16
+QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+"""Arguments with which `cached_file` returns None for a file that it does not get."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,37 @@ def model_origin(settings: ModelSettings) -> Origin:
         return Origin(str(TINY_MODEL), digest=folder_digest(TINY_MODEL))
     folder = Path(settings.name)
     if folder.is_dir():
+        _refuse_adapter(settings.name, folder / "adapter_config.json")
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"model.name = {folder} is a folder without a config.json: give a folder that save_pretrained wrote"
             )
         origin = Origin(settings.name, digest=folder_digest(folder))
     else:
-        config = cached_file(settings.name, "config.json", revision=settings.revision)
+        try:
+            config = cached_file(settings.name, "config.json", revision=settings.revision)
+        except OSError:
+            adapter = cached_file(settings.name, "adapter_config.json", revision=settings.revision, **QUIET)
+            if adapter:
+                _refuse_adapter(settings.name, Path(adapter))
+            raise
         origin = Origin(settings.name, commit=extract_commit_hash(config, None))
-    # For an adapter transformers would load the base that its adapter_config.json names.
-    if _read(origin, "adapter_config.json"):
-        raise UserError(f"model.name = {origin.name} is an adapter: give the model that it belongs to")
+    # With an adapter_config.json transformers would load the base that it names.
+    if found := _path_of(origin, "adapter_config.json"):
+        _refuse_adapter(settings.name, found)
     return origin
+
+
+def _refuse_adapter(name: str, file: Path) -> None:
+    """Raise UserError if there is an adapter_config.json, naming the base in it."""
+    if not file.is_file():
+        return
+    base = _object_in(file).get("base_model_name_or_path")
+    named = f", model.name={base}" if isinstance(base, str) and base else ""
+    raise UserError(
+        f"model.name = {name} is an adapter: give the model that it belongs to{named}; hapo_lite.evaluate and the "
+        "inspector take an adapter's folder as --adapter"
+    )
 
 
 def may_run_code(settings: ModelSettings, origin: Origin) -> bool:
@@ -127,6 +148,17 @@ def _code_references(origin: Origin) -> Iterator[str]:
 
 def _read(origin: Origin, name: str) -> dict[str, Any]:
     """The object in a JSON file of the model; empty if there is no such file."""
+    path = _path_of(origin, name)
+    return _object_in(path) if path else {}
+
+
+def _path_of(origin: Origin, name: str) -> Path | None:
+    """A file of the model on this machine; None if the model has no such file."""
     path = cached_file(origin.name, name, revision=origin.commit, _raise_exceptions_for_missing_entries=False)
-    fields = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    return Path(path) if path else None
+
+
+def _object_in(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file holds something else."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
     return fields if isinstance(fields, dict) else {}

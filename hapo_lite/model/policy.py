@@ -6,8 +6,9 @@ Axes: B sequences, T completion tokens, N tokens flattened, D hidden, V vocabula
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,10 +17,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hapo_lite.errors import UserError, first_line
+from hapo_lite.errors import UserError
 from hapo_lite.head import next_token_logits, token_logprobs
+from hapo_lite.model.template import Rendering, encode_chat, text_of
 from hapo_lite.model.unpacked import UnpackedBase
 from hapo_lite.records import Sequences
+
+MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
+"""Types of models whose config has `logits_scaling` as a factor. In the others it is a divisor."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class Policy:
     model: the base with its adapter. stop_ids: each of them ends a completion. context: longest sequence, tokens.
     dtype: of the model's products; bf16 and fp16 by autocast, which leaves the adapter's weights in fp32. origin: the
     commit or the digest of the base, as a string of `origins.Origin`. offload: whether activations wait for the
-    backward in main memory. dense: makes the unpacked copy of a 4-bit base; None for another base.
+    backward in main memory. dense: makes the unpacked copy of a 4-bit base; None for another base. rendering: how the
+    chat template is rendered.
     """
 
     model: PeftModel
@@ -40,6 +46,7 @@ class Policy:
     origin: str = ""
     offload: bool = False
     dense: UnpackedBase | None = None
+    rendering: Rendering = field(default_factory=Rendering)
 
     steps: ClassVar[bool] = True
     """Whether the decoder can be called token by token with a cache."""
@@ -58,15 +65,24 @@ class Policy:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def encode(self, chat: list[dict[str, str]]) -> list[int]:
-        """Token ids of a chat, up to the place where the assistant's answer begins."""
-        if self.tokenizer.chat_template is None:
-            text = "\n\n".join(message["content"] for message in chat) + "\n\n"
-            return self.tokenizer.encode(text)
-        text = templated(self.tokenizer, chat, add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """Token ids of a chat, up to the place where the assistant's answer begins.
+
+        Raises UserError if the chat template fails, or if the model has no embedding for one of the tokens.
+        """
+        ids = encode_chat(self.tokenizer, chat, self.rendering)
+        rows = embedding_rows(self.base)
+        if ids and max(ids) >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(
+                f"the tokenizer of {self.tokenizer.name_or_path} writes the token {token!r} as {max(ids)}, and the "
+                f"model has embeddings for 0 to {rows - 1:,}: resize the model's embeddings, or use the tokenizer that "
+                "belongs to it"
+            )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))  # a list of str for nested lists
+        """The text of a completion, without stop and padding tokens. Other special tokens, such as <think>, stay."""
+        return text_of(self.tokenizer, ids, (*self.stop_ids, self.tokenizer.pad_token_id))
 
     def completion_logprobs(self, batch: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of every completion token, nats: [B, T] each, fp32, 0 where the mask is false.
@@ -169,30 +185,28 @@ def trainers_head(model: PreTrainedModel) -> Iterator[None]:
         del head.forward
 
 
-def templated(
-    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], add_generation_prompt: bool = False
-) -> str:
-    """A chat as text, written by the model's chat template. Raises UserError if the template fails.
-
-    A template is a program that comes with the model. transformers runs it in jinja's sandbox, out of reach of Python.
-    """
-    try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
-        return cast(str, text)  # other types only with tokenize=True
-    except Exception as error:
-        problem = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"the chat template of {tokenizer.name_or_path} cannot be applied ({problem})") from error
+def embedding_rows(model: PreTrainedModel) -> int:
+    """The number of tokens that a model has an embedding for."""
+    return int(cast(Tensor, model.get_input_embeddings().weight).shape[0])
 
 
 def head_options(model: PreTrainedModel) -> dict[str, Any]:
     """What a model does to its logits after the product with its head's weight, as options of `token_logprobs`.
 
-    Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma 2 and 3 cap, Phi adds a bias.
+    Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`, Granite divides by `logits_scaling`, Gemma 2
+    to 4 cap, Phi adds a bias. A model of several parts keeps these numbers in the config of its text part.
     """
-    config = model.config
-    scale = getattr(config, "logit_scale", None) or 1.0
+    config = model.config.get_text_config()
+    factors = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+    scale = math.prod(float(getattr(config, name, None) or 1.0) for name in factors)
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+    if config.model_type in MULTIPLIES_BY_LOGITS_SCALING:
+        divisor = 1.0 / divisor
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is None and config.model_type == "recurrent_gemma":
+        cap = config.logits_soft_cap
     return {
         "bias": getattr(model.get_output_embeddings(), "bias", None),
-        "logit_scale": float(scale) / float(getattr(config, "logits_scaling", None) or 1.0),
-        "soft_cap": getattr(config, "final_logit_softcapping", None),
+        "logit_scale": scale / divisor,
+        "soft_cap": cap,
     }

@@ -108,7 +108,7 @@ def load(
     base, _ = FastLanguageModel.from_pretrained(
         origin.name,
         revision=origin.commit,
-        max_seq_length=config.max_position_embeddings,
+        max_seq_length=config.get_text_config().max_position_embeddings,
         dtype=dtype,
         load_in_4bit=settings.quantization == "nf4",
         use_exact_model_name=True,  # else Unsloth may load its own copy, quantised in advance

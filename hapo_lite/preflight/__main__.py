@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 from hapo_lite.cli import recipe_from, recipe_parser, run_command
-from hapo_lite.errors import UserError
-from hapo_lite.recipe import find_recipe
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv`; None: the arguments of this process. Raises UserError."""
+    from hapo_lite.errors import UserError
+    from hapo_lite.recipe import find_recipe
+
     parser = recipe_parser(
         "preflight",
         "Run a recipe's worst iteration, show where memory and time go, and suggest settings that fit the card.",

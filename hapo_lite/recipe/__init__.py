@@ -19,6 +19,7 @@ from hapo_lite.recipe.sections import (
     SuiteSettings,
     TrainingSettings,
 )
+from hapo_lite.recipe.settings import nearest
 
 __all__ = [
     "FOLDER_NAME",
@@ -41,6 +42,7 @@ __all__ = [
     "first_incompatible_setting",
     "flatten",
     "load_recipe",
+    "nearest",
     "parse_recipe",
     "read_recipe_file",
 ]

@@ -43,9 +43,14 @@ def first_incompatible_setting(before: dict[str, Any], now: Recipe) -> str | Non
         then = flatten(parse_recipe(before).model_dump(mode="json"))
     except UserError as error:
         return f"other settings than this version has ({error})"
-    for key, value in flatten(now.model_dump(mode="json")).items():
-        if then.get(key) != value and not key.startswith(MAY_CHANGE):
-            return f"{key} = {then.get(key)}, the recipe now says {value}"
+    settings = flatten(now.model_dump(mode="json"))
+    # An option of the chat template is a key on one side alone where it was added or taken away.
+    for key in {**settings, **then}:
+        old, value = then.get(key), settings.get(key)
+        if key == "model.chat_template_date" and None in (old, value):
+            continue  # Whoever names no date takes that of the run.
+        if old != value and not key.startswith(MAY_CHANGE):
+            return f"{key} = {old}, the recipe now says {value}"
     return None
 
 

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 def offload_needs_checkpointing(recipe: Recipe) -> str | None:
     """Checkpointing leaves one input per layer to move. Without checkpointing the saved tensors include weights."""
     if recipe.model.activation_offload and not recipe.model.gradient_checkpointing:
-        return "model.activation_offload needs model.gradient_checkpointing: without it, weights would be moved too"
+        return (
+            "model.activation_offload does nothing, since it needs model.gradient_checkpointing: without it, weights "
+            "would be moved too."
+        )
     return None
 
 
@@ -53,7 +56,7 @@ def a_correct_answer_earns_more(recipe: Recipe) -> str | None:
 def token_budget_needs_dynamic_sampling(recipe: Recipe) -> str | None:
     """Only dynamic sampling draws more groups than it was asked for, so only dynamic sampling has a budget to keep."""
     if recipe.rollout.token_budget is not None and not recipe.rollout.dynamic_sampling:
-        return "rollout.token_budget has no effect without rollout.dynamic_sampling: set both or neither"
+        return "rollout.token_budget has no effect without rollout.dynamic_sampling."
     return None
 
 
@@ -139,18 +142,18 @@ def grpo_with_overlong_penalty(recipe: Recipe) -> str | None:
 Rule = Callable[["Recipe"], str | None]
 
 RULES: tuple[Rule, ...] = (
-    offload_needs_checkpointing,
     groups_have_two_completions,
     overlong_ramp_starts_after_the_first_token,
     every_update_has_a_completion,
     a_correct_answer_earns_more,
-    token_budget_needs_dynamic_sampling,
     truncated_sampling_needs_its_weight,
     a_limit_of_tokens_needs_a_constant_schedule,
 )
 """The rules that every recipe keeps. A recipe that breaks several is refused with the sentence of the first."""
 
 ADVICE: tuple[Rule, ...] = (
+    offload_needs_checkpointing,
+    token_budget_needs_dynamic_sampling,
     one_update_disables_hapo,
     one_update_disables_eps_uncertain,
     low_side_needs_a_reader,

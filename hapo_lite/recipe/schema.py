@@ -20,6 +20,7 @@ from hapo_lite.recipe.sections import (
     DataSettings,
     EvaluationSettings,
     FolderName,
+    HomePath,
     LoggingSettings,
     ModelSettings,
     RewardSettings,
@@ -33,7 +34,7 @@ class Recipe(Section):
     """All settings of one run."""
 
     name: FolderName = Field(description="The run's folder below output_dir")
-    output_dir: str = Field("runs", description="Where run folders are made")
+    output_dir: HomePath = Field("runs", description="Where run folders are made")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         0, description="Decides prompts, sampling, adapter initialisation and shuffling"
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from hapo_lite.errors import page
 from hapo_lite.recipe.settings import Section
 
 QWEN_SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -23,6 +26,13 @@ def one_folder(name: str) -> str:
     return name
 
 
+def in_home(path: str) -> str:
+    """`path` with a leading ~ as the home folder, which a shell expands only at the start of a word."""
+    return os.path.expanduser(path)
+
+
+HomePath = Annotated[str, AfterValidator(in_home)]
+"""A path, or a name that may be a path."""
 FolderName = Annotated[str, AfterValidator(one_folder)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -39,11 +49,19 @@ class LoraSettings(Section):
         "all-linear", description="Layers to adapt: all-linear (all but the head), or a list of module names"
     )
 
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _names_are_a_list(cls, targets: Any) -> Any:
+        """Names in a text are a list of names. A text that cannot be names is a pattern, which peft takes."""
+        if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w., ]+", targets):
+            return [name for name in re.split(r"[, ]+", targets) if name]
+        return targets
+
 
 class ModelSettings(Section):
     """The base model, how it is loaded, and its adapter."""
 
-    name: str = Field(description="Hub name or folder of a causal language model, or `tiny` for the bundled one")
+    name: HomePath = Field(description="Hub name or folder of a causal language model, or `tiny` for the bundled one")
     revision: str | None = Field(None, description="Hub revision (commit, tag or branch)")
     trust_remote_code: bool = Field(
         False, description="Run the Python code that the model brings, with your rights; a hub name needs its commit"
@@ -58,13 +76,24 @@ class ModelSettings(Section):
         False,
         description="Keep the tensors of gradient_checkpointing in main memory: less on the card, somewhat slower",
     )
+    chat_template_options: dict[str, bool | int | float | str | None] = Field(
+        default_factory=dict, description="Variables for the chat template, such as {enable_thinking: false}"
+    )
+    chat_template_date: datetime.date | None = Field(
+        None, description="The day that a chat template takes for today; null: the day on which the run started"
+    )
     lora: LoraSettings = Field(default_factory=LoraSettings, description="Adapter")
+
+    @property
+    def offloads(self) -> bool:
+        """Whether activations are moved. Without checkpointing the saved tensors include weights, which stay."""
+        return self.activation_offload and self.gradient_checkpointing
 
 
 class DataSettings(Section):
     """Where problems and their answers come from."""
 
-    source: str = Field(
+    source: HomePath = Field(
         description="`tiny` (the built-in task), a local .parquet, .jsonl, .json or .csv file, or a hub data set"
     )
     config: str | None = Field(None, description="Configuration of a hub data set, such as `main`")
@@ -86,8 +115,8 @@ class DataSettings(Section):
 class RewardSettings(Section):
     """What a completion earns, and the processes that grade it."""
 
-    function: str | None = Field(
-        None, description="Your own reward as module:function (see docs/rewards.md); null: grade the answer"
+    function: HomePath | None = Field(
+        None, description=f"Your own reward as module:function (see {page('rewards.md')}); null: grade the answer"
     )
     correct: float = Field(1.0, description="Reward of a correct answer")
     wrong: float = Field(0.0, description="Reward of any other outcome")
@@ -181,7 +210,7 @@ class SuiteSettings(Section):
     """One set of problems to evaluate on. In a recipe it may also be written as text: NAME, FILE or NAME=FILE."""
 
     name: FolderName = Field(description="aime24, ..., or a name of your own: the folder that the results go to")
-    source: str | None = Field(None, description="Same as data.source; null: what the name stands for")
+    source: HomePath | None = Field(None, description="Same as data.source; null: what the name stands for")
     config: str | None = Field(None, description="Same as data.config")
     revision: str | None = Field(None, description="Same as data.revision")
     split: str = Field("test", description="Same as data.split")

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from hapo_lite.errors import UserError
+from hapo_lite.recipe.elsewhere import answer_for
 from hapo_lite.recipe.fields import fields_at, leaves
 from hapo_lite.recipe.strict_yaml import load_yaml, problem_of
 
@@ -148,14 +149,10 @@ def _nearest_file(path: Path) -> str:
 
 def _sentence(detail: ErrorDetails, model: type[Section]) -> str:
     """What pydantic found wrong with one field of a `model`."""
-    location = [
-        part if isinstance(part, str) and part.isidentifier() and len(part) < 60 else _shown(part)
-        for part in detail["loc"]
-    ]
+    location = [_part(part) for part in detail["loc"]]
     name = ".".join(location)
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = fields_at(model, location[:-1])
-        return f"{name} is not a field{nearest(location[-1], known, '.'.join(location[:-1]), model)}"
+        return _not_a_field(location, detail["input"], model)
     if detail["type"] == "missing":
         return f"{name} is missing and has no default"
     message = detail["msg"].removeprefix("Value error, ")
@@ -164,6 +161,31 @@ def _sentence(detail: ErrorDetails, model: type[Section]) -> str:
     if detail["type"] == "value_error":
         return f"{name}: {message}"
     return f"{name} = {_shown(detail['input'])}: {message[0].lower()}{message[1:]}"
+
+
+def _not_a_field(location: list[str], value: Any, model: type[Section]) -> str:
+    """The sentence about an unknown field of a `model`: what it is called here, or the field that was meant."""
+    whole = list(location)
+    while isinstance(value, dict) and value:  # such as {"rank": 8} in an unknown section `lora`
+        key, value = next(iter(value.items()))
+        whole.append(_part(key))
+    name = ".".join(location)
+    if answer := answer_for(".".join(whole)):
+        return f"{'.'.join(whole)} is not a field; {answer}"
+    names = [field.name for field in leaves(model)]
+    for start in range(len(whole)):
+        meant = [found for found in names if found.endswith(f".{'.'.join(whole[start:])}")]
+        if meant:
+            shortest = min(found.count(".") for found in meant)
+            same = [found for found in meant if found.count(".") == shortest]
+            return f"{'.'.join(whole)} is not a field; did you mean {' or '.join(same)}?"
+    known = fields_at(model, location[:-1])
+    return f"{name} is not a field{nearest(location[-1], known, '.'.join(location[:-1]), model)}"
+
+
+def _part(key: Any) -> str:
+    """One part of a dotted name for a sentence."""
+    return key if isinstance(key, str) and key.isidentifier() and len(key) < 60 else _shown(key)
 
 
 _SHORT = reprlib.Repr()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from hapo_lite.cli import program_name, run_command
+from hapo_lite.cli import CommandParser, program_name, run_command
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv`; None: the arguments of this process. Raises UserError."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program_name("replay"),
         description="Look at what a skipped step was given, run its forward and backward again, micro-batch by "
         "micro-batch, and say where the first non-finite number arises.",

@@ -136,7 +136,7 @@ def check_engine(
             raise UserError("another process found that its engine does not sample from the policy that is trained")
         raise UserError(
             f"rollout.engine = {settings.engine} does not sample from the policy that is trained: its "
-            f"log-probabilities are {found}; {found.meaning()}; {_advice(settings.engine)}"
+            f"log-probabilities are {found}; {_cause(found, settings.engine)}; {_advice(settings.engine)}"
         )
     return found
 
@@ -167,6 +167,16 @@ def compare(
     change = (moved_to - moved_from).double()
     followed = ((engine_logp(after) - moved_from).double() * change).sum() / change.square().sum()
     return Canary(at_rest, perturbed, float(change.abs().mean()), float(followed))
+
+
+def _cause(found: Canary, engine: str) -> str:
+    """The likely fault, as a clause. The default engine has no base of its own that could be another one."""
+    if engine == "transformers" and not found.shares[0] <= 1.0:
+        return (
+            "the two differ even before the adapter is perturbed, on the same weights, so the trainer computes this "
+            "architecture in another way than the model does"
+        )
+    return found.meaning()
 
 
 def _advice(engine: str) -> str:

@@ -44,9 +44,7 @@ class Transcript:
         """The completion of each request. lengths: [B], tokens; stopped: [B], whether the last one is a stop token."""
         ids = self.ids.T.contiguous().cpu()
         sampling_logp, base_logp, entropy, temperature = self.records.transpose(1, 2).contiguous().cpu()
-        texts = policy.tokenizer.batch_decode(
-            [ids[b, :n].tolist() for b, n in enumerate(lengths)], skip_special_tokens=True
-        )
+        texts = [policy.decode(ids[b, :n].tolist()) for b, n in enumerate(lengths)]
         return [
             Completion(
                 prompt=request.prompt,

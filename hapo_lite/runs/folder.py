@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,26 @@ def check_same_run(folder: RunFolder, recipe: Recipe) -> None:
         raise UserError(f"{folder.path} holds a run already: choose another name=, or checkpoint.resume=auto")
     if changed := changed_setting(folder, recipe):
         raise UserError(f"{folder.path} was made with {changed}: choose another name= to start a new run")
+
+
+def with_date_of(folder: RunFolder, recipe: Recipe) -> Recipe:
+    """The recipe with the date that the folder's run gives its chat template, unless the recipe names a date.
+
+    A run writes the date into its recipe.yaml if its template reads one.
+    """
+    if recipe.model.chat_template_date is not None or not folder.recipe.is_file():
+        return recipe
+    try:
+        before = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
+        date = before["model"].get("chat_template_date")
+        return with_date(recipe, datetime.date.fromisoformat(date)) if date else recipe
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+        return recipe  # `check_same_run` and the reader of the recipe say what is wrong with the file.
+
+
+def with_date(recipe: Recipe, date: datetime.date) -> Recipe:
+    """The recipe with `date` as its model.chat_template_date."""
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"chat_template_date": date})})
 
 
 def changed_setting(folder: RunFolder, recipe: Recipe) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import shutil
 
@@ -33,7 +34,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     Raises UserError if a package is missing, the precision needs a GPU, or FSDP or DeepSpeed was configured.
     """
     tracker = recipe.logging.report_to
-    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+    # A folder of that name in the current directory can be imported too, and is no tracker.
+    if tracker != "none" and tracker not in importlib.metadata.packages_distributions():
         raise UserError(f"logging.report_to = {tracker} needs a package that is not installed: pip install {tracker}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(recipe.model.dtype, device)

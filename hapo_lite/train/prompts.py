@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from hapo_lite.errors import UserError
 from hapo_lite.model.policy import Policy
+from hapo_lite.model.template import text_of
 from hapo_lite.recipe import DataSettings, EvaluationSettings
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.tasks.data import PromptSet, load_prompts, split_held_out
@@ -15,6 +18,8 @@ from hapo_lite.tasks.stream import LazyPrompts
 Say = Callable[[str], None]
 """Prints a sentence for the user."""
 
+LONGEST_SHOWN = 2_000
+"""Most characters of the first prompt that are printed."""
 CHECKED_AT_START = 1_000
 """Roughly the number of training prompts that are tokenised at the start, to see whether they fit."""
 
@@ -60,6 +65,32 @@ def training_prompts(
     encode_prompts(sample, policy, data, max_new_tokens, say, total=len(prompts))
     limit = min(data.max_prompt_tokens, policy.context - max_new_tokens)
     return LazyPrompts(prompts, lambda prompt: policy.encode(prompt.chat()), limit)
+
+
+def first_prompt(prompts: Iterable[EncodedPrompt | None], policy: Policy) -> Iterator[str]:
+    """The first prompt as the model reads it, special tokens included, and a note for what is lost on the way there.
+
+    Most surprises of a chat template can be seen in it: a date, a system message, an open <think>.
+    """
+    first = next((prompt for prompt in itertools.islice(prompts, CHECKED_AT_START) if prompt is not None), None)
+    if first is None:
+        return
+    text = text_of(policy.tokenizer, first.ids, hidden=())
+    yield f"first prompt, {len(first.ids)} tokens:\n{textwrap.indent(shown(text), '  | ', lambda line: True)}"
+    for role, content in first.prompt.messages:
+        if role == "system" and content.strip() and content.strip() not in text:
+            yield (
+                "note: the chat template leaves the system message out: put what it says into the problems, or set "
+                "data.system_prompt=null"
+            )
+
+
+def shown(text: str) -> str:
+    """A text for the terminal: its middle left out where it is long, and control characters written as escapes."""
+    if len(text) > LONGEST_SHOWN:
+        half = LONGEST_SHOWN // 2
+        text = f"{text[:half]}\n[... {len(text) - 2 * half:,} characters ...]\n{text[-half:]}"
+    return "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def encode_prompts(

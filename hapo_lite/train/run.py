@@ -16,9 +16,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from hapo_lite.errors import UserError
+from hapo_lite.model.experts import notes_on_experts
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.sharding import fsdp_requested, shard_base
+from hapo_lite.model.template import reads_date
 from hapo_lite.recipe import Recipe, flatten
 from hapo_lite.records import EncodedPrompt
 from hapo_lite.rollout.canary import check_engine
@@ -26,7 +28,7 @@ from hapo_lite.rollout.engine import Engine, make_engine
 from hapo_lite.rollout.whole_base import WholeBaseEngine
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.runs.display import Display
-from hapo_lite.runs.folder import RunFolder, check_place, check_same_run, open_folder
+from hapo_lite.runs.folder import RunFolder, check_place, check_same_run, open_folder, with_date, with_date_of
 from hapo_lite.runs.interrupt import Interrupted, Interrupts
 from hapo_lite.runs.progress import Progress
 from hapo_lite.runs.skipped import SkippedStep
@@ -38,7 +40,7 @@ from hapo_lite.train.collect import Collector
 from hapo_lite.train.loop import Loop
 from hapo_lite.train.memory.room import unpacks
 from hapo_lite.train.observer import Observer
-from hapo_lite.train.prompts import encode_prompts, load_data, training_prompts
+from hapo_lite.train.prompts import Data, encode_prompts, first_prompt, load_data, training_prompts
 from hapo_lite.train.recorder import Recorder
 from hapo_lite.train.resume import resume
 
@@ -52,6 +54,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     accelerator = make_accelerator(recipe)
     folder = RunFolder(recipe.run_dir)
     check_place(folder)
+    recipe = with_date_of(folder, recipe)
     main = accelerator.is_main_process
     with (
         Status(folder.status if main else None) as status,
@@ -73,12 +76,24 @@ class Run:
 
     def to_its_end(self) -> dict[str, Any]:
         """Prepare, resume, check the engine, iterate, and return the summary."""
-        recipe, say, progress = self.recipe, self.display.say, self.display.progress
+        recipe, progress = self.recipe, self.display.progress
         check_same_run(self.folder, recipe)
         with progress.within(f"reading {recipe.data.source}"):
-            data = load_data(recipe.data, recipe.evaluation, recipe.seed, say)
+            data = load_data(recipe.data, recipe.evaluation, recipe.seed, self.display.say)
         with progress.within(f"loading {recipe.model.name}, base {recipe.model.quantization}"):
             policy = self.load()
+        run = self.dated(policy)
+        return run.with_policy(policy, data)
+
+    def dated(self, policy: Policy) -> Run:
+        """The run with the date in its recipe that its chat template takes for today, if the template reads one."""
+        if not reads_date(policy.tokenizer):
+            return self
+        return replace(self, recipe=with_date(self.recipe, policy.rendering.date))
+
+    def with_policy(self, policy: Policy, data: Data) -> dict[str, Any]:
+        """Encode the prompts, resume, check the engine, iterate, and return the summary."""
+        recipe, say, progress = self.recipe, self.display.say, self.display.progress
         limit = recipe.rollout.max_new_tokens
         prompts = training_prompts(data.training, policy, recipe.data, limit, say)
         held_out = encode_prompts(data.held_out, policy, recipe.data, limit, say)
@@ -111,6 +126,8 @@ class Run:
             open_folder(self.folder, recipe, self.display.status)
         self.accelerator.wait_for_everyone()
         say(describe(recipe, policy, prompts, held_out, self.accelerator))
+        for line in [*notes_on_experts(policy.model), *first_prompt(prompts, policy)]:
+            say(line)
         if recipe.reward.function:
             say(f"note: reward.function is code, which runs with your rights: {code_of(recipe.reward.function)}")
         for note in [unseen_gpu(), *recipe.advice()]:

@@ -8,12 +8,13 @@ import tempfile
 from pathlib import Path
 
 from hapo_lite.cli import recipe_from, recipe_parser, run_command
-from hapo_lite.errors import UserError
-from hapo_lite.verify_resume.verify import COMMANDS, verify
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv`; None: the arguments of this process. Raises UserError if a resumed run differs."""
+    from hapo_lite.errors import UserError
+    from hapo_lite.verify_resume.verify import COMMANDS, verify
+
     parser = recipe_parser(
         "verify_resume",
         "Kill a run at random, resume it, and compare what it leaves with a run that nobody killed.",
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="decides where (default 0)")
     parser.add_argument("--processes", type=int, default=1, help="processes of the run, under torchrun (default 1)")
     parser.add_argument("--command", choices=COMMANDS, default="train", help="what to run (default train)")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse_args(argv)
     if arguments.kills < 1 or arguments.processes < 1:
         raise UserError("--kills and --processes must be at least 1")
     settings = list(arguments.overrides)

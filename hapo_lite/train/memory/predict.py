@@ -113,6 +113,12 @@ def grouped_keys(device: str, dtype: torch.dtype) -> bool:
     return device == "cpu" or dtype != torch.float16
 
 
+def cached_tensors(layer: Any) -> list[Tensor]:
+    """The tensors that a layer of a cache keeps: keys and values, or the states of linear attention."""
+    states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+    return [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None), *states) if t is not None]
+
+
 class Predictor:
     """Predicts for one model and one type of device ("cuda" or "cpu"). Recipes may differ in all but `model`.
 
@@ -124,7 +130,7 @@ class Predictor:
         self.device = device
         self.config: PretrainedConfig = load_config(recipe.model)
         self.dtype = dtype or resolve_dtype(recipe.model.dtype, torch.device(device))
-        self.context = getattr(self.config, "max_position_embeddings", None) or 1 << 20
+        self.context = getattr(self.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
         self.mode = FakeTensorMode()
         self.model: PeftModel = build(
             recipe.model, self.config, self.dtype, self.mode, grouped_keys(device, self.dtype)
@@ -189,7 +195,7 @@ class Predictor:
                 some = torch.zeros(sizes.rows, dtype=torch.long)
                 logits = forward.logits(some, some[:, None])
             layers = cast(list[Any], forward.cache.layers)
-            kept = total_bytes(t for layer in layers for t in (layer.keys, layer.values))
+            kept = total_bytes([tensor for layer in layers for tensor in cached_tensors(layer)])
             processor = AdaptiveTemperature(None, settings.temperature, 0.0, settings.top_p, settings.top_k)
             transcript.write(some[:1], torch.arange(sizes.rows), draw(processor, logits, torch.empty(sizes.rows)))
         self.model.train()
@@ -204,11 +210,11 @@ class Predictor:
             return FixedForward(self.base, fixed)
         growing = GrowingForward(self.base, cache, rows, mask)
         growing.attention_mask = mask.new_ones(sizes.rows, tokens - 1)
-        # The types include layers of linear attention, which have no keys and cannot be predicted.
         for layer in cast(list[Any], cache.layers):
-            shape = (sizes.rows, layer.keys.shape[1], tokens - 1, layer.keys.shape[3])
-            layer.keys = layer.keys.new_empty(shape)
-            layer.values = layer.values.new_empty(shape)
+            # A layer of linear attention has a state of one size and no keys. Keys and values may differ in width.
+            for name in ("keys", "values"):
+                if (read := getattr(layer, name, None)) is not None:
+                    setattr(layer, name, read.new_empty(sizes.rows, read.shape[1], tokens - 1, read.shape[3]))
         return growing
 
     def score(self, sizes: Sizes) -> Stage:
@@ -264,7 +270,7 @@ class Predictor:
 
     def _keeping(self) -> contextlib.AbstractContextManager[object]:
         """A context in which activation_offload keeps tensors for the backward off the card until they are needed."""
-        if not self.recipe.model.activation_offload or self.device == "cpu":
+        if not self.recipe.model.offloads or self.device == "cpu":
             return contextlib.nullcontext()
         return torch.autograd.graph.saved_tensors_hooks(
             lambda t: (t.shape, t.dtype), lambda kept: torch.empty(kept[0], dtype=kept[1])

@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from hapo_lite.errors import UserError
 from hapo_lite.model.adapter import peft_packages
 from hapo_lite.model.origins import TINY_MODEL
+from hapo_lite.model.targets import check_head_is_free, check_targets, peft_targets
 from hapo_lite.recipe import ModelSettings
 
 BLOCK = 64
@@ -119,14 +120,15 @@ def _adapted(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dty
         base.is_loaded_in_4bit = True
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    lora = settings.lora
-    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    lora, targets = settings.lora, peft_targets(settings.lora)
+    check_targets(base, lora, settings.name)
     try:
         # alpha changes no size, and peft's annotation of it is int.
         with peft_packages():
             model = get_peft_model(base, LoraConfig(r=lora.rank, target_modules=targets, task_type="CAUSAL_LM"))
     except ValueError as error:
         raise UserError(f"model.lora.targets = {targets!r} does not fit {settings.name}: {error}") from error
+    check_head_is_free(base, lora, settings.name)
     assert isinstance(model, PeftModel)  # A mixed model is made only where it is asked for.
     return model
 

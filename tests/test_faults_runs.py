@@ -1,0 +1,84 @@
+"""Runs as people have them: a schedule that is stretched, a folder named wandb, an evaluation too early."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+import sys
+
+import pytest
+
+from hapo_lite import errors
+from hapo_lite.cli import run_command
+from hapo_lite.errors import UserError, page
+from hapo_lite.evaluate.__main__ import main as evaluate
+from hapo_lite.rollout.canary import Canary, Distance, _advice, _cause
+from hapo_lite.train.accelerator import make_accelerator
+from tests.commands import ENVIRONMENT
+from tests.conftest import ROOT, TINY
+from tests.test_run import train_here
+
+
+def test_a_schedule_that_is_stretched_on_resume_is_said_with_the_rates(tmp_path, capsys):
+    linear = ("training.schedule=linear", "training.warmup_updates=0", "evaluation.prompts=0")
+    assert train_here(tmp_path, *linear, "training.iterations=2") == 0
+    capsys.readouterr()
+    assert train_here(tmp_path, *linear, "training.iterations=4", "logging.progress=false") == 0
+    printed = capsys.readouterr().out
+    assert "note: training.iterations was 2 and is 4, over which training.schedule = linear falls" in printed
+    assert "goes from 0.00e+00 to 2.50e-04; training.iterations=2 keeps it" in printed
+
+
+def test_a_constant_rate_does_not_jump(tmp_path, capsys):
+    constant = ("training.warmup_updates=0", "evaluation.prompts=0")
+    assert train_here(tmp_path, *constant, "training.iterations=1") == 0
+    assert train_here(tmp_path, *constant, "training.iterations=2") == 0
+    assert "learning rate goes" not in capsys.readouterr().out
+
+
+def test_an_evaluation_of_an_unfinished_run_names_its_checkpoint(tmp_path, capsys):
+    assert train_here(tmp_path, "training.iterations=2", "evaluation.prompts=0") == 0
+    run = tmp_path / "tiny_cpu"
+    for path in sorted((run / "adapter").iterdir()):
+        path.unlink()
+    (run / "adapter").rmdir()
+    small = ["benchmark.limit=1", "benchmark.samples=1", "benchmark.max_new_tokens=2", "--suite", "tiny"]
+    assert run_command(evaluate, [str(TINY), f"output_dir={tmp_path}", *small, "reward.workers=1"]) == 0
+    checkpoint = run / "checkpoints" / "000002"
+    assert f"tiny alone, since the run is not finished (--adapter {checkpoint} evaluates" in capsys.readouterr().out
+
+
+def test_a_folder_named_wandb_is_no_tracker(make_recipe, tmp_path, monkeypatch):
+    if "wandb" in importlib.metadata.packages_distributions():
+        pytest.skip("wandb is installed")
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("wandb") is not None
+    with pytest.raises(UserError, match="pip install wandb"):
+        make_accelerator(make_recipe("logging.report_to=wandb"))
+
+
+def test_loading_a_policy_from_python_prints_nothing_that_reads_like_an_error():
+    script = "from hapo_lite import load_policy, load_recipe; load_policy(load_recipe('tiny_cpu').model, 0, 'cpu')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0 and "Failed to load" not in done.stderr and "kernels" not in done.stderr
+
+
+@pytest.mark.parametrize(("engine", "blamed"), [("transformers", "the trainer computes"), ("vllm", "its base, or its")])
+def test_the_engine_check_neither_advises_nor_blames_the_engine_that_is_the_trainers_model(engine, blamed):
+    wrong = Distance(engine=9.0, steps=9.0, floor=1e-6, rounded=1e-6)
+    assert blamed in _cause(Canary(wrong, wrong, 1.0, 0.0), engine)
+    assert ("use rollout.engine=transformers" in _advice(engine)) == (engine != "transformers")
+
+
+def test_an_error_cites_a_page_that_is_there(tmp_path, monkeypatch):
+    assert (ROOT / page("security.md")).is_file()
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "hapo_lite" / "errors.py"))  # as a wheel lies there
+    assert page("security.md") == str(tmp_path / "hapo_lite" / "docs" / "security.md")
+    in_code = [path for path in (ROOT / "hapo_lite").rglob("*.py") if "(docs/" in path.read_text(encoding="utf-8")]
+    cited = {name for path in in_code for name in re.findall(r"\(docs/([\w.]+)\)", path.read_text(encoding="utf-8"))}
+    assert all((ROOT / "docs" / name).is_file() for name in cited)
