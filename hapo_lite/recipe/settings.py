@@ -83,9 +83,9 @@ def validate(model: type[Model], settings: dict[str, Any], where: str) -> Model:
     try:
         return model.model_validate(settings)
     except ValidationError as error:
-        problems = [_sentence(detail, model) for detail in error.errors()]
+        problems = error.errors()
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{where}: {problems[0]}{more}") from None
+        raise UserError(f"{where}: {_sentence(problems[0], model)}{more}") from None
 
 
 def apply_override(model: type[Section], settings: dict[str, Any], override: str) -> None:
