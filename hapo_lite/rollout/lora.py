@@ -1,12 +1,13 @@
 """The adapter as a decoding step computes it: two products a layer, in the dtype of the base.
 
-peft casts the input to the adapter's fp32, and autocast casts it back; product, scale and sum are then operators of
-their own. Here A and B are copied in the base's dtype once, and the second product adds to the base's output.
+peft casts the input to the adapter's fp32, and autocast casts it back. Here A and B are copied in the base's dtype
+once. In fp32 the second product adds to the base's output.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import cast
 
@@ -44,9 +45,10 @@ def _is_plain(layer: LoraLayer) -> bool:
 
 
 class _TwoProducts:
-    """The forward of a LoRA layer: base(x) + scaling (x A^T) B^T, rounded once at the end.
+    """The forward of a LoRA layer: base(x) + scaling (x A^T) B^T.
 
-    down: A^T [in, r]; up: B^T [r, out].
+    In 16 bits it rounds where the trainer rounds: after each product, after the scale and after the sum. A scale that
+    is a power of two rounds nothing, so it is part of B then. down: A^T [in, r]; up: B^T [r, out].
     """
 
     def __init__(self, layer: LoraLayer, dtype: torch.dtype) -> None:
@@ -55,13 +57,18 @@ class _TwoProducts:
         # peft's dictionaries of modules do not say that a linear layer's factors are linear layers.
         down, up = cast(nn.Linear, layer.lora_A[name]), cast(nn.Linear, layer.lora_B[name])
         self.down = down.weight.detach().to(dtype).T
-        self.up = up.weight.detach().to(dtype).T
-        self.scaling = layer.scaling[name]
+        scaling = layer.scaling[name]
+        exact = dtype == torch.float32 or math.frexp(scaling)[0] == 0.5
+        self.up = up.weight.detach().to(dtype).T * (scaling if exact else 1.0)
+        self.scaling = None if exact else scaling
 
     def __call__(self, x: Tensor) -> Tensor:
         out = self.base(x)
         inner = x.reshape(-1, x.shape[-1]).to(self.down.dtype) @ self.down
-        if out.dtype != inner.dtype:
-            return out + (inner @ self.up).mul(self.scaling).view(out.shape).to(out.dtype)
-        out.view(-1, out.shape[-1]).addmm_(inner, self.up, alpha=self.scaling)
-        return out
+        if out.dtype == inner.dtype == torch.float32:
+            out.view(-1, out.shape[-1]).addmm_(inner, self.up)
+            return out
+        added = inner @ self.up
+        if self.scaling is not None:
+            added = added * self.scaling
+        return out.add_(added.view(out.shape))

@@ -24,7 +24,7 @@ from hapo_lite.model.load import resolve_dtype
 from hapo_lite.model.policy import trainers_head
 from hapo_lite.model.unpacked import UnpackedBase
 from hapo_lite.recipe import Recipe
-from hapo_lite.rollout.attention import covers
+from hapo_lite.rollout.attention import NotCovered, covers
 from hapo_lite.rollout.cache import FixedCache
 from hapo_lite.rollout.forward import FixedForward, GrowingForward, read_prompts
 from hapo_lite.rollout.lora import two_products
@@ -132,6 +132,7 @@ class Predictor:
         self.dtype = dtype or resolve_dtype(recipe.model.dtype, torch.device(device))
         self.context = getattr(self.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
         self.mode = FakeTensorMode()
+        self.fixed = True  # the default engine's cache is allocated once, unless the model turns out not to allow it
         self.model: PeftModel = build(
             recipe.model, self.config, self.dtype, self.mode, grouped_keys(device, self.dtype)
         )
@@ -175,6 +176,13 @@ class Predictor:
 
     def rollout(self, recipe: Recipe, sizes: Sizes) -> Stage:
         """Reading the prompts, or the last step of all rows at full length, whichever takes more memory."""
+        try:
+            return self._rollout(recipe, sizes)
+        except NotCovered:
+            self.fixed = False
+            return self._rollout(recipe, sizes)
+
+    def _rollout(self, recipe: Recipe, sizes: Sizes) -> Stage:
         settings = recipe.rollout
         cache = DynamicCache(config=self.config.get_text_config())
         self.model.eval()
@@ -204,7 +212,7 @@ class Predictor:
     def _last_step(self, cache: DynamicCache, mask: Tensor, sizes: Sizes) -> FixedForward | GrowingForward:
         """The model before the last step of the longest rows. cache, mask: of the prompts."""
         rows, tokens = torch.zeros(sizes.rows, dtype=torch.long), sizes.prompt + sizes.completion - 1
-        if self.recipe.model.attention == "sdpa" and covers(self.base, cache, FUSED):
+        if self.fixed and self.recipe.model.attention == "sdpa" and covers(self.base, cache, FUSED):
             fixed = FixedCache(cache, rows, mask, tokens)
             fixed.width = tokens - 1
             return FixedForward(self.base, fixed)

@@ -66,7 +66,11 @@ def computing_in(dtype: torch.dtype, device: str) -> Iterator[None]:
 
 
 def build(
-    settings: ModelSettings, config: PretrainedConfig, dtype: torch.dtype, mode: FakeTensorMode, grouped_keys: bool
+    settings: ModelSettings,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    mode: FakeTensorMode,
+    grouped_keys: bool = True,
 ) -> PeftModel:
     """The policy's model as `load_policy` makes it, in training mode, with tensors of `mode`.
 
