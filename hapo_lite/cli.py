@@ -104,7 +104,8 @@ def _run(command: Callable[[list[str] | None], object], argv: list[str] | None) 
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(f"stopped by {stop}; saved: the same command continues from here", file=sys.stderr)
+        saved = "all that was complete is saved: the same command continues from here"
+        print(f"stopped by {stop}; {saved}", file=sys.stderr)
         return 128 + stop.number
     except (RuntimeError, MemoryError) as error:
         from hapo_lite.model.oom import is_out_of_memory
