@@ -7,13 +7,23 @@ that are allowed but seldom meant.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from hapo_lite.recipe.schema import Recipe
+from hapo_lite.algo.methods import Method
+from hapo_lite.recipe.sections import ModelSettings, RewardSettings, RolloutSettings, TrainingSettings
 
 
-def offload_needs_checkpointing(recipe: Recipe) -> str | None:
+class Sections(Protocol):
+    """What the rules read of a recipe."""
+
+    model: ModelSettings
+    reward: RewardSettings
+    rollout: RolloutSettings
+    method: Method
+    training: TrainingSettings
+
+
+def offload_needs_checkpointing(recipe: Sections) -> str | None:
     """Checkpointing leaves one input per layer to move. Without checkpointing the saved tensors include weights."""
     if recipe.model.activation_offload and not recipe.model.gradient_checkpointing:
         return (
@@ -23,21 +33,21 @@ def offload_needs_checkpointing(recipe: Recipe) -> str | None:
     return None
 
 
-def groups_have_two_completions(recipe: Recipe) -> str | None:
+def groups_have_two_completions(recipe: Sections) -> str | None:
     """An advantage compares a completion with the others of its group."""
     if recipe.rollout.completions_per_prompt < 2:
         return "rollout.completions_per_prompt must be at least 2: a group of one has no advantage to compute"
     return None
 
 
-def overlong_ramp_starts_after_the_first_token(recipe: Recipe) -> str | None:
+def overlong_ramp_starts_after_the_first_token(recipe: Sections) -> str | None:
     """The penalty is a ramp over the last tokens before the limit. A ramp as long as the limit penalises everything."""
     if recipe.reward.overlong_buffer >= recipe.rollout.max_new_tokens:
         return "reward.overlong_buffer must be smaller than rollout.max_new_tokens: else every completion is overlong"
     return None
 
 
-def every_update_has_a_completion(recipe: Recipe) -> str | None:
+def every_update_has_a_completion(recipe: Sections) -> str | None:
     """The updates of an iteration share its completions, and an update without a completion has no gradient."""
     completions = recipe.rollout.prompts_per_iteration * recipe.rollout.completions_per_prompt
     if recipe.training.updates_per_iteration > completions:
@@ -45,7 +55,7 @@ def every_update_has_a_completion(recipe: Recipe) -> str | None:
     return None
 
 
-def a_correct_answer_earns_more(recipe: Recipe) -> str | None:
+def a_correct_answer_earns_more(recipe: Sections) -> str | None:
     """Training raises the probability of the completions with the higher reward. A reward function of your own does
     not read these two fields."""
     if recipe.reward.function is None and recipe.reward.correct <= recipe.reward.wrong:
@@ -53,14 +63,14 @@ def a_correct_answer_earns_more(recipe: Recipe) -> str | None:
     return None
 
 
-def token_budget_needs_dynamic_sampling(recipe: Recipe) -> str | None:
+def token_budget_needs_dynamic_sampling(recipe: Sections) -> str | None:
     """Only dynamic sampling draws more groups than it was asked for, so only dynamic sampling has a budget to keep."""
     if recipe.rollout.token_budget is not None and not recipe.rollout.dynamic_sampling:
         return "rollout.token_budget has no effect without rollout.dynamic_sampling."
     return None
 
 
-def truncated_sampling_needs_its_weight(recipe: Recipe) -> str | None:
+def truncated_sampling_needs_its_weight(recipe: Sections) -> str | None:
     """Sampling with top_p or top_k draws from another distribution than the policy's. The importance weight corrects
     the gradient for the difference."""
     truncated = recipe.rollout.top_p < 1.0 or recipe.rollout.top_k is not None
@@ -72,7 +82,7 @@ def truncated_sampling_needs_its_weight(recipe: Recipe) -> str | None:
     return None
 
 
-def a_limit_of_tokens_needs_a_constant_schedule(recipe: Recipe) -> str | None:
+def a_limit_of_tokens_needs_a_constant_schedule(recipe: Sections) -> str | None:
     """A schedule falls to its end over a known number of updates. A run that ends by tokens has no such number."""
     if recipe.training.max_tokens is not None and recipe.training.schedule != "constant":
         return (
@@ -82,7 +92,7 @@ def a_limit_of_tokens_needs_a_constant_schedule(recipe: Recipe) -> str | None:
     return None
 
 
-def one_update_disables_hapo(recipe: Recipe) -> str | None:
+def one_update_disables_hapo(recipe: Sections) -> str | None:
     """Redistribution and adaptive clipping act on the ratio to the old policy, which the first update leaves at 1."""
     method = recipe.method
     if recipe.training.updates_per_iteration == 1 and (method.redistribution or method.adaptive_clip):
@@ -93,14 +103,14 @@ def one_update_disables_hapo(recipe: Recipe) -> str | None:
     return None
 
 
-def one_update_disables_eps_uncertain(recipe: Recipe) -> str | None:
+def one_update_disables_eps_uncertain(recipe: Sections) -> str | None:
     """Bounds on the ratio to the old policy stop nothing in the first update, where every ratio is 1."""
     if recipe.training.updates_per_iteration == 1 and recipe.method.eps_uncertain is not None:
         return "training.updates_per_iteration is 1, so every ratio is 1: method.eps_uncertain does nothing."
     return None
 
 
-def low_side_needs_a_reader(recipe: Recipe) -> str | None:
+def low_side_needs_a_reader(recipe: Sections) -> str | None:
     """The setting decides the sign of h below the pivot, and only three pieces of the method read h."""
     method = recipe.method
     reads_h = method.adaptive_temperature or method.redistribution or method.adaptive_clip
@@ -109,14 +119,14 @@ def low_side_needs_a_reader(recipe: Recipe) -> str | None:
     return None
 
 
-def redistribution_needs_certain_tokens(recipe: Recipe) -> str | None:
+def redistribution_needs_certain_tokens(recipe: Sections) -> str | None:
     """Redistribution suppresses certain tokens only. If they are not trained, it has nothing to suppress."""
     if recipe.method.trained_tokens == "uncertain" and recipe.method.redistribution:
         return "method.trained_tokens leaves out the certain tokens, which are all that redistribution can suppress."
     return None
 
 
-def uncertain_among_needs_a_reader(recipe: Recipe) -> str | None:
+def uncertain_among_needs_a_reader(recipe: Sections) -> str | None:
     """The setting decides which tokens are uncertain, and only three pieces of the method ask for that."""
     method = recipe.method
     reads_it = method.trained_tokens == "uncertain" or method.eps_uncertain is not None or method.needs_base
@@ -125,21 +135,21 @@ def uncertain_among_needs_a_reader(recipe: Recipe) -> str | None:
     return None
 
 
-def hapo_with_overlong_penalty(recipe: Recipe) -> str | None:
+def hapo_with_overlong_penalty(recipe: Sections) -> str | None:
     """The authors of HAPO report that the method is sensitive to the overlong penalty."""
     if recipe.method.preset.startswith("hapo") and recipe.reward.overlong_buffer:
         return "HAPO's authors warn that it is sensitive to the overlong penalty (reward.overlong_buffer)."
     return None
 
 
-def grpo_with_overlong_penalty(recipe: Recipe) -> str | None:
+def grpo_with_overlong_penalty(recipe: Sections) -> str | None:
     """The overlong penalty came with DAPO, so a run with it is not the GRPO that was published."""
     if recipe.method.preset == "grpo" and recipe.reward.overlong_buffer:
         return "reward.overlong_buffer is DAPO's; GRPO as published has no length penalty."
     return None
 
 
-Rule = Callable[["Recipe"], str | None]
+Rule = Callable[[Sections], str | None]
 
 RULES: tuple[Rule, ...] = (
     groups_have_two_completions,
