@@ -14,13 +14,18 @@ from hapo_lite.recipe.sections import ModelSettings, RewardSettings, RolloutSett
 
 
 class Sections(Protocol):
-    """What the rules read of a recipe."""
+    """What the rules read of a recipe, which is frozen."""
 
-    model: ModelSettings
-    reward: RewardSettings
-    rollout: RolloutSettings
-    method: Method
-    training: TrainingSettings
+    @property
+    def model(self) -> ModelSettings: ...
+    @property
+    def reward(self) -> RewardSettings: ...
+    @property
+    def rollout(self) -> RolloutSettings: ...
+    @property
+    def method(self) -> Method: ...
+    @property
+    def training(self) -> TrainingSettings: ...
 
 
 def offload_needs_checkpointing(recipe: Sections) -> str | None:
