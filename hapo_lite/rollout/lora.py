@@ -65,7 +65,7 @@ class _TwoProducts:
     def __call__(self, x: Tensor) -> Tensor:
         out = self.base(x)
         inner = x.reshape(-1, x.shape[-1]).to(self.down.dtype) @ self.down
-        if out.dtype == inner.dtype == torch.float32:
+        if out.dtype == inner.dtype == torch.float32 and out.is_contiguous():
             out.view(-1, out.shape[-1]).addmm_(inner, self.up)
             return out
         added = inner @ self.up
