@@ -74,7 +74,8 @@ SIZES: dict[str, float] = {
     "pad_token_id": 0,
     "decoder_start_token_id": 1,
 }
-"""By the name of a field. What happens to logits is not left out by a factor of 1. Windows are shorter than the rows that are written, so that tokens leave them."""
+"""By the name of a field. What happens to logits is not left out by a factor of 1.
+Windows are shorter than the rows that are written, so that tokens leave them."""
 
 PERIODS = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
@@ -93,7 +94,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "patcher_config": {"hidden_size": WIDTH},
         "global_config": {"hidden_size": WIDTH},
     },
-    "cohere_compass_text": {"rope_parameters": {kind: ROPE for kind in ("full_attention", "sliding_attention")}},
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), ROPE)},
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "electra": {"is_decoder": True},

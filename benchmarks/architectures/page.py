@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import platform
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import peft
-import torch
-import transformers
-from transformers import CONFIG_MAPPING
-
-from benchmarks.architectures.trial import CLOSE, Report
+from benchmarks.architectures.trial import Report
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 COMMANDS = ("evaluate", "export", "preflight")

@@ -6,7 +6,6 @@ has to be right.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -15,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora import LoraLayer
 
 # The commands import these late. Imported here, they are there before a step is forked.
 import hapo_lite.evaluate.evaluation
 import hapo_lite.export.export
 import hapo_lite.preflight.preflight
 import hapo_lite.train.run  # noqa: F401
-from bitsandbytes.nn import Linear4bit
-from peft.tuners.lora import LoraLayer
-
 from benchmarks.architectures import reward
 from hapo_lite.evaluate import __main__ as evaluate
 from hapo_lite.export import __main__ as export
@@ -212,7 +210,8 @@ def facts_of(recipe: Recipe, run: Path) -> dict[str, Any]:
 def gap_of(policy: Policy) -> tuple[float, bool]:
     """The largest difference of a token's log-probability between sampler and trainer, and whether the cache is fixed.
 
-    The policy has a trained adapter, which is perturbed. Prompts of several lengths are sampled together, and rows end at different steps.
+    The policy has a trained adapter, which is perturbed. Prompts of several lengths are sampled together, and rows end
+    at different steps.
     """
     generator = torch.Generator().manual_seed(1)
     prompts = [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,21 +25,25 @@ def decoder_of(base: PreTrainedModel) -> nn.Module:
     return found if isinstance(found, PreTrainedModel) else base.base_model
 
 
+def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a module's forward by name."""
+    return _parameters_of(type(module).forward)
+
+
 @functools.cache
-def _parameters(kind: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a class's forward by name."""
-    return inspect.signature(kind.forward).parameters
+def _parameters_of(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(forward).parameters
 
 
 def cache_name(module: nn.Module) -> str | None:
     """The name under which a model or its decoder takes a cache; None if it takes none."""
-    parameters = _parameters(type(module))
+    parameters = _parameters(module)
     return next((name for name in CACHES if name in parameters), None)
 
 
 def call(module: nn.Module, cache: Cache | None = None, **inputs: Any) -> Any:
     """Call a model or its decoder with those of the inputs that it takes. cache: read and written if it is given."""
-    parameters = _parameters(type(module))
+    parameters = _parameters(module)
     if cache is not None and (name := cache_name(module)) is not None:
         inputs |= {name: cache, "use_cache": True}
         if name == STATES and inputs["input_ids"].shape[1] == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -138,7 +138,7 @@ def find_stop_ids(
     found: list[int] = []
     # A model of several parts may have them in its text part's config alone.
     for holder in (model.generation_config, model.config, model.config.get_text_config(), tokenizer):
-        ids = getattr(holder, "eos_token_id", None)
+        ids: Any = getattr(holder, "eos_token_id", None)
         found += ids if isinstance(ids, list) else [ids]
     if tokenizer.chat_template is not None:
         answer = "answer"

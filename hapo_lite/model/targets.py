@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import LoraSettings, nearest
 
-
 READ_BY_KERNELS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 """Types of models whose `out_proj` peft 0.21 refuses to adapt."""
 

@@ -21,8 +21,8 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from hapo_lite.errors import UserError, first_line
 from hapo_lite.head import tile_shape
 from hapo_lite.model.attention import takes_grouped_keys
-from hapo_lite.model.load import resolve_dtype
 from hapo_lite.model.decoder import call, decoder_of
+from hapo_lite.model.load import resolve_dtype
 from hapo_lite.model.policy import trainers_head
 from hapo_lite.model.refusals import place_in_model
 from hapo_lite.model.unpacked import UnpackedBase
@@ -66,9 +66,9 @@ def predicting(name: str) -> Iterator[None]:
         if place is None:
             raise
         raise Unpredictable(
-            f"the memory of model.name = {name} cannot be predicted: its code needs numbers, or other sizes, than its "
-            f"config gives ({place}: {type(error).__name__}: {first_line(error)}); start the run where the card is, which "
-            "halves its batches if memory runs out"
+            f"the memory of model.name = {name} cannot be predicted: its code fails on tensors without numbers "
+            f"({place}: {type(error).__name__}: {first_line(error)}); start the run where the card is, which halves its "
+            "batches if memory runs out"
         ) from error
 
 

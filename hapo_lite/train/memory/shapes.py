@@ -124,7 +124,7 @@ class _Replacements:
 
 def _adapted(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dtype, fused: str) -> PeftModel:
     attention = "eager" if settings.attention == "eager" else fused
-    base = _base(settings, config, dtype, attention)
+    base: Any = _base(settings, config, dtype, attention)
     head = base.get_output_embeddings()
     if settings.quantization == "nf4":
         for name, module in list(base.named_modules()):
@@ -173,8 +173,9 @@ class _Linear4bit(Linear4bit):
 
     def __init__(self, linear: nn.Linear | Conv1D, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        shape = linear.weight.T.shape if isinstance(linear, Conv1D) else linear.weight.shape
-        self.out_features, self.in_features = shape
+        rows, columns = linear.weight.shape
+        # A Conv1D, which GPT-2 has, stores its weight the other way round.
+        self.out_features, self.in_features = (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
         self.compute_dtype = dtype
         count = linear.weight.numel()
         blocks = math.ceil(count / BLOCK)
