@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
@@ -26,7 +27,9 @@ def decoder_of(base: PreTrainedModel) -> nn.Module:
 
 
 def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a module's forward by name."""
+    """The parameters of a module's forward by name; those of the base where an adapter is around it."""
+    if isinstance(module, PeftModel):
+        module = module.get_base_model()
     return _parameters_of(type(module).forward)
 
 

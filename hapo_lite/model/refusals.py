@@ -12,8 +12,9 @@ from hapo_lite.errors import UserError, first_line, page
 from hapo_lite.model.oom import is_out_of_memory
 from hapo_lite.recipe import ModelSettings
 
-MODEL_CODE = re.compile(r"transformers(/|\\)models(/|\\)|transformers_modules")
-"""In the path of a file with a model's code: transformers', or code that came with the model."""
+MODEL_CODE = re.compile(r"[/\\]transformers[/\\]|transformers_modules")
+"""In the path of a file of transformers, or of code that came with a model."""
+OURS = Path(__file__).parents[1]
 PACKED = re.compile(r"unsigned char|uint8|Byte")
 """In the message of an error that comes from calculating with a packed weight."""
 
@@ -71,6 +72,13 @@ def own_errors(name: str) -> Iterator[None]:
 
 
 def place_in_model(error: BaseException) -> str | None:
-    """The last line of a model's code that an error has passed, as `file:line`; None if it has passed none."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if MODEL_CODE.search(f.filename)]
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else None
+    """The last line of a model's code that an error has passed, as `file:line`.
+
+    None if it has passed none since it left this package, whose fault it then may be.
+    """
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if OURS in Path(frame.filename).parents:
+            return None
+        if MODEL_CODE.search(frame.filename):
+            return f"{Path(frame.filename).name}:{frame.lineno}"
+    return None

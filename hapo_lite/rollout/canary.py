@@ -47,7 +47,7 @@ SAME, ALIKE, FOREIGN = 0.25, 1.0, 1.6
 """Multiples of the floor, which is the distance that rounding makes. An engine within SAME of the trainer's own steps
 at rest rounds as they do, and must then stay within ALIKE of them. Any other engine must stay within FOREIGN of the
 trainer."""
-MOST_FLOOR, MOST_FLOOR_16 = 0.02, 0.5
+MOST_FLOOR, MOST_FLOOR_16 = 0.02, 0.2
 """The largest floor at rest that rounding can make, nats, in fp32 and in 16 bits. Real models have 1e-6 and 0.03."""
 SLACK, SHARE = 1e-3, 0.005
 """Allowances added for dtypes that hardly round: nats at rest, and a fraction of the move when perturbed."""

@@ -7,6 +7,7 @@ model's own code runs on tensors without data (shapes.py), and the bytes of the 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -57,6 +58,10 @@ class Unpredictable(UserError):
 @contextlib.contextmanager
 def predicting(name: str) -> Iterator[None]:
     """A context that turns an error of a model's code on tensors without data into Unpredictable. name: model.name."""
+    # torch prints an error that a model's code may catch.
+    torchs = logging.getLogger("torch._subclasses.fake_tensor")
+    before = torchs.level
+    torchs.setLevel(logging.CRITICAL)
     try:
         yield
     except (UserError, NotCovered):
@@ -70,6 +75,8 @@ def predicting(name: str) -> Iterator[None]:
             f"({place}: {type(error).__name__}: {first_line(error)}); start the run where the card is, which halves its "
             "batches if memory runs out"
         ) from error
+    finally:
+        torchs.setLevel(before)
 
 
 @dataclass(frozen=True)
