@@ -7,6 +7,7 @@ has to be right.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -96,6 +97,16 @@ class Report:
     results: dict[str, str] = field(default_factory=dict)
     sentences: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trains(self) -> bool:
+        """Whether an iteration ran, and sampler and trainer agree."""
+        return self.results.get("train") == "ran" and self.facts.get("gap", math.inf) <= CLOSE
+
+    @property
+    def problem(self) -> str:
+        """The last line of what went wrong as the model was made; "" if it was made."""
+        return self.sentences.get("model", "").rpartition("\n")[2]
 
     def as_json(self) -> str:
         return json.dumps(asdict(self))

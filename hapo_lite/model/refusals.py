@@ -71,13 +71,13 @@ def own_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def place_in_model(error: BaseException) -> str | None:
-    """The last line of a model's code that an error has passed, as `file:line`.
+def place_in_model(error: BaseException, through_ours: bool = False) -> str | None:
+    """The innermost line of a model's code that an error has passed, as `file:line`; None if it has passed none.
 
-    None if it has passed none since it left this package, whose fault it then may be.
+    through_ours: whether code of this package may have been called by the model's. It may then be at fault itself.
     """
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if OURS in Path(frame.filename).parents:
+        if not through_ours and OURS in Path(frame.filename).parents:
             return None
         if MODEL_CODE.search(frame.filename):
             return f"{Path(frame.filename).name}:{frame.lineno}"

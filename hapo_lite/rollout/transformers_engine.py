@@ -99,8 +99,8 @@ class TransformersEngine(BatchedEngine):
         cache = prepared.get(cache_name(model) or "")
         if not isinstance(cache, Cache):
             raise UserError(
-                f"model.name = {model.name_or_path} cannot be sampled: {type(model).__name__} keeps what it has read in "
-                "no cache of transformers' kind; choose another model"
+                f"model.name = {model.name_or_path} cannot be sampled: {type(model).__name__} keeps what it has read "
+                "in no cache of transformers' kind; choose another model"
             )
         return cache
 

@@ -67,13 +67,13 @@ def predicting(name: str) -> Iterator[None]:
     except (UserError, NotCovered):
         raise
     except Exception as error:
-        place = place_in_model(error)
+        place = place_in_model(error, through_ours=True)  # tensors are counted by code of ours
         if place is None:
             raise
         raise Unpredictable(
             f"the memory of model.name = {name} cannot be predicted: its code fails on tensors without numbers "
-            f"({place}: {type(error).__name__}: {first_line(error)}); start the run where the card is, which halves its "
-            "batches if memory runs out"
+            f"({place}: {type(error).__name__}: {first_line(error)}); start the run where the card is, which halves "
+            "its batches if memory runs out"
         ) from error
     finally:
         torchs.setLevel(before)
