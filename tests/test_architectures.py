@@ -19,6 +19,7 @@ from hapo_lite.model.refusals import own_errors
 from hapo_lite.recipe import ModelSettings
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.rollout.canary import few_prompts
+from hapo_lite.rollout.decoding import bucket
 from tests.commands import own_precision
 
 # What transformers and peft say of a family is not under test.
@@ -41,7 +42,7 @@ TRAINS = {
 }
 """By family: the settings that its refusals ask for, and its cache."""
 REFUSED = {
-    "bert": r"is not causal: what it computes for a token depends on the tokens after it.*choose a model that continues",
+    "bert": r"is not causal: what it computes for a token depends on the tokens after it.*choose a model that cont",
     "bart": r"cannot be trained: token by token, with a cache and beside a padded prompt, it computes other log-prob",
     "rwkv": r"cannot be sampled: RwkvForCausalLM keeps what it has read in no cache of transformers' kind",
     "xmod": r"its own code fails when it runs \(modeling_xmod\.py:\d+: ValueError: Input language unknown",
@@ -140,12 +141,14 @@ def test_a_cache_has_the_name_that_the_model_knows(tmp_path):
 
 def test_an_error_of_our_own_stays_one(tmp_path):
     policy = loaded("llama", tmp_path)
-    with pytest.raises(UserError, match=r"fails when it runs \(modeling_llama\.py:\d+: ValueError: You must specify"):
-        with own_errors("mine"):
-            policy.base.get_decoder()()
-    with pytest.raises(ZeroDivisionError), own_errors("mine"):
-        policy.base.get_input_embeddings().register_forward_hook(lambda *_: 1 / 0)
-        policy.base(input_ids=torch.zeros(1, 1, dtype=torch.long))
+    decoder, ids = policy.base.get_decoder(), torch.zeros(1, 1, dtype=torch.long)
+    words = r"fails when it runs \(modeling_llama\.py:\d+: ValueError: You must specify"
+    with pytest.raises(UserError, match=words), own_errors("mine"):
+        decoder(use_cache=False)
+    # An error in this package's code that the model's code calls.
+    policy.base.get_input_embeddings().register_forward_hook(lambda *_: bucket("many"))
+    with pytest.raises(AttributeError), own_errors("mine"):
+        decoder(input_ids=ids)
 
 
 def test_the_check_pads_a_prompt_and_reads_one_twice():

@@ -21,8 +21,8 @@ HEADER = """\
 
 Every family of models for which transformers has a causal language model was tried as a small random model: one
 iteration of training on a 4-bit base, then evaluation, a merged export that is read back, and a prediction of memory.
-{trains} families train, {refused} are refused with a sentence that says why, and {left} could not be made small. A small
-model has its family's layers, but says nothing about memory, speed or learning at the size of a real one.
+{trains} families train, {refused} are refused with a sentence that says why, and {left} could not be made small. A
+small model has its family's layers, but says nothing about memory, speed or learning at the size of a real one.
 
     make architectures                                    # all families, half an hour to an hour; writes this page
     python -m benchmarks.architectures llama mamba2       # some of them
@@ -59,8 +59,8 @@ LEFT = """\
 LIMITS = """\
 ## What the table does not show
 
-- Layers that choose which keys to read (`index_topk` in GLM-DSA, DeepSeek V3.2, HunYuan V4) were tried with rows shorter
-  than that number. With longer rows transformers 5.17 computes other numbers token by token than in one pass.
+- Layers that choose which keys to read (`index_topk` in GLM-DSA, DeepSeek V3.2, HunYuan V4) were tried with rows
+  shorter than that number. With longer rows transformers 5.17 computes other numbers token by token than in one pass.
 - On a GPU, state-space models run other kernels if `mamba-ssm` or `flash-linear-attention` is installed. They were not
   installed here. The check before training covers that.
 - Encoder-decoders (T5, BART, Whisper) have no place here: their decoders alone are refused, or train without what they
