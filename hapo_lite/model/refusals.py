@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch import nn
+
 from hapo_lite.errors import UserError, first_line, page
 from hapo_lite.model.oom import is_out_of_memory
 from hapo_lite.recipe import ModelSettings
@@ -46,6 +48,14 @@ def known_problem(settings: ModelSettings, error: Exception) -> str | None:
 def no_fused_attention(name: str) -> str:
     """The sentence for model.attention = sdpa with a model that has only an attention of its own."""
     return f"model.attention = sdpa is not there for {name}: set model.attention=eager"
+
+
+def no_cache(name: str, model: nn.Module) -> str:
+    """The sentence for a model without a cache that can be spread over rows."""
+    return (
+        f"model.name = {name} cannot be sampled: {type(model).__name__} keeps what it has read in no cache of "
+        "transformers' kind; choose another model"
+    )
 
 
 @contextlib.contextmanager
