@@ -16,6 +16,8 @@ from hapo_lite.recipe import ModelSettings
 
 MODEL_CODE = re.compile(r"[/\\]transformers[/\\]|transformers_modules")
 """In the path of a file of transformers, or of code that came with a model."""
+LIBRARY = re.compile(r"(site|dist)-packages|[/\\]lib[/\\]python|^<")
+"""In the path of a file of a library, or of Python's own."""
 OURS = Path(__file__).parents[1]
 PACKED = re.compile(r"unsigned char|uint8|Byte")
 """In the message of an error that comes from calculating with a packed weight."""
@@ -84,11 +86,13 @@ def own_errors(name: str) -> Iterator[None]:
 def place_in_model(error: BaseException, through_ours: bool = False) -> str | None:
     """The innermost line of a model's code that an error has passed, as `file:line`; None if it has passed none.
 
-    through_ours: whether code of this package may have been called by the model's. It may then be at fault itself.
+    None also if the model's code has called code of this package or of the user, which may then be at fault.
+    through_ours: this package's may have been called all the same.
     """
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not through_ours and OURS in Path(frame.filename).parents:
-            return None
+        ours = OURS in Path(frame.filename).parents
         if MODEL_CODE.search(frame.filename):
             return f"{Path(frame.filename).name}:{frame.lineno}"
+        if not (ours and through_ours) and (ours or not LIBRARY.search(frame.filename)):
+            return None
     return None

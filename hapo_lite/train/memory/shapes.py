@@ -136,6 +136,9 @@ def _adapted(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dty
             if chosen and module is not head:
                 base.set_submodule(name, _Linear4bit(module, dtype))
         base.is_loaded_in_4bit = True
+        base.config.get_text_config()._is_quantized = (
+            True  # read by models that multiply by a layer's weight themselves
+        )
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     lora, targets = settings.lora, peft_targets(settings.lora)
