@@ -15,6 +15,7 @@ from benchmarks.architectures.small import families, save_small_model
 from benchmarks.architectures.trial import CLOSE, Done, Report, Step, Trial
 from hapo_lite.errors import UserError
 from hapo_lite.model.decoder import cache_name
+from hapo_lite.model.experts import notes_on_packing
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.refusals import own_errors
 from hapo_lite.recipe import ModelSettings
@@ -130,6 +131,14 @@ def test_what_the_head_reads_is_found_out(family, whole, tmp_path):
     logp, _ = policy.token_logprobs(states, ids[0, 1:], 1.0)
     wanted = torch.log_softmax(logits.float(), -1).gather(1, ids[0, 1:, None]).squeeze(1)
     assert torch.allclose(logp, wanted, atol=1e-5) and wanted.std() > 0.1
+
+
+def test_a_4_bit_base_without_a_packed_layer_is_said_to_be_one(tmp_path):
+    for family, notes in {"falcon": 1, "llama": 0}.items():
+        save_small_model(family, tmp_path / family)
+        policy = load_policy(ModelSettings(name=str(tmp_path / family)), 0, "cpu")
+        assert len(notes_on_packing(policy)) == notes
+    assert notes_on_packing(loaded("gpt2", tmp_path / "full")) == []
 
 
 def test_routers_and_what_kernels_read_have_no_adapter(tmp_path):

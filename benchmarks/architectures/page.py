@@ -16,6 +16,8 @@ from benchmarks.architectures.changes import NOT_TRIED
 from benchmarks.architectures.trial import CLOSE, Report
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+SHOWN = 5
+"""Kinds of layers that a cell names, at most."""
 HEADER = """\
 # Which models work?
 
@@ -27,8 +29,8 @@ small model has its family's layers, but says nothing about memory, speed or lea
     make architectures                                    # all families, half an hour to an hour; writes this page
     python -m benchmarks.architectures llama mamba2       # some of them
 
-Machine: one thread of a {machine}, torch {torch}, transformers {transformers}, peft {peft}, bitsandbytes
-{bitsandbytes}. A command that ends in a traceback would be in this page as such: there is {tracebacks}.
+Machine: one thread of a virtual machine ({machine}), torch {torch}, transformers {transformers}, peft {peft},
+bitsandbytes {bitsandbytes}. A command that ends in a traceback would be on this page as such: there is {tracebacks}.
 """
 TRAINS = """\
 ## Families that train
@@ -37,8 +39,9 @@ For each of these, the [check before training](engines.md#the-check-before-train
 log-probabilities equal the trainer's to {close:g} nats in fp32, with a trained adapter that was perturbed, prompts of 3
 to 41 tokens in one batch, and rows that end at different steps. "{most:.0e}" is the largest difference found.
 
-- **In 4 bits**: the kinds of layers that bitsandbytes packs. "none": model.quantization=nf4 leaves this family as it
-  is. "not in 4 bits": the family trains with `model.quantization=none` alone.
+- **In 4 bits**: which layers that multiply by a matrix bitsandbytes packs. "all but experts": experts that are stacked
+  in one tensor stay in 16 bits. "none": `model.quantization=nf4` leaves this family as it is. "not in 4 bits": the
+  family trains with `model.quantization=none` alone.
 - **No adapter**: kinds of layers that have an adapter which the iteration did not move, because the text does not pass
   through them (vision and audio parts) or because the family's code reads their weight without calling them.
 - **Cache**: `fixed` is the fast [decoding step](engines.md#a-decoding-step), `growing` the cache that transformers
@@ -49,7 +52,7 @@ to 41 tokens in one batch, and rows that end at different steps. "{most:.0e}" is
 REFUSED = """\
 ## Families that are refused
 
-The sentence is the one that `train` ends with.
+MODEL stands for `model.name`, and X for a number that differs.
 
 """
 LEFT = """\
@@ -112,7 +115,7 @@ def table_of_trained(reports: Sequence[Report]) -> str:
     notes = []
     for report in reports:
         cells = [f"`{report.family}`", report.example, " ".join(f"`{s}`" for s in report.settings), packed(report)]
-        cells += [", ".join(report.facts["unmoved"]), report.facts["cache"]]
+        cells += [few(report.facts["unmoved"]), report.facts["cache"]]
         for command in ("evaluate", "export", "preflight"):
             result = report.results.get(command, "")
             cells.append("yes" if result == "ran" else result)
@@ -126,7 +129,9 @@ def sentences(notes: Sequence[tuple[str, str, str]]) -> list[str]:
     """A line for each sentence that a command other than `train` was refused with, with its families."""
     families: dict[tuple[str, str], list[str]] = {}
     for command, sentence, family in notes:
-        families.setdefault((command, re.sub(r" \([\w.]+\.py:\d+: [^)]*\)", "", sentence)), []).append(f"`{family}`")
+        # The place and the words of the error differ from family to family.
+        short = re.sub(r" \([\w.]+\.py:\d+: .*\);", ";", sentence)
+        families.setdefault((command, short), []).append(f"`{family}`")
     return [f"- {command} of {', '.join(named)}: {sentence}" for (command, sentence), named in families.items()]
 
 
@@ -134,18 +139,24 @@ def packed(report: Report) -> str:
     """The kinds of layers in 4 bits, in a few words."""
     if "model.quantization=none" in report.settings:
         return "not in 4 bits"
-    kinds = report.facts["packed"]
-    missing = sorted(set(report.facts["adapted"]) - set(kinds))
-    if not kinds:
+    if not report.facts["packed"]:
         return "none"
-    return f"all but {', '.join(missing)}" if missing else "all"
+    return f"all but {few(report.facts['unpacked'])}" if report.facts["unpacked"] else "all"
+
+
+def few(kinds: Sequence[str]) -> str:
+    """The first kinds, and how many there are besides."""
+    return ", ".join(kinds[:SHOWN]) + (f" and {len(kinds) - SHOWN} more" if len(kinds) > SHOWN else "")
 
 
 def table_of_refused(reports: Sequence[Report]) -> str:
-    """A row for each family: an example and the sentence."""
-    rows = ["| family | example | sentence |", "|---|---|---|"]
+    """A row for each sentence: its families, each with an example."""
+    families: dict[str, list[str]] = {}
     for report in reports:
-        rows.append(f"| `{report.family}` | {report.example} | {plain(report.sentences['train'])} |")
+        sentence = re.sub(r"\b\d+(\.\d+)?(e-?\d+)?(?= nats\b|%)|\d\.\de-\d+", "X", plain(report.sentences["train"]))
+        families.setdefault(sentence, []).append(f"`{report.family}` ({report.example})")
+    rows = ["| sentence | families |", "|---|---|"]
+    rows += [f"| {sentence} | {', '.join(named)} |" for sentence, named in families.items()]
     return "\n".join([*rows, ""])
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
 
 # The commands import these late. Imported here, they are there before a step is forked.
 import hapo_lite.evaluate.evaluation
@@ -193,30 +195,50 @@ def run_command(main: Callable[[list[str] | None], object], arguments: list[str]
 def facts_of(recipe: Recipe, run: Path) -> dict[str, Any]:
     """What a table says of a model that trains.
 
-    packed: kinds of layers in 4 bits; adapted: kinds with an adapter; unmoved: those of them that an iteration did not
-    change; cache: `fixed` or `growing`; gap: the largest difference between sampler and trainer in fp32, nats.
+    packed, unpacked: kinds of layers in 4 bits, and of those that multiply and are not; adapted: kinds with an adapter;
+    unmoved: those of them that an iteration did not change; cache: `fixed` or `growing`; gap: the largest difference
+    between sampler and trainer in fp32, nats.
     """
-    policy = load_policy(recipe.model, recipe.seed, "cpu", adapter=run / "adapter")
-    names = policy.base.named_modules()
+    base = load_policy(recipe.model, recipe.seed, "cpu", adapter=run / "adapter").base
     adapted: dict[str, bool] = {}
-    packed = set()
-    for name, module in names:
-        kind = name.removesuffix(".base_layer").rpartition(".")[2]
-        if isinstance(module, Linear4bit):
-            packed.add(kind)
+    for name, module in base.named_modules():
         if isinstance(module, LoraLayer):
             moved = any(bool(p.any()) for n, p in module.named_parameters() if "lora_B" in n)
-            adapted[kind] = adapted.get(kind, False) or moved
+            adapted[kind_of(name)] = adapted.get(kind_of(name), False) or moved
+    packed = {kind_of(name) for name, module in base.named_modules() if isinstance(module, Linear4bit)}
     plain = recipe.model.model_copy(update={"quantization": "none", "dtype": "fp32"})
     gap, fixed = gap_of(load_policy(plain, recipe.seed, "cpu", adapter=run / "adapter"))
-    unmoved = sorted(kind for kind, moved in adapted.items() if not moved)
     return {
         "packed": sorted(packed),
+        "unpacked": sorted(products_of(base) - packed),
         "adapted": sorted(adapted),
-        "unmoved": unmoved,
+        "unmoved": sorted(kind for kind, moved in adapted.items() if not moved),
         "cache": "fixed" if fixed else "growing",
         "gap": gap,
     }
+
+
+def kind_of(name: str) -> str:
+    """A layer's own name, without its place in the model and without the adapter's wrapping."""
+    return re.sub(r"(\.base_layer)+$", "", name).rpartition(".")[2]
+
+
+def products_of(base: PreTrainedModel) -> set[str]:
+    """Kinds of layers whose weights are matrices, and `experts`, but for embeddings, head and convolutions."""
+    left_out = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    found = set()
+    for name, parameter in base.named_parameters():
+        layer, _, own = name.rpartition(".")
+        module = base.get_submodule(layer)
+        if (
+            "lora_" in name
+            or parameter.ndim < 2
+            or isinstance(module, left_out)
+            or module is base.get_output_embeddings()
+        ):
+            continue
+        found.add("experts" if "experts" in name else kind_of(layer) if own == "weight" else own)
+    return found
 
 
 def gap_of(policy: Policy) -> tuple[float, bool]:

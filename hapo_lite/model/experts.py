@@ -1,9 +1,11 @@
-"""What is said of a mixture of experts, whose experts are stacked in tensors instead of being linear layers."""
+"""What is said of weights that are not in 4 bits: stacked experts, and layers of a class of their own."""
 
 from __future__ import annotations
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from hapo_lite.model.policy import Policy
 
 
 def notes_on_experts(model: nn.Module) -> list[str]:
@@ -32,6 +34,16 @@ def notes_on_experts(model: nn.Module) -> list[str]:
     return [
         f"note: the experts, {count / 1e6:,.2f} M of the weights, are stacked tensors, no linear layers: they are in "
         f"{dtypes}, not in 4 bits, {adapters}"
+    ]
+
+
+def notes_on_packing(policy: Policy) -> list[str]:
+    """A sentence if no layer of a 4-bit base is packed: bitsandbytes packs no class of its own, such as Falcon's."""
+    if policy.dense is None or policy.dense.size:
+        return []
+    return [
+        "note: model.quantization = nf4 packs no layer of this base, whose linear layers are of a class of its own, so "
+        "its weights take what they take without it"
     ]
 
 

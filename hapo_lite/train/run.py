@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from hapo_lite.errors import UserError
-from hapo_lite.model.experts import notes_on_experts
+from hapo_lite.model.experts import notes_on_experts, notes_on_packing
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.sharding import fsdp_requested, shard_base
@@ -126,7 +126,7 @@ class Run:
             open_folder(self.folder, recipe, self.display.status)
         self.accelerator.wait_for_everyone()
         say(describe(recipe, policy, prompts, held_out, self.accelerator))
-        for line in [*notes_on_experts(policy.model), *first_prompt(prompts, policy)]:
+        for line in [*notes_on_packing(policy), *notes_on_experts(policy.model), *first_prompt(prompts, policy)]:
             say(line)
         if recipe.reward.function:
             say(f"note: reward.function is code, which runs with your rights: {code_of(recipe.reward.function)}")
