@@ -146,7 +146,7 @@ def arms(base: list[list[int]], adapter: list[list[int]]):
             [[0, 0]] * 20,
             [[1, 1]] + [[0, 0]] * 19,
             "no difference",
-            "on 20 prompts; less than about 0.100 would not show",
+            "on 20 prompts; less than about 0.105 would not show",
         ),
         ([[0, 0]] * 20, [[0, 0]] * 20, "no difference", "on 20 prompts; as many were right on each"),
         ([[0]] * 20, [[1]] * 20, "learned", "avg@1 rose by 1.000 [1.000, 1.000] on 20 prompts"),

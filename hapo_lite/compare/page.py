@@ -93,8 +93,7 @@ def _final_table(numbers: Numbers) -> Table:
     return Table(
         ["arm", "seeds", *(m.heading for m in MEASURES.values())],
         rows,
-        f"Mean over seeds, below it the 95 % bootstrap interval of the mean. {meanings}. "
-        f"Threshold: {numbers.threshold:.3f}.",
+        f"Mean over seeds, below it the 95 % t interval of the mean. {meanings}. Threshold: {numbers.threshold:.3f}.",
     )
 
 
@@ -109,7 +108,7 @@ def _difference_table(numbers: Numbers) -> Table:
     return Table(
         ["arm", "pairs", *(MEASURES[name].heading for name in COMPARED)],
         rows,
-        f"Arm less {numbers.comparison.base}, paired by seed: mean, and its 95 % bootstrap interval. "
+        f"Arm less {numbers.comparison.base}, paired by seed: mean, and its 95 % t interval. "
         "Marked where the interval excludes 0.",
     )
 
@@ -129,6 +128,8 @@ def _run_table(numbers: Numbers) -> Table:
 def _interval_cell(interval: Interval | None, unit: str, verdict: str = "") -> Cell:
     if interval is None or math.isnan(interval.value):
         return Cell("-")
+    if not interval.known:
+        return Cell(shown(interval.value, unit), (), verdict)
     ends = f"{shown(interval.low, unit)} to {shown(interval.high, unit)}"
     return Cell(shown(interval.value, unit), (ends,), verdict)
 

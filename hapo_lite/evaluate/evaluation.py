@@ -38,6 +38,7 @@ from hapo_lite.runs.status import Status
 from hapo_lite.tasks.rewards import Scorer
 from hapo_lite.train.accelerator import make_accelerator, someone_wants_to_stop
 from hapo_lite.train.collect import Collector
+from hapo_lite.train.intervals import Interval
 from hapo_lite.train.memory.room import unpacks
 from hapo_lite.train.verdict import judge
 
@@ -304,7 +305,7 @@ class Evaluation:
         whole = {**summary, "settings": settings | {"max_new_tokens": self.max_new_tokens, "seed": self.recipe.seed}}
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({**whole, "model": self.recipe.model.name, **adapter}, indent=1, default=asdict)
+            text = json.dumps({**whole, "model": self.recipe.model.name, **adapter}, indent=1, default=_as_json)
             (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
 
     def _alone(self) -> str:
@@ -326,3 +327,8 @@ class Evaluation:
             f"{self.recipe.name}: {who} on {', '.join(s.name for s in self.suites)}; {settings.samples} samples at "
             f"T = {settings.temperature:g}, top_p = {settings.top_p:g}, at most {self.max_new_tokens:,} tokens{before}"
         )
+
+
+def _as_json(value: Any) -> dict[str, Any]:
+    """What `json` writes for a record."""
+    return value.as_json() if isinstance(value, Interval) else asdict(value)

@@ -86,4 +86,6 @@ def table(arms: Mapping[str, Mapping[str, Interval]], change: Mapping[str, Inter
 
 
 def _cell(figure: Interval, digits: int) -> str:
+    if not figure.known:
+        return f"{figure.value:.{digits}f}"
     return f"{figure.value:.{digits}f} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"

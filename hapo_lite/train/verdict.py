@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hapo_lite.recipe import Recipe
-from hapo_lite.train.intervals import Interval, bootstrap_interval, paired_interval, pass_at_k, unpaired_interval
+from hapo_lite.train.intervals import Interval, mean_interval, paired_interval, pass_at_k, unpaired_interval
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -63,8 +63,11 @@ def judge(before: Mapping[str, Interval], change: Mapping[str, Interval], n: int
     if avg.below_zero:
         return Verdict("worse", f"worse: avg@{n} fell by {_plain(avg, -1)} on {on}")
     if not avg.above_zero:
-        width = max(avg.high - avg.value, avg.value - avg.low)
-        limit = f"less than about {width:.3f} would not show" if width else "as many were right on each"
+        limit = "as many were right on each"
+        if not avg.known:
+            limit = "one prompt says nothing about others"
+        elif avg.high > avg.low:
+            limit = f"less than about {avg.high - avg.value:.3f} would not show"
         return Verdict("no difference", f"no difference: avg@{n} changed by {signed(avg)} on {on}; {limit}")
     if n == 1 or best.above_zero:
         both = "" if n == 1 else f", pass@{n} by {_plain(best)}"
@@ -123,7 +126,7 @@ def _held_out(lines: Lines, recipe: Recipe) -> Verdict | None:
     if len(evaluated) < 2 or evaluated[0]["iteration"] != 0:
         return None
     first, last = _scores_by_prompt(evaluated[0], n), _scores_by_prompt(evaluated[-1], n)
-    before = {name: bootstrap_interval(values) for name, values in first.items()}
+    before = {name: mean_interval(values) for name, values in first.items()}
     change = {name: paired_interval(values, last[name]) for name, values in first.items()}
     return judge(before, change, n, f"{len(evaluated[0]['eval/solved']):,} held-out prompts")
 
@@ -263,7 +266,9 @@ def percent(share: float) -> str:
 
 
 def signed(change: Interval, digits: int = 3) -> str:
-    """A change with its sign and interval, such as "+0.120 [+0.050, +0.190]"."""
+    """A change with its sign and interval, such as "+0.120 [+0.050, +0.190]"; one value has no interval."""
+    if not change.known:
+        return f"{change.value:+.{digits}f}"
     return f"{change.value:+.{digits}f} [{change.low:+.{digits}f}, {change.high:+.{digits}f}]"
 
 
