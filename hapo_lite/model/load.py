@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -52,7 +54,7 @@ def load_policy(
     check_attention(settings.attention, dtype)
     use_fused_attention(device)
     origin = find_origin(settings)
-    try:
+    with _loading(settings, origin):
         trust = may_run_code(settings, origin)
         source = {"revision": origin.commit, "trust_remote_code": trust}
         tokenizer = AutoTokenizer.from_pretrained(origin.name, padding_side="left", **source)
@@ -71,14 +73,6 @@ def load_policy(
                 use_safetensors=True,
                 **source,
             )
-    except UserError:
-        raise
-    except Exception as error:
-        # A model that comes with code may raise any error.
-        known = (OSError, ValueError, ImportError, KeyError, SafetensorError)
-        if not settings.trust_remote_code and not isinstance(error, known):
-            raise
-        raise UserError(_loading_problem(settings, origin, error)) from error
     keep_weights_unpacked(base)
     switch_off_noise(base)
     check_options(tokenizer, settings.chat_template_options)
@@ -205,6 +199,21 @@ def find_origin(settings: ModelSettings) -> Origin:
             f"model.name = {name} is neither a folder here nor a model that the hub gives: check the name and the "
             f"network ({first_line(error)})"
         ) from error
+
+
+@contextlib.contextmanager
+def _loading(settings: ModelSettings, origin: Origin) -> Iterator[None]:
+    """A context that turns the errors of libraries which load a model into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # A model that comes with code may raise any error.
+        known = (OSError, ValueError, ImportError, KeyError, SafetensorError)
+        if not settings.trust_remote_code and not isinstance(error, known):
+            raise
+        raise UserError(_loading_problem(settings, origin, error)) from error
 
 
 def _loading_problem(settings: ModelSettings, origin: Origin, error: Exception) -> str:
