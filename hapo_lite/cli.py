@@ -120,17 +120,32 @@ def _run(command: Callable[[list[str] | None], object], argv: list[str] | None) 
         return 2
 
 
-def quiet_libraries() -> None:
-    """Keep the progress bars and hints of libraries off the terminal. Their errors still appear."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import datasets
-    import transformers
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+"""Variables that libraries read when they are imported. A value that the user has set stays."""
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+
+def quiet_libraries() -> None:
+    """Keep the progress bars and hints of libraries off the terminal. Their errors still appear.
+
+    No library is imported, which takes seconds, so that a mistake in a recipe is reported at once. A library that is
+    imported already has read its variables, and is told by its own functions.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers, datasets = sys.modules.get("transformers"), sys.modules.get("datasets")
+    if transformers is not None:
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+    if datasets is not None:
+        datasets.utils.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
 
 
 def keep_freed_memory() -> None:

@@ -145,8 +145,8 @@ class Experience(Graded):
 
     advantage: [B], fp32. old_logp, entropy (nats), h, uncertain (bool): one [T] per completion, from the policy before
     the first update, at the base temperature. signal: the signal fitted to all entropies. scale: [B], EDGE-GRPO's
-    factor on the advantage. base_logp: one [T] per completion, log-probabilities of the base model; None unless the
-    method needs them.
+    factor on the advantage. reference_logp: one [T] per completion, log-probabilities of the base model; None unless
+    the method needs them.
     """
 
     advantage: Tensor
@@ -156,7 +156,7 @@ class Experience(Graded):
     h: list[Tensor]
     uncertain: list[Tensor]
     scale: Tensor
-    base_logp: list[Tensor] | None
+    reference_logp: list[Tensor] | None
 
     def trained(self, method: Method) -> list[Tensor]:
         """Which tokens count in the loss: one bool [T] per completion."""
@@ -175,7 +175,7 @@ class Experience(Graded):
             h=[self.h[i] for i in rows],
             uncertain=[self.uncertain[i] for i in rows],
             scale=self.scale[list(rows)],
-            base_logp=None if self.base_logp is None else [self.base_logp[i] for i in rows],
+            reference_logp=None if self.reference_logp is None else [self.reference_logp[i] for i in rows],
         )
 
     def padded(self, method: Method, device: torch.device | str = "cpu") -> LossInputs:
@@ -189,7 +189,7 @@ class Experience(Graded):
             ),
             weights=loss_weights(mask, method.loss_average, pad(self.trained(method), device)),
             sampling_logp=pad([c.sampling_logp for c in self.completions], device),
-            base_logp=None if self.base_logp is None else pad(self.base_logp, device),
+            reference_logp=None if self.reference_logp is None else pad(self.reference_logp, device),
         )
 
 

@@ -13,12 +13,11 @@ from hapo_lite import cli
 from hapo_lite.cli import CommandParser, run_command
 from hapo_lite.errors import UserError
 from hapo_lite.preflight.__main__ import main as preflight
-from hapo_lite.recipe import Recipe, load_recipe, parse_recipe
+from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.recipe.elsewhere import OURS, answer_for
 from hapo_lite.recipe.fields import leaves
 from hapo_lite.train.__main__ import main as train
 from tests.conftest import ROOT, TINY
-from tests.recipes import SHIPPED
 
 FIELDS = {field.name for field in leaves(Recipe)}
 SECTIONS = {name.split(".")[0] for name in FIELDS if "." in name}
@@ -87,26 +86,6 @@ def test_a_setting_written_as_an_option_is_answered(option, answer, capsys):
         train([str(TINY), option])
     assert stop.value.code == 2
     assert answer in capsys.readouterr().err
-
-
-def switches():
-    """For every shipped recipe, each setting that it can switch off, and how."""
-    for path in SHIPPED:
-        recipe = load_recipe(path)
-        for name in sorted(FIELDS - {"data.problem_column", "data.answer_column"}):
-            value = recipe
-            for part in name.split("."):
-                value = getattr(value, part, None)
-            if value is True:
-                yield pytest.param(path, f"{name}=false", id=f"{path.stem}-{name}")
-            elif value is not None and "null" in next(f.kind for f in leaves(Recipe) if f.name == name):
-                yield pytest.param(path, f"{name}=null", id=f"{path.stem}-{name}")
-
-
-@pytest.mark.parametrize(("path", "override"), list(switches()))
-def test_switching_an_option_off_needs_no_second_setting(path, override):
-    recipe = load_recipe(path, [override])
-    assert recipe == parse_recipe(recipe.model_dump())
 
 
 def test_activations_are_not_moved_without_checkpointing():

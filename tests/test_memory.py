@@ -143,6 +143,26 @@ def test_shape_only_fits_a_card_and_writes_it_into_the_recipe(tmp_path, capsys):
     assert rollout.total > room and (update.total > room or tokens == 1536 * 128 * 8 // 4)
 
 
+def test_nothing_is_written_that_does_not_load(tmp_path, capsys):
+    """Shorter completions that fit the card may lie below the ramp of the overlong penalty."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"model: {{name: {write_config(tmp_path, '1.5b', layers=2)}, gradient_checkpointing: true}}\n"
+        "data: {source: tiny, max_prompt_tokens: 512}\n"
+        "rollout: {max_new_tokens: 32000}\n"
+        "training: {iterations: 5}\n"
+        "reward: {overlong_buffer: 31000}\n"
+    )
+    text = file.read_text()
+    command = [str(file), "--shape-only", "--card", "1.5", "--write"]
+    assert run_command(preflight.main, command) == 2
+    assert "reward.overlong_buffer = 31000 must be smaller than that: lower it" in capsys.readouterr().err
+    assert file.read_text() == text
+    file.write_text(text.replace("31000", "500"))
+    assert run_command(preflight.main, command) == 0
+    assert 500 < load_recipe(file).rollout.max_new_tokens < 31000
+
+
 def test_overrides_are_not_written(tmp_path, capsys):
     file = tmp_path / "recipe.yaml"
     file.write_text(TINY.read_text())

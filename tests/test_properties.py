@@ -70,7 +70,7 @@ def steps(draw) -> tuple[list[dict[str, Tensor]], Tensor]:
     for length in lengths:
         old = -3.0 * noise(length).abs()
         entropy = torch.tensor(draw(st.lists(entropies, min_size=length, max_size=length)), dtype=torch.float64)
-        near = {name: old + spread * noise(length) for name in ("logp", "sampling_logp", "base_logp")}
+        near = {name: old + spread * noise(length) for name in ("logp", "sampling_logp", "reference_logp")}
         completions.append({"old_logp": old, "entropy": entropy, **near})
     chosen = st.sampled_from([0.0, 1.0, -1.0, 0.3, -4.0])
     return completions, torch.tensor([draw(chosen) for _ in lengths], dtype=torch.float64)
@@ -130,7 +130,7 @@ def in_micro_batches(
                 tokens,
                 loss_weights(mask, method.loss_average, trained),
                 padded(completions, "sampling_logp"),
-                padded(completions, "base_logp"),
+                padded(completions, "reference_logp"),
             ),
             denominator,
         )
@@ -169,7 +169,7 @@ def one_token(m: Method, a: float, h: float, entropy: float, uncertain: bool, c:
         weight = min(math.exp(c["old_logp"] - c["sampling_logp"]), m.importance_cap)
         gain, slope = gain * weight, slope * weight
     kl = m.kl_uncertain if uncertain else m.kl_certain
-    x = c["base_logp"] - c["logp"]
+    x = c["reference_logp"] - c["logp"]
     return -(gain - kl * (math.exp(x) - x - 1)), -(slope - kl * (1 - math.exp(x)))
 
 
@@ -178,7 +178,7 @@ def in_plain_python(method: Method, completions: list[dict[str, Tensor]], advant
     losses, slopes, counts = [], [], []
     for c, k, a in zip(completions, known, advantage.tolist(), strict=True):
         a *= float(k["scale"]) if method.entropy_scale else 1.0
-        names = ("logp", "old_logp", "sampling_logp", "base_logp")
+        names = ("logp", "old_logp", "sampling_logp", "reference_logp")
         tokens = [
             one_token(method, a, h, e, u, {name: float(c[name][t]) for name in names})
             for t, (h, e, u) in enumerate(

@@ -202,6 +202,17 @@ DOUBTS = [
         ["rollout.token_budget=5"],
         "no effect without rollout.dynamic_sampling",
     ),
+    (
+        rules.unpacked_base_needs_a_packed_one,
+        ["rollout.unpacked_base=always", "model.quantization=none"],
+        "no effect with model.quantization=none",
+    ),
+    (rules.none_is_a_word, ["data.system_prompt=none"], "data.system_prompt is the word 'none': write null"),
+    (
+        rules.a_preset_brings_its_pieces,
+        [f"method={yaml.safe_dump(vars(PRESETS['hapo']), default_flow_style=True, width=9999)}", "method.preset=dapo"],
+        "every piece is that of hapo: write method=dapo",
+    ),
     (rules.one_update_disables_hapo, ["training.updates_per_iteration=1"], "every ratio is 1"),
     (
         rules.one_update_disables_eps_uncertain,

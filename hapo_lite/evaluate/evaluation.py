@@ -18,13 +18,13 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import hapo_lite
-from hapo_lite.errors import writing
+from hapo_lite.errors import UserError, writing
 from hapo_lite.evaluate.samples import Sample, SampleFile
 from hapo_lite.evaluate.scores import Values, by_prompt, differences, intervals, notes, outcomes, table
 from hapo_lite.evaluate.suites import Suite, chosen, fit, read_problems
 from hapo_lite.model.load import load_policy, resolve_dtype
 from hapo_lite.model.policy import Policy
-from hapo_lite.recipe import Recipe
+from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.engine import make_engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
@@ -87,6 +87,8 @@ def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
             )
         limit = _max_new_tokens(recipe)
         suites = [fit(p, policy, recipe.data.max_prompt_tokens, limit) for p in problems]
+        if note := other_prompts(RunFolder(recipe.run_dir), recipe):
+            display.say(f"note: {note}")
         if main:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -97,6 +99,23 @@ def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
                 engine = make_engine(recipe, policy, limit)
             collector = Collector(engine, scorer, accelerator, display.progress)
             return Evaluation(recipe, policy, adapter, suites, collector, display).run()
+
+
+def other_prompts(folder: RunFolder, recipe: Recipe) -> str | None:
+    """A sentence if `recipe` asks in another way than the folder's run did; None if not, or if there is no run."""
+    try:
+        before = load_recipe(folder.recipe)
+    except UserError:
+        return None
+    pairs = {
+        "model.chat_template_options": (before.model.chat_template_options, recipe.model.chat_template_options),
+        "data.system_prompt": (before.data.system_prompt, recipe.data.system_prompt),
+    }
+    for name, (then, now) in pairs.items():
+        if then != now:
+            was = json.dumps(then, ensure_ascii=False)
+            return f"the run in {folder.path} was trained with {name}={was}: give that here too to ask as it was asked"
+    return None
 
 
 def _folder(recipe: Recipe) -> Path:

@@ -81,7 +81,10 @@ def read_problems(settings: SuiteSettings, recipe: Recipe) -> Problems:
     name, limit = settings.name, recipe.benchmark.limit
     if settings.source is None and name == HELD_OUT:
         if recipe.evaluation.prompts == 0:
-            raise UserError(f"suite {name}: evaluation.prompts is 0, so this recipe holds no prompts out")
+            raise UserError(
+                f"suite {name}: evaluation.prompts is 0, so this recipe holds no prompts out: set it as it was for the "
+                "run, or leave this suite out"
+            )
         held_out = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None).held_out
         return Problems(name, "the run's held-out prompts", held_out[:limit], {})
     data = _data(settings, recipe)

@@ -42,8 +42,8 @@ Tokens = dict[str, list[Any]]
 class GenerationSettings:
     """The inputs of one generation, except the model.
 
-    signal: that of a run; None fits one on a first pass. seconds: the time limit. Raises UserError for a value that is
-    out of range.
+    signal: that of a run; None fits one on a first pass. seconds: the time limit. system_prompt: None for no system
+    message, which a template may treat otherwise than an empty one. Raises UserError for a value that is out of range.
     """
 
     problem: str
@@ -53,12 +53,12 @@ class GenerationSettings:
     seed: int = 0
     seconds: float = 120.0
     signal: EntropySignal | None = None
-    system_prompt: str = ""
+    system_prompt: str | None = None
 
     @property
     def messages(self) -> list[tuple[str, str]]:
         """The chat as (role, content) pairs: the system prompt, if any, and the problem."""
-        system = [("system", self.system_prompt)] if self.system_prompt else []
+        system = [] if self.system_prompt is None else [("system", self.system_prompt)]
         return [*system, ("user", self.problem)]
 
     def __post_init__(self) -> None:
@@ -213,23 +213,38 @@ def _trace(job: _Job, tokens: Tokens, signal: EntropySignal | None, ended: str) 
     )
 
 
+OF_RUN = ("revision", "chat_template_options", "chat_template_date")
+"""The settings of a run's model on which its prompts depend, besides the name."""
+
+
 class ModelShelf:
     """The last few models that were loaded. All pages share them, since a loaded model is only read."""
 
     def __init__(self, keep: int = 2) -> None:
         self.keep = keep
-        self._held: OrderedDict[tuple[str, str, str], Policy] = OrderedDict()
+        self._held: OrderedDict[tuple[str, str], Policy] = OrderedDict()
 
-    def get(self, name: str, adapter: str = "", quantization: Literal["none", "nf4"] = "none") -> Policy:
-        """The model `name` (hub name, folder or `tiny`). adapter: a folder; "" for none. Raises UserError."""
+    def get(
+        self,
+        name: str,
+        adapter: str = "",
+        quantization: Literal["none", "nf4"] = "none",
+        run: ModelSettings | None = None,
+    ) -> Policy:
+        """The model `name` (hub name, folder or `tiny`). adapter: a folder; "" for none. Raises UserError.
+
+        run: the model of a run. If it is the same model, prompts are rendered as in that run.
+        """
         name, adapter = name.strip(), adapter.strip()
         if not name:
             raise UserError("there is no model: type a hub name or a folder, or `tiny` for the bundled one")
-        key = (name, adapter, quantization)
+        settings = ModelSettings(name=name, quantization=quantization)
+        if run is not None and run.name == settings.name:
+            settings = settings.model_copy(update=run.model_dump(include=set(OF_RUN)))
+        key = (adapter, settings.model_dump_json())
         if key not in self._held:
             while len(self._held) >= self.keep:
                 self._held.popitem(last=False)
-            settings = ModelSettings(name=name, quantization=quantization)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._held[key] = load_policy(settings, 0, device, adapter=Path(adapter) if adapter else None)
         self._held.move_to_end(key)

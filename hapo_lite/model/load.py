@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import distributed, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -42,15 +45,16 @@ def load_policy(
     Only safetensors weights are read. Code from the model's repository is run only with model.trust_remote_code.
     adapter: a folder with a trained adapter, to sample from and not to train; None: a new one, whose weights depend on
     `seed` alone. engine: rollout.engine; with `unsloth`, Unsloth loads the model. unpacked: whether a 4-bit base is
-    unpacked once in each rollout; None: if there is memory for it then. Raises UserError if there is no such model or
-    it does not fit the settings.
+    unpacked once in each rollout; None: if there is memory for it then. The processes of a run load it together, and
+    take the first one's date for the chat template. Raises UserError if there is no such model or it does not fit the
+    settings.
     """
     device = torch.device(device)
     dtype = resolve_dtype(settings.dtype, device)
     check_attention(settings.attention, dtype)
     use_fused_attention(device)
     origin = find_origin(settings)
-    try:
+    with _loading(settings, origin):
         trust = may_run_code(settings, origin)
         source = {"revision": origin.commit, "trust_remote_code": trust}
         tokenizer = AutoTokenizer.from_pretrained(origin.name, padding_side="left", **source)
@@ -69,18 +73,11 @@ def load_policy(
                 use_safetensors=True,
                 **source,
             )
-    except UserError:
-        raise
-    except Exception as error:
-        # A model that comes with code may raise any error.
-        known = (OSError, ValueError, ImportError, KeyError, SafetensorError)
-        if not settings.trust_remote_code and not isinstance(error, known):
-            raise
-        raise UserError(_loading_problem(settings, origin, error)) from error
     keep_weights_unpacked(base)
     switch_off_noise(base)
     check_options(tokenizer, settings.chat_template_options)
-    rendering = Rendering(settings.chat_template_options, settings.chat_template_date or today())
+    day = of_first_process(settings.chat_template_date or today())
+    rendering = Rendering(settings.chat_template_options, day)
     stop_ids = find_stop_ids(base, tokenizer, rendering)
     choose_pad_token(base, tokenizer, stop_ids)
     # The model's generation settings (top_k, repetition_penalty, ...) would silently change the sampled distribution.
@@ -96,6 +93,17 @@ def load_policy(
     model = fresh_adapter(base, settings, seed).train() if adapter is None else saved_adapter(base, settings, adapter)
     dense = UnpackedBase(base, unpacked) if settings.quantization == "nf4" else None
     return Policy(model, tokenizer, stop_ids, context, dtype, str(origin), settings.offloads, dense, rendering)
+
+
+def of_first_process(day: datetime.date) -> datetime.date:
+    """The day that the first process of a run gives, since clocks differ and midnight may pass between two processes.
+
+    All processes call this at the same place. A program of one process keeps its own day.
+    """
+    days = [day]
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.broadcast_object_list(days)
+    return days[0]
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -191,6 +199,21 @@ def find_origin(settings: ModelSettings) -> Origin:
             f"model.name = {name} is neither a folder here nor a model that the hub gives: check the name and the "
             f"network ({first_line(error)})"
         ) from error
+
+
+@contextlib.contextmanager
+def _loading(settings: ModelSettings, origin: Origin) -> Iterator[None]:
+    """A context that turns the errors of libraries which load a model into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # A model that comes with code may raise any error.
+        known = (OSError, ValueError, ImportError, KeyError, SafetensorError)
+        if not settings.trust_remote_code and not isinstance(error, known):
+            raise
+        raise UserError(_loading_problem(settings, origin, error)) from error
 
 
 def _loading_problem(settings: ModelSettings, origin: Origin, error: Exception) -> str:

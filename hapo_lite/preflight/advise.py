@@ -90,6 +90,11 @@ def advise(predictor: Predictor, recipe: Recipe, card: int, factors: dict[str, f
             "data.max_prompt_tokens or rollout.completions_per_prompt, or a smaller model"
         )
     completion = base if longest >= base else longest // 64 * 64
+    if recipe.reward.overlong_buffer >= completion:
+        raise UserError(
+            f"completions of at most {completion} tokens fit {card / 2**30:.3g} GiB, and reward.overlong_buffer = "
+            f"{recipe.reward.overlong_buffer} must be smaller than that: lower it"
+        )
     if completion < base:
         one = peaks.update(completion, 1)
     completions_per_step = math.ceil(completions / recipe.training.updates_per_iteration)

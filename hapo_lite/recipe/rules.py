@@ -7,10 +7,18 @@ that are allowed but seldom meant.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
-from hapo_lite.algo.methods import Method
-from hapo_lite.recipe.sections import ModelSettings, RewardSettings, RolloutSettings, TrainingSettings
+from hapo_lite.algo.methods import PRESETS, Method
+from hapo_lite.recipe.sections import (
+    DataSettings,
+    EvaluationSettings,
+    ModelSettings,
+    RewardSettings,
+    RolloutSettings,
+    TrainingSettings,
+)
 
 
 class Sections(Protocol):
@@ -19,6 +27,8 @@ class Sections(Protocol):
     @property
     def model(self) -> ModelSettings: ...
     @property
+    def data(self) -> DataSettings: ...
+    @property
     def reward(self) -> RewardSettings: ...
     @property
     def rollout(self) -> RolloutSettings: ...
@@ -26,6 +36,8 @@ class Sections(Protocol):
     def method(self) -> Method: ...
     @property
     def training(self) -> TrainingSettings: ...
+    @property
+    def evaluation(self) -> EvaluationSettings: ...
 
 
 def offload_needs_checkpointing(recipe: Sections) -> str | None:
@@ -56,7 +68,10 @@ def every_update_has_a_completion(recipe: Sections) -> str | None:
     """The updates of an iteration share its completions, and an update without a completion has no gradient."""
     completions = recipe.rollout.prompts_per_iteration * recipe.rollout.completions_per_prompt
     if recipe.training.updates_per_iteration > completions:
-        return "training.updates_per_iteration exceeds the completions of an iteration: some updates would be empty"
+        return (
+            "training.updates_per_iteration exceeds the completions of an iteration (rollout.prompts_per_iteration x "
+            f"rollout.completions_per_prompt): some updates would be empty; set it to {completions} or less"
+        )
     return None
 
 
@@ -76,13 +91,14 @@ def token_budget_needs_dynamic_sampling(recipe: Sections) -> str | None:
 
 
 def truncated_sampling_needs_its_weight(recipe: Sections) -> str | None:
-    """Sampling with top_p or top_k draws from another distribution than the policy's. The importance weight corrects
-    the gradient for the difference."""
+    """Truncated sampling draws a token that it keeps 1 / mass times as often as the policy does, where mass is the
+    probability of all kept tokens. The weight takes that factor back; no weight brings back what is never drawn."""
     truncated = recipe.rollout.top_p < 1.0 or recipe.rollout.top_k is not None
     if truncated and recipe.method.importance != "truncated":
         return (
             "rollout.top_p below 1 or a rollout.top_k needs method.importance=truncated: tokens are then drawn "
-            "from another distribution than the policy's, and without that weight the gradient is biased"
+            "from another distribution than the policy's, and without that weight the gradient is biased; "
+            "rollout.top_p=1 and rollout.top_k=null sample from the policy itself"
         )
     return None
 
@@ -94,6 +110,34 @@ def a_limit_of_tokens_needs_a_constant_schedule(recipe: Sections) -> str | None:
             "training.schedule must be constant with training.max_tokens: a run that ends by tokens does not know "
             "how many updates a schedule has to fill"
         )
+    return None
+
+
+def unpacked_base_needs_a_packed_one(recipe: Sections) -> str | None:
+    """Only a 4-bit base is packed."""
+    if recipe.rollout.unpacked_base == "always" and recipe.model.quantization == "none":
+        return "rollout.unpacked_base has no effect with model.quantization=none."
+    return None
+
+
+def none_is_a_word(recipe: Sections) -> str | None:
+    """YAML writes nothing as null. Every other word is a text, which the model would read as its system message."""
+    for name, data in {"data": recipe.data, "evaluation.data": recipe.evaluation.data}.items():
+        prompt = data.system_prompt if data is not None else None
+        if prompt is not None and prompt.strip().lower() in ("none", "null", "off", "never", "false", "no"):
+            return f"{name}.system_prompt is the word {prompt!r}: write null for no system message."
+    return None
+
+
+def a_preset_brings_its_pieces(recipe: Sections) -> str | None:
+    """A recorded recipe has every piece written out, so that another name for the preset changes none of them."""
+    method = recipe.method
+    for name, preset in PRESETS.items():
+        if name != method.preset and method == replace(preset, preset=method.preset):
+            return (
+                f"method.preset is {method.preset}, and every piece is that of {name}: write method={method.preset} "
+                "for the pieces of that preset."
+            )
     return None
 
 
@@ -169,6 +213,9 @@ RULES: tuple[Rule, ...] = (
 ADVICE: tuple[Rule, ...] = (
     offload_needs_checkpointing,
     token_budget_needs_dynamic_sampling,
+    unpacked_base_needs_a_packed_one,
+    none_is_a_word,
+    a_preset_brings_its_pieces,
     one_update_disables_hapo,
     one_update_disables_eps_uncertain,
     low_side_needs_a_reader,

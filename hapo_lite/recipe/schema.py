@@ -65,8 +65,10 @@ class Recipe(Section):
     @classmethod
     def _start_from_preset(cls, method: Any) -> Any:
         method = cls.section_from_value("method", method)
-        if not isinstance(method, dict):
+        if isinstance(method, Method):
             return method
+        if not isinstance(method, dict):
+            raise ValueError(f"must be one of {', '.join(PRESETS)}, or a mapping of pieces")
         preset = str(method.get("preset", "hapo"))
         if preset not in PRESETS:
             raise ValueError(f"preset {preset[:60]!r} is not one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}")

@@ -53,6 +53,8 @@ class LoraSettings(Section):
     @classmethod
     def _names_are_a_list(cls, targets: Any) -> Any:
         """Names in a text are a list of names. A text that cannot be names is a pattern, which peft takes."""
+        if not isinstance(targets, (str, list, tuple)):
+            raise ValueError("must be all-linear, or a list of module names")
         if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w., ]+", targets):
             return [name for name in re.split(r"[, ]+", targets) if name]
         return targets
@@ -83,6 +85,14 @@ class ModelSettings(Section):
         None, description="The day that a chat template takes for today; null: the day on which the run started"
     )
     lora: LoraSettings = Field(default_factory=LoraSettings, description="Adapter")
+
+    @field_validator("chat_template_date", mode="before")
+    @classmethod
+    def _no_number(cls, date: Any) -> Any:
+        """Pydantic takes a number for seconds since 1970, which nobody means."""
+        if isinstance(date, (int, float)):
+            raise ValueError("must be a day such as 2026-01-31, or null")
+        return date
 
     @property
     def offloads(self) -> bool:
@@ -138,7 +148,7 @@ class RolloutSettings(Section):
         0.4, description="Share of the GPU's memory for vLLM, which has a base of its own and sleeps during the update"
     )
     prompts_per_iteration: Positive = Field(32, description="P, the prompts of an iteration")
-    completions_per_prompt: Positive = Field(8, description="G, the size of a group")
+    completions_per_prompt: int = Field(8, description="G, the size of a group, at least 2")
     max_new_tokens: Positive = Field(1024, description="Longest completion, tokens")
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="T_base, the sampling temperature at h = 0")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(

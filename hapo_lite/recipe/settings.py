@@ -6,6 +6,7 @@ Nothing here knows a section by name: a subclass of `Section` says what its fiel
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -154,12 +155,22 @@ def _sentence(detail: ErrorDetails, model: type[Section]) -> str:
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return _not_a_field(location, detail["input"], model)
     if detail["type"] == "missing":
-        return f"{name} is missing and has no default"
-    message = detail["msg"].removeprefix("Value error, ")
+        sentence = f"{name} is missing and has no default"
+        section = fields_at(model, location[:-2]).get(location[-2]) if len(location) > 1 else None
+        if section is not None and section.may_be_null and detail["input"]:
+            # Another of its fields has made the section.
+            given = ".".join([*location[:-1], _part(next(iter(detail["input"])))])
+            sentence += f": give it too, since {given} is set"
+        return sentence
+    message = detail["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
+    message = re.sub(r"a valid dictionary or instance of \w+", "a mapping of settings", message)
     if not name:
         return message
     if detail["type"] == "value_error":
         return f"{name}: {message}"
+    field = fields_at(model, location[:-1]).get(location[-1])
+    if field is not None and field.may_be_null:
+        message += ", or null"
     return f"{name} = {_shown(detail['input'])}: {message[0].lower()}{message[1:]}"
 
 

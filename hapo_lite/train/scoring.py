@@ -68,10 +68,10 @@ class Scoring:
             old = TokenScores([c.base_logp for c in completions], [c.entropy for c in completions])
         else:
             old = self._forward(graded, plan)
-        base_logp = None
+        reference_logp = None
         if method.needs_base:
             with self.policy.base_alone():
-                base_logp = self._forward(graded, plan).logp
+                reference_logp = self._forward(graded, plan).logp
         check_tokens("log-probability", old.logp, completions)
         check_tokens("entropy", old.entropy, completions)
         try:
@@ -88,7 +88,7 @@ class Scoring:
             h=[signal.normalize(e) for e in old.entropy],
             uncertain=[uncertain_tokens(method, signal, e) for e in old.entropy],
             scale=entropy_scale(torch.stack([e.mean() for e in old.entropy]), method.floor),
-            base_logp=base_logp,
+            reference_logp=reference_logp,
         )
 
     @torch.no_grad()
