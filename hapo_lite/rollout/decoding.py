@@ -83,7 +83,8 @@ class Rows:
         return [row if not self.ended[row] or not late else late.pop() for row in range(count)]
 
     def keep(self, order: list[int]) -> None:
-        kept = torch.tensor(order, device=self.tokens.device)
+        # The host goes on: it does not wait for what the card is doing before it copies this.
+        kept = torch.tensor(order).to(self.tokens.device, non_blocking=True)
         for tensor in (self.request, self.tokens, self.position):
             tensor[: len(order)] = tensor[kept]
         self.ended = [self.ended[row] for row in order]

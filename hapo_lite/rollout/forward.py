@@ -83,7 +83,7 @@ class FixedForward:
     def keep(self, order: Sequence[int]) -> None:
         moved = [(row, place) for place, row in enumerate(order) if row != place]
         if moved:
-            sources, places = torch.tensor(moved, device=self.cache.device).T
+            sources, places = torch.tensor(moved).to(self.cache.device, non_blocking=True).T
             self.cache.move(sources, places)
 
 
@@ -110,7 +110,7 @@ class GrowingForward:
         return _next_logits(self.model, self.cache, tokens[:, None], self.attention_mask, position)
 
     def keep(self, order: Sequence[int]) -> None:
-        kept = torch.tensor(order, device=self.attention_mask.device)
+        kept = torch.tensor(order).to(self.attention_mask.device, non_blocking=True)
         self.cache.reorder_cache(cast(torch.LongTensor, kept))
         self.attention_mask = self.attention_mask[kept]
 
