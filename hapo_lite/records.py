@@ -100,7 +100,10 @@ class Sequences:
 
 
 def put(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the CPU on `device`. The host does not wait for what a GPU is doing."""
+    """A tensor of the CPU on `device`.
+
+    The host does not wait until a GPU is done with what it does: CUDA keeps a copy of ordinary memory until then.
+    """
     return tensor.to(device, non_blocking=True)
 
 

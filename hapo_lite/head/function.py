@@ -71,7 +71,9 @@ class _Scaling:
             least = most = number
         else:
             if temperature.shape not in (count, ()):
-                raise ValueError(f"temperature {tuple(temperature.shape)} must be a number or [{count[0]}], one a token")
+                raise ValueError(
+                    f"temperature {tuple(temperature.shape)} must be a number or [{count[0]}], one a token"
+                )
             temperature = temperature.to(hidden.device, dtype)
             least, most = torch.stack(temperature.aminmax()).tolist() if temperature.numel() else (1.0, 1.0)
         if not least > 0:

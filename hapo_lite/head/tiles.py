@@ -46,7 +46,10 @@ def fold_kernel(device: str) -> Callable[[Softmax, Tensor, Tensor, Tensor], Fold
 
 @dataclass(frozen=True)
 class Tokens:
-    """hidden: [N, D]; targets: [N]; inverse: 1 / T of each token [N], in the dtype of the logits; unscaled: all are 1."""
+    """hidden: [N, D]; targets: [N]; inverse: 1 / T of each token [N], in the dtype of the logits.
+
+    unscaled: whether every T is 1.
+    """
 
     hidden: Tensor
     targets: Tensor

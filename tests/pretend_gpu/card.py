@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from hapo_lite.head import tiles
+from hapo_lite.head import triton as head_triton
 from hapo_lite.model.policy import Policy
-from tests.pretend_gpu.device import Pretended, note
+from tests.pretend_gpu.device import Pretended, count_kernel, note, plain
 
 MEMORY = 24 * 2**30
 """Bytes of the pretended card."""
@@ -62,14 +64,40 @@ def _known_to_torch() -> dict[str, object]:
     }
 
 
+class _Launches:
+    """A kernel of Triton for tensors of the pretended card: Triton's interpreter runs it on their data."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            count_kernel("triton")
+            self.kernel[grid](*plain(arguments), **options)
+
+        return launch
+
+
 @contextlib.contextmanager
 def found_by_torch() -> Iterator[None]:
-    """A context within which torch says that there is a card. Triton's kernel, which no CPU runs, is left out."""
+    """A context within which torch finds a card, and the head finds no Triton."""
     with (
         mock.patch.multiple(torch.cuda, **_known_to_torch()),
-        mock.patch.object(import_module("torch.optim.optimizer"), "_foreach_supported_types", [Tensor, nn.Parameter, Pretended]),
+        mock.patch.object(
+            import_module("torch.optim.optimizer"), "_foreach_supported_types", [Tensor, nn.Parameter, Pretended]
+        ),
         mock.patch.object(torch.utils._foreach_utils, "_foreach_supported_types", [Tensor, Pretended]),
         mock.patch.object(tiles, "fold_kernel", lambda device: None),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def found_by_triton() -> Iterator[None]:
+    """A context within which the head uses Triton's kernel, which takes seconds in Triton's interpreter."""
+    with (
+        mock.patch.object(head_triton, "_fold", _Launches(head_triton._fold)),
+        mock.patch.object(tiles, "fold_kernel", lambda device: head_triton.fold),
     ):
         yield
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
-FREE = set("empty empty_like empty_strided new_empty new_empty_strided lift_fresh set_ _unsafe_view".split())
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "_unsafe_view"}
 """Operators beside views that launch no kernel."""
 READS = {"_local_scalar_dense", "equal", "is_nonzero"}
 """Operators that give the host a value."""
