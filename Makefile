@@ -14,7 +14,7 @@ train: $(VENV)/.installed ## train the bundled model with recipes/tiny_cpu.yaml
 	$(PY) -m hapo_lite.train recipes/tiny_cpu.yaml
 
 test: $(VENV)/.installed-dev ## run the tests but for the slow ones
-	$(PYTEST) -m "not slow and not by_hand"
+	$(PYTEST) -m "not slow and not by_hand and not pretend_gpu"
 
 test-all: $(VENV)/.installed-dev ## run all tests but for those on 1.5 billion weights
 	$(PYTEST)

@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Environment variables that torch reads the settings of its allocator on GPUs from."""
+
 # Only what loads at once: Ctrl-C during the imports that take long then ends in a sentence (see `run_command`).
 if TYPE_CHECKING:
     from hapo_lite.recipe import Recipe
@@ -95,6 +98,7 @@ def _run(command: Callable[[list[str] | None], object], argv: list[str] | None) 
     from hapo_lite.errors import UserError, first_line
     from hapo_lite.runs.interrupt import Interrupted
 
+    use_expandable_segments()
     keep_freed_memory()
     quiet_libraries()
     try:
@@ -146,6 +150,17 @@ def quiet_libraries() -> None:
     if datasets is not None:
         datasets.utils.logging.set_verbosity_error()
         datasets.disable_progress_bars()
+
+
+def use_expandable_segments() -> None:
+    """Let torch's allocator on GPUs grow its segments, unless the environment has settings of it.
+
+    Batches of other shapes otherwise leave gaps in segments of a fixed size, which no larger tensor fits into. torch
+    reads the variable when it is loaded, so call this function before that. vLLM reads the variable of this name too,
+    and switches the setting off around its own pool of memory.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def keep_freed_memory() -> None:

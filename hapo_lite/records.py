@@ -96,12 +96,20 @@ class Sequences:
         lengths = torch.tensor([c.length for c in completions])
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
         prompt_lengths = torch.tensor([len(c.prompt.ids) for c in completions])
-        return cls(ids.to(device), prompt_lengths.to(device), lengths.to(device), mask.to(device))
+        return cls(*(put(t, device) for t in (ids, prompt_lengths, lengths, mask)))
+
+
+def put(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the CPU on `device`.
+
+    The host does not wait until a GPU is done with what it does: CUDA keeps a copy of ordinary memory until then.
+    """
+    return tensor.to(device, non_blocking=True)
 
 
 def pad(rows: Sequence[Tensor], device: torch.device | str = "cpu") -> Tensor:
-    """[T_i] tensors -> [B, T], zeros on the right."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)
+    """[T_i] tensors of the CPU -> [B, T] on `device`, zeros on the right."""
+    return put(torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), device)
 
 
 @dataclass(frozen=True)
@@ -183,9 +191,9 @@ class Experience(Graded):
         mask = pad([torch.ones(c.length, dtype=torch.bool) for c in self.completions], device)
         return LossInputs(
             old_logp=pad(self.old_logp, device),
-            advantage=self.advantage.to(device),
+            advantage=put(self.advantage, device),
             tokens=TokenSignals(
-                pad(self.h, device), pad(self.entropy, device), pad(self.uncertain, device), self.scale.to(device)
+                pad(self.h, device), pad(self.entropy, device), pad(self.uncertain, device), put(self.scale, device)
             ),
             weights=loss_weights(mask, method.loss_average, pad(self.trained(method), device)),
             sampling_logp=pad([c.sampling_logp for c in self.completions], device),

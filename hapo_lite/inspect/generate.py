@@ -23,6 +23,7 @@ from hapo_lite.errors import UserError
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import ModelSettings
+from hapo_lite.records import put
 from hapo_lite.rollout.draws import DrawKey, Stage, uniforms
 from hapo_lite.rollout.sampling import AdaptiveTemperature, Drawn, draw
 from hapo_lite.runs.trace import Trace
@@ -140,7 +141,7 @@ def _one_pass(job: _Job, signal: EntropySignal | None) -> Iterator[Progress]:
     adaptive = signal if settings.method.adaptive_temperature else None
     processor = AdaptiveTemperature(adaptive, settings.temperature, settings.method.tau)
     tokens: Tokens = {name: [] for name in NAMES}
-    inputs = torch.tensor([job.prompt], device=policy.device)
+    inputs, draws = put(torch.tensor([job.prompt]), policy.device), put(job.draws, policy.device)
     cache = None
     for step in range(len(job.draws)):
         # The context is entered for each token. While the iterator waits at its yield, other code on the same model
@@ -149,12 +150,12 @@ def _one_pass(job: _Job, signal: EntropySignal | None) -> Iterator[Progress]:
             out = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits = out.logits[:, -1]
             cache = out.past_key_values
-            drawn = draw(processor, logits, job.draws[step : step + 1].to(logits.device))
+            drawn = draw(processor, logits, draws[step : step + 1])
             token = _token(policy, drawn, logits.float() / settings.temperature)
         for name, value in token.items():
             tokens[name].append(value)
         inputs = drawn.ids[:, None]
-        ended = _reason_to_end(job, int(drawn.ids), written=step + 1)
+        ended = _reason_to_end(job, token["id"], written=step + 1)
         yield Progress(_trace(job, tokens, signal, ended), False, ended)
         if ended:
             return
@@ -174,21 +175,24 @@ def _token(policy: Policy, drawn: Drawn, base: Tensor) -> dict[str, Any]:
 
     drawn: one row. base: [1, V], the logits at the base temperature.
     """
-    chosen = int(drawn.ids)
     base_logp = torch.log_softmax(base[0].double(), dim=-1)
     own_logp = torch.log_softmax(drawn.scores[0].double(), dim=-1)
     best = base_logp.topk(min(ALTERNATIVES, base_logp.shape[0])).indices
-    texts = policy.tokenizer.batch_decode([[i] for i in [chosen, *best.tolist()]], skip_special_tokens=False)
+    shown = torch.cat([drawn.ids, best])
+    logps = torch.stack([own_logp[shown], base_logp[shown]])
+    of_token = torch.stack([drawn.entropy, drawn.temperature]).double().expand(-1, len(shown))
+    # All numbers come to the host at once. In fp64 the ids are exact.
+    columns = torch.cat([shown.double()[None], logps, logps.exp(), of_token]).tolist()
+    ids, (own, *_), (at_base, *_), own_shares, base_shares, (entropy, *_), (temperature, *_) = columns
+    texts = policy.tokenizer.batch_decode([[int(i)] for i in ids], skip_special_tokens=False)
     return {
-        "id": chosen,
+        "id": int(ids[0]),
         "text": texts[0],
-        "logp_sampling": float(own_logp[chosen]),
-        "logp_base": float(base_logp[chosen]),
-        "entropy": float(drawn.entropy),
-        "temperature": float(drawn.temperature),
-        "alternatives": list(
-            zip(texts[1:], base_logp[best].exp().tolist(), own_logp[best].exp().tolist(), strict=True)
-        ),
+        "logp_sampling": own,
+        "logp_base": at_base,
+        "entropy": entropy,
+        "temperature": temperature,
+        "alternatives": list(zip(texts[1:], base_shares[1:], own_shares[1:], strict=True)),
     }
 
 

@@ -13,7 +13,7 @@ from typing import Self
 from torch import Tensor
 
 from hapo_lite.model.policy import Policy
-from hapo_lite.records import Completion, Request
+from hapo_lite.records import Completion, Request, put
 from hapo_lite.rollout.draws import DrawKey, draws_of, key_and_limit
 from hapo_lite.rollout.engine import Engine, EngineSettings
 from hapo_lite.rollout.sampling import AdaptiveTemperature
@@ -60,7 +60,7 @@ class BatchedEngine(Engine):
                 part = requests[start : start + self.part_size]
                 self.writing.part(len(part), min(len(part), self.batch_size))
                 draws = draws_of(part, draw_key, longest)
-                written = self._sample_part(part, processor, draws.to(self.policy.device))
+                written = self._sample_part(part, processor, put(draws, self.policy.device))
                 self.writing.part_ended(sum(c.length for c in written))
                 completions += written
         return completions

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hapo_lite.model.policy import Policy
-from hapo_lite.records import Completion, EncodedPrompt, Request
+from hapo_lite.records import Completion, EncodedPrompt, Request, put
 from hapo_lite.rollout.sampling import AdaptiveTemperature, Drawn, draw
 
 
@@ -22,7 +22,7 @@ def pad_left(prompts: Sequence[EncodedPrompt], pad_id: int, device: torch.device
         [torch.tensor(p.ids) for p in prompts], batch_first=True, padding_value=pad_id, padding_side="left"
     )
     mask = torch.arange(ids.shape[1])[None] >= ids.shape[1] - lengths[:, None]
-    return ids.to(device), mask.long().to(device)
+    return put(ids, device), put(mask.long(), device)
 
 
 class Transcript:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from hapo_lite.model.policy import Policy
-from hapo_lite.records import Completion, Request
+from hapo_lite.records import Completion, Request, put
 from hapo_lite.rollout.attention import NotCovered, covers
 from hapo_lite.rollout.batched_engine import BatchedEngine
 from hapo_lite.rollout.cache import FixedCache
@@ -51,8 +51,8 @@ class TransformersEngine(BatchedEngine):
         place = {prompt.index: i for i, prompt in enumerate(prompts)}
         policy, device = self.policy, self.policy.device
         ids, attention_mask = pad_left(prompts, policy.tokenizer.pad_token_id, device)
-        rows = torch.tensor([place[r.prompt.index] for r in requests], device=device)
-        stop_ids = torch.tensor(policy.stop_ids, device=device)
+        rows = put(torch.tensor([place[r.prompt.index] for r in requests]), device)
+        stop_ids = put(torch.tensor(policy.stop_ids), device)
         record = recorder_for(self.cuda_graphs, device)
         decoder = Decoder(
             Writing(processor, draws, stop_ids, self.writing.wrote, record),

@@ -102,7 +102,8 @@ class Scoring:
         with self.policy.unpacked(exact=True), oom.together(lockstep=processes.sharded):
             for batch in batches:
                 completions = graded.select(batch).completions
-                logp, entropy = (t.cpu() for t in logprobs(self.policy, completions, self.rollout.temperature))
+                # Stacked, they are one copy from a GPU.
+                logp, entropy = torch.stack(logprobs(self.policy, completions, self.rollout.temperature)).cpu()
                 progress.advance(1, padded_tokens([batch], lengths))
                 for row, i in enumerate(batch):
                     length = completions[row].length

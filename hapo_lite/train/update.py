@@ -184,7 +184,9 @@ def outcomes_of(batch: Experience, logp: Tensor, loss: PolicyLoss, credit: Credi
     }
     if loss.kl_base is not None:
         by_token["kl_base"] = loss.kl_base
-    by_token = {name: rows.detach().cpu() for name, rows in by_token.items()}
+    # Stacked, they are one copy from a GPU.
+    rows_of = torch.stack([rows.detach().to(logp.dtype) for rows in by_token.values()]).cpu()
+    by_token = {name: rows.to(was.dtype) for (name, was), rows in zip(by_token.items(), rows_of, strict=True)}
     return {
         row: TokenOutcome(
             float(batch.advantage[row]),
