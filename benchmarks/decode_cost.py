@@ -52,6 +52,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward  # n
 from hapo_lite.algo.signal import EntropySignal  # noqa: E402
 from hapo_lite.head.product import Product  # noqa: E402
 from hapo_lite.model.origins import TINY_MODEL  # noqa: E402
+from hapo_lite.model.lora import held_factors, use_two_products  # noqa: E402
 from hapo_lite.model.policy import Policy, trainers_head  # noqa: E402
 from hapo_lite.recipe import LoraSettings, ModelSettings  # noqa: E402
 from hapo_lite.records import EncodedPrompt, Prompt, Request  # noqa: E402
@@ -60,7 +61,6 @@ from hapo_lite.rollout.cache import FixedCache  # noqa: E402
 from hapo_lite.rollout.decoding import LOOK_EVERY, Decoder, Writing  # noqa: E402
 from hapo_lite.rollout.draws import DrawKey, Stage  # noqa: E402
 from hapo_lite.rollout.forward import FixedForward, Forward, GrowingForward, read_prompts  # noqa: E402
-from hapo_lite.rollout.lora import two_products  # noqa: E402
 from hapo_lite.rollout.sampling import AdaptiveTemperature  # noqa: E402
 from hapo_lite.rollout.transformers_engine import TransformersEngine  # noqa: E402
 from hapo_lite.train.memory.shapes import build, computing_in  # noqa: E402
@@ -200,6 +200,7 @@ def small_policy(dtype: torch.dtype, rank: int = 8) -> Policy:
     torch.manual_seed(0)
     base = Qwen2ForCausalLM(SMALL.config()).to(dtype)
     model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0))
+    use_two_products(model)
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL, padding_side="left")
     return Policy(model, tokenizer, (SMALL.vocabulary - 1,), 4096, dtype)
 
@@ -247,7 +248,7 @@ def shape_cost(shape: Shape, grows: bool = False, traffic: Traffic | None = None
     settings = ModelSettings(name="", quantization="none", lora=LoraSettings(rank=RANK, alpha=2 * RANK))
     model = build(settings, shape.config(), torch.bfloat16, mode).eval()
     base = model.get_base_model()
-    adapter = contextlib.nullcontext() if grows else two_products(model, torch.bfloat16)
+    adapter = held_factors(model, torch.bfloat16)
     head = mock.patch.object(Product, "of", product_of_a_gpu)
     with mode, torch.no_grad(), computing_in(torch.bfloat16, "cuda"), trainers_head(base), head, adapter:
         rows = torch.zeros(ROWS, dtype=torch.long)

@@ -21,13 +21,13 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from hapo_lite.head import tile_shape
 from hapo_lite.model.attention import takes_grouped_keys
 from hapo_lite.model.load import resolve_dtype
+from hapo_lite.model.lora import held_factors
 from hapo_lite.model.policy import trainers_head
 from hapo_lite.model.unpacked import UnpackedBase
 from hapo_lite.recipe import Recipe
 from hapo_lite.rollout.attention import NotCovered, covers
 from hapo_lite.rollout.cache import FixedCache
 from hapo_lite.rollout.forward import FixedForward, GrowingForward, read_prompts
-from hapo_lite.rollout.lora import two_products
 from hapo_lite.rollout.sampling import AdaptiveTemperature, draw
 from hapo_lite.rollout.transcript import Transcript
 from hapo_lite.train.memory.live import LiveBytes, tensors_of, total_bytes
@@ -192,7 +192,7 @@ class Predictor:
             computing_in(self.dtype, self.device),
             trainers_head(self.base),
             LiveBytes(tensors_of(self.model)) as live,
-            two_products(self.model, self.dtype),
+            held_factors(self.model, self.dtype),
         ):
             transcript = Transcript(sizes.completion, sizes.rows, torch.device("cpu"))
             mask = torch.ones(sizes.prompts, sizes.prompt, dtype=torch.long)
