@@ -84,18 +84,22 @@ class TwoProducts:
         # Of two dimensions, so that the base's output is no view: autograd lets nothing be written into some views.
         rows = x.reshape(-1, x.shape[-1])
         out = self.base(rows)
-        rows, (down, up, scaling) = rows.to(out.dtype), factors.to(out.dtype)
+        if factors.down.dtype != out.dtype:
+            factors = factors.to(out.dtype)
+        if rows.dtype != out.dtype:
+            rows = rows.to(out.dtype)
         if torch.is_grad_enabled():
-            out = _Adapter.apply(out, rows, down, up, scaling)  # type: ignore[no-untyped-call]
+            out = _Adapter.apply(out, rows, *factors)
         else:
-            _add(out, rows, down, up, scaling)
+            _add(out, rows, *factors)
         return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _add(out: Tensor, rows: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
     """Add scaling (x A^T) B^T to `out`, [N, out], in its place. Returns x A^T, [N, r]. rows: x, [N, in]."""
-    # Autocast may give the first product another dtype than that of its factors.
-    inner = nn.functional.linear(rows, down).to(out.dtype)
+    inner = nn.functional.linear(rows, down)
+    if inner.dtype != out.dtype:  # Autocast gives it another dtype than its factors where `out` is in fp32.
+        inner = inner.to(out.dtype)
     out.addmm_(inner, up.T, alpha=scaling)
     return inner
 
