@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from hapo_lite.errors import UserError, first_line
+from hapo_lite.model.lora import use_two_products
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.targets import check_head_is_free, check_targets, peft_targets
 from hapo_lite.recipe import ModelSettings
@@ -56,6 +57,7 @@ def fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> 
     except ValueError as error:
         raise UserError(f"model.lora.targets = {targets!r} does not fit {settings.name}: {error}") from error
     check_head_is_free(base, lora, settings.name)
+    use_two_products(model)
     return model
 
 
@@ -72,9 +74,11 @@ def saved_adapter(base: PreTrainedModel, settings: ModelSettings, folder: Path) 
     check_adapter(folder)
     try:
         with peft_packages():
-            return PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
+            model = PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"adapter {folder} does not fit {settings.name}: {first_line(error)}") from error
+    use_two_products(model)
+    return model
 
 
 def save_adapter(policy: Policy, folder: Path) -> None:

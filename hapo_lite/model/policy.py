@@ -136,15 +136,16 @@ class Policy:
         with self.model.disable_adapter():
             yield
 
-    def unpacked(self, exact: bool = False) -> contextlib.AbstractContextManager:
+    def unpacked(self, exact: bool = False, in_update: bool = False) -> contextlib.AbstractContextManager:
         """A context within which a 4-bit base is unpacked once, if memory allows, instead of in every forward pass.
 
-        exact: unpack only where the results equal those of the packed layers to the last bit, as scoring needs. That is
-        so on a CPU; on a GPU, packed layers have kernels that round differently.
+        exact: unpack only where the results equal those of the packed layers to the last bit, as scoring and updates
+        need. That is so on a CPU; on a GPU, packed layers have kernels that round differently. in_update: see
+        `UnpackedBase.held`.
         """
         if self.dense is None or (exact and self.device.type != "cpu"):
             return contextlib.nullcontext()
-        return self.dense.held()
+        return self.dense.held(in_update)
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[PreTrainedModel]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from hapo_lite.model.lora import held_factors
 from hapo_lite.model.policy import Policy
 from hapo_lite.records import Completion, Request, put
 from hapo_lite.rollout.attention import NotCovered, covers
@@ -22,7 +23,6 @@ from hapo_lite.rollout.decoding import Decoder, Writing
 from hapo_lite.rollout.engine import EngineSettings
 from hapo_lite.rollout.forward import FixedForward, Forward, GrowingForward, read_prompts
 from hapo_lite.rollout.graphs import recorder_for
-from hapo_lite.rollout.lora import two_products
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transcript import pad_left
 
@@ -64,7 +64,7 @@ class TransformersEngine(BatchedEngine):
             decoder.run(self._forward(model, past_key_values, rows, attention_mask, draws.shape[0]), logits[rows])
             return decoder.transcript.ids.T
 
-        with policy.sampling() as model, two_products(policy.model, policy.dtype):
+        with policy.sampling() as model, held_factors(policy.model, policy.dtype):
             generation = {
                 "input_ids": ids,
                 "attention_mask": attention_mask,

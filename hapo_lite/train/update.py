@@ -150,7 +150,8 @@ class Update:
         accelerator, processes = self.resources.accelerator, self.resources.processes
         loss = torch.zeros((), device=accelerator.device)
         lengths = experience.sequence_lengths
-        with self.resources.oom.together(lockstep=processes.sharded):
+        unpacked = self.policy.unpacked(exact=True, in_update=True)
+        with unpacked, self.resources.oom.together(lockstep=processes.sharded):
             for batch in batches:
                 part = self.micro_batch(experience.select(batch), denominator)
                 accelerator.backward(part.loss)

@@ -21,13 +21,13 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from hapo_lite.head import tile_shape
 from hapo_lite.model.attention import takes_grouped_keys
 from hapo_lite.model.load import resolve_dtype
+from hapo_lite.model.lora import held_factors
 from hapo_lite.model.policy import trainers_head
-from hapo_lite.model.unpacked import UnpackedBase
+from hapo_lite.model.unpacked import BESIDE_ACTIVATIONS, UnpackedBase
 from hapo_lite.recipe import Recipe
 from hapo_lite.rollout.attention import NotCovered, covers
 from hapo_lite.rollout.cache import FixedCache
 from hapo_lite.rollout.forward import FixedForward, GrowingForward, read_prompts
-from hapo_lite.rollout.lora import two_products
 from hapo_lite.rollout.sampling import AdaptiveTemperature, draw
 from hapo_lite.rollout.transcript import Transcript
 from hapo_lite.train.memory.live import LiveBytes, tensors_of, total_bytes
@@ -154,7 +154,10 @@ class Predictor:
             rollout = rollout.beside(self.unpacked)
             if self.device == "cpu":  # On a GPU scoring uses the packed kernels, as the update does.
                 scoring = scoring.beside(self.unpacked)
-        return [rollout, scoring, self.update(sizes)]
+        update = self.update(sizes)
+        if self.unpacks_in_update(recipe, room):
+            update = update.beside(self.unpacked)
+        return [rollout, scoring, update]
 
     @property
     def unpacked(self) -> int:
@@ -164,7 +167,7 @@ class Predictor:
     def unpacks(self, recipe: Recipe, rollout: Stage, room: int) -> bool:
         """Whether the base is unpacked: as the recipe says or, if that is "auto", if the copy fits beside the rollout.
 
-        On a CPU the copy must fit twice, as `UnpackedBase.fits` asks.
+        On a CPU the copy must fit twice, as `UnpackedBase` asks.
         """
         if not self.unpacked:
             return False
@@ -173,6 +176,12 @@ class Predictor:
             return wanted
         copies = 1 if self.device == "cuda" else 2
         return rollout.total + copies * self.unpacked <= room
+
+    def unpacks_in_update(self, recipe: Recipe, room: int) -> bool:
+        """Whether an update uses the copy: on a CPU, if it is small beside what is free then."""
+        free = room - sum(self.resident.values())
+        asked = self.device == "cpu" and unpacking(recipe) is not False
+        return asked and 0 < self.unpacked <= BESIDE_ACTIVATIONS * free
 
     def rollout(self, recipe: Recipe, sizes: Sizes) -> Stage:
         """Reading the prompts, or the last step of all rows at full length, whichever takes more memory."""
@@ -192,7 +201,7 @@ class Predictor:
             computing_in(self.dtype, self.device),
             trainers_head(self.base),
             LiveBytes(tensors_of(self.model)) as live,
-            two_products(self.model, self.dtype),
+            held_factors(self.model, self.dtype),
         ):
             transcript = Transcript(sizes.completion, sizes.rows, torch.device("cpu"))
             mask = torch.ones(sizes.prompts, sizes.prompt, dtype=torch.long)

@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 from hapo_lite.errors import UserError
 from hapo_lite.model.adapter import peft_packages
+from hapo_lite.model.lora import use_two_products
 from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.model.targets import check_head_is_free, check_targets, peft_targets
 from hapo_lite.recipe import ModelSettings
@@ -133,6 +134,7 @@ def _adapted(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dty
     except ValueError as error:
         raise UserError(f"model.lora.targets = {targets!r} does not fit {settings.name}: {error}") from error
     check_head_is_free(base, lora, settings.name)
+    use_two_products(model)
     assert isinstance(model, PeftModel)  # A mixed model is made only where it is asked for.
     return model
 
