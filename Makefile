@@ -8,7 +8,7 @@ export HAPO_REAL_MODELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/hapo_lite/mode
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: train test test-all test-qwen smollm2 qwen lint lock clean
+.PHONY: train test test-all test-qwen architectures smollm2 qwen lint lock clean
 
 train: $(VENV)/.installed ## train the bundled model with recipes/tiny_cpu.yaml
 	$(PY) -m hapo_lite.train recipes/tiny_cpu.yaml
@@ -24,6 +24,9 @@ smollm2 qwen: $(VENV)/.installed-dev ## real weights for tests/real: 93 MB or 1.
 
 test-qwen: qwen ## tests/real on 1.5 billion weights, by hand: once in fp32 too
 	$(PY) -m pytest tests/real -m by_hand -o timeout=3600
+
+architectures: $(VENV)/.installed ## try a small model of every family of transformers, by hand; writes docs/models.md
+	$(PY) -m benchmarks.architectures
 
 lint: $(VENV)/.installed-dev ## check style, and types where they are strict
 	$(PY) -m ruff check .

@@ -115,7 +115,8 @@ def _load(source: Source, name: str, device: torch.device, dtype: torch.dtype, a
         "quantization": "none",
         "dtype": NAMES[dtype],
         "gradient_checkpointing": False,
-        "attention": "sdpa",  # flash attention does not compute in fp32
+        # Flash attention does not compute in fp32.
+        "attention": "eager" if source.model.attention == "eager" else "sdpa",
     }
     policy = load_policy(source.model.model_copy(update=changes), source.recipe.seed, device, adapter)
     return compute_in_fp32(policy)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hapo_lite.errors import UserError, first_line
 from hapo_lite.model.lora import use_two_products
 from hapo_lite.model.policy import Policy
-from hapo_lite.model.targets import check_head_is_free, check_targets, peft_targets
+from hapo_lite.model.targets import check_head_is_free, check_targets, peft_targets, untouched_layers
 from hapo_lite.recipe import ModelSettings
 
 
@@ -49,6 +49,7 @@ def fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> 
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it by the rank: a fraction will do
         lora_dropout=0.0,  # with dropout the ratio would differ from 1 before the first update
         target_modules=targets,
+        exclude_modules=untouched_layers(base, lora),
         task_type="CAUSAL_LM",
     )
     try:

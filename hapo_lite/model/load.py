@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -21,12 +21,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hapo_lite.errors import UserError, first_line, page
+from hapo_lite.errors import UserError, first_line
 from hapo_lite.model.adapter import fresh_adapter, saved_adapter
 from hapo_lite.model.attention import use_fused_attention
+from hapo_lite.model.examine import reads_changed_states
 from hapo_lite.model.noise import switch_off_noise
 from hapo_lite.model.origins import Origin, may_run_code, model_origin
 from hapo_lite.model.policy import Policy, embedding_rows
+from hapo_lite.model.refusals import known_problem
 from hapo_lite.model.template import Rendering, check_options, templated, today
 from hapo_lite.model.unpacked import UnpackedBase
 from hapo_lite.recipe import ModelSettings
@@ -92,7 +94,8 @@ def load_policy(
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = fresh_adapter(base, settings, seed).train() if adapter is None else saved_adapter(base, settings, adapter)
     dense = UnpackedBase(base, unpacked) if settings.quantization == "nf4" else None
-    return Policy(model, tokenizer, stop_ids, context, dtype, str(origin), settings.offloads, dense, rendering)
+    policy = Policy(model, tokenizer, stop_ids, context, dtype, str(origin), settings.offloads, dense, rendering)
+    return replace(policy, whole=reads_changed_states(policy, settings))
 
 
 def of_first_process(day: datetime.date) -> datetime.date:
@@ -138,7 +141,9 @@ def find_stop_ids(
     Raises UserError if there is none.
     """
     found: list[int] = []
-    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+    # A model of several parts may have them in its text part's config alone.
+    for holder in (model.generation_config, model.config, model.config.get_text_config(), tokenizer):
+        ids: Any = getattr(holder, "eos_token_id", None)
         found += ids if isinstance(ids, list) else [ids]
     if tokenizer.chat_template is not None:
         answer = "answer"
@@ -213,20 +218,7 @@ def _loading(settings: ModelSettings, origin: Origin) -> Iterator[None]:
         known = (OSError, ValueError, ImportError, KeyError, SafetensorError)
         if not settings.trust_remote_code and not isinstance(error, known):
             raise
-        raise UserError(_loading_problem(settings, origin, error)) from error
-
-
-def _loading_problem(settings: ModelSettings, origin: Origin, error: Exception) -> str:
-    """The message for a model that was found and not loaded."""
-    name = settings.name
-    if "trust_remote_code=True" in str(error):
-        return (
-            f"model.name = {name} brings Python code that it needs, which is not run: read it, and set "
-            f"model.trust_remote_code=true if it may run on this machine with your rights ({page('security.md')})"
-        )
-    if settings.attention == "flash_attention_2" and re.search("flash.?att", str(error), re.IGNORECASE):
-        return (
-            f"model.attention = flash_attention_2 cannot be used ({first_line(error)}): set model.attention=sdpa, or "
-            "pip install flash-attn where a GPU is"
-        )
-    return f"model.name = {name} was found ({origin}), and cannot be loaded: {first_line(error)}"
+        problem = known_problem(settings, error)
+        raise UserError(
+            problem or f"model.name = {settings.name} was found ({origin}), and cannot be loaded: {first_line(error)}"
+        ) from error

@@ -27,4 +27,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if not isinstance(error, RuntimeError):
         return False
-    return should_reduce_batch_size(error) or any(text in str(error) for text in FAILED_ALLOCATIONS)
+    # accelerate looks for words in the first argument, which is an operator in some errors of torch.
+    known = all(isinstance(argument, str) for argument in error.args) and should_reduce_batch_size(error)
+    return known or any(text in str(error) for text in FAILED_ALLOCATIONS)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hapo_lite.errors import UserError
 from hapo_lite.head import next_token_logits, token_logprobs
+from hapo_lite.model.decoder import head_input
 from hapo_lite.model.template import Rendering, encode_chat, text_of
 from hapo_lite.model.unpacked import UnpackedBase
 from hapo_lite.records import Sequences
@@ -35,7 +36,8 @@ class Policy:
     dtype: of the model's products; bf16 and fp16 by autocast, which leaves the adapter's weights in fp32. origin: the
     commit or the digest of the base, as a string of `origins.Origin`. offload: whether activations wait for the
     backward in main memory. dense: makes the unpacked copy of a 4-bit base; None for another base. rendering: how the
-    chat template is rendered.
+    chat template is rendered. whole: whether the head reads something else than the decoder's output, so that the whole
+    model is called to score.
     """
 
     model: PeftModel
@@ -47,6 +49,7 @@ class Policy:
     offload: bool = False
     dense: UnpackedBase | None = None
     rendering: Rendering = field(default_factory=Rendering)
+    whole: bool = False
 
     steps: ClassVar[bool] = True
     """Whether the decoder can be called token by token with a cache."""
@@ -122,7 +125,7 @@ class Policy:
     def hidden_states(self, ids: Tensor) -> Tensor:
         """The head's input, [B, L, D]. ids: [B, L]."""
         with self._offloading():
-            return self.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            return head_input(self.base, self.whole, input_ids=ids, use_cache=False)
 
     def _offloading(self) -> contextlib.AbstractContextManager:
         """A context that keeps activations in main memory until the backward if `offload` is set. No bit changes."""

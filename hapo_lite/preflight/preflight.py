@@ -13,7 +13,7 @@ from hapo_lite.preflight.measure import measure_loop, prepare
 from hapo_lite.preflight.table import memory_table, suggestion, verdict
 from hapo_lite.recipe import Recipe
 from hapo_lite.train.accelerator import unseen_gpu
-from hapo_lite.train.memory.predict import Predictor, worst_case
+from hapo_lite.train.memory.predict import Predictor, predicting, worst_case
 
 
 def preflight(recipe: Recipe, card: int | None, shape_only: bool, file: Path | None) -> Advice | None:
@@ -46,7 +46,8 @@ def preflight(recipe: Recipe, card: int | None, shape_only: bool, file: Path | N
     factors = {}
     if measured is not None and not measured.fitted:
         factors = {stage.name: measured.allocated[stage.name] / stage.total for stage in stages}
-    advice = advise(predictor, recipe, card, factors)
+    with predicting(recipe.model.name):
+        advice = advise(predictor, recipe, card, factors)
     print(suggestion(advice, recipe))
     if file is not None:
         write_back(file, advice.settings())

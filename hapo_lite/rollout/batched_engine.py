@@ -5,6 +5,7 @@ Axes: B requests of a part.
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Self
 from torch import Tensor
 
 from hapo_lite.model.policy import Policy
+from hapo_lite.model.refusals import own_errors
 from hapo_lite.records import Completion, Request, put
 from hapo_lite.rollout.draws import DrawKey, draws_of, key_and_limit
 from hapo_lite.rollout.engine import Engine, EngineSettings
@@ -32,6 +34,7 @@ class BatchedEngine(Engine):
         self.max_new_tokens = max_new_tokens
         self.progress = Progress()
         self.writing = self.progress.write(0, max_new_tokens)
+        self.has_run = False
 
     @classmethod
     def make(cls, settings: EngineSettings, policy: Policy) -> Self:
@@ -60,7 +63,10 @@ class BatchedEngine(Engine):
                 part = requests[start : start + self.part_size]
                 self.writing.part(len(part), min(len(part), self.batch_size))
                 draws = draws_of(part, draw_key, longest)
-                written = self._sample_part(part, processor, put(draws, self.policy.device))
+                # A model that has written a batch can run; an error after that is a fault to be traced.
+                with contextlib.nullcontext() if self.has_run else own_errors(str(self.policy.base.name_or_path)):
+                    written = self._sample_part(part, processor, put(draws, self.policy.device))
+                self.has_run = True
                 self.writing.part_ended(sum(c.length for c in written))
                 completions += written
         return completions

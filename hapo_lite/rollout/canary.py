@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from hapo_lite.errors import UserError
+from hapo_lite.model.decoder import head_input
 from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import RolloutSettings
 from hapo_lite.records import Completion, EncodedPrompt, Request, Sequences, pad, put
@@ -46,6 +47,8 @@ SAME, ALIKE, FOREIGN = 0.25, 1.0, 1.6
 """Multiples of the floor, which is the distance that rounding makes. An engine within SAME of the trainer's own steps
 at rest rounds as they do, and must then stay within ALIKE of them. Any other engine must stay within FOREIGN of the
 trainer."""
+MOST_FLOOR, MOST_FLOOR_16 = 0.02, 0.2
+"""The largest floor at rest that rounding can make, nats, in fp32 and in 16 bits. Real models have 1e-6 and 0.03."""
 SLACK, SHARE = 1e-3, 0.005
 """Allowances added for dtypes that hardly round: nats at rest, and a fraction of the move when perturbed."""
 
@@ -146,7 +149,7 @@ def compare(
 ) -> Canary:
     """The measurements that `check_engine` judges. Raises UserError if no change of the adapter moves the policy."""
     offered = (prompt for prompt in itertools.islice(prompts, OFFERED) if prompt is not None)
-    some = sorted(offered, key=lambda prompt: len(prompt.ids))[:PROMPTS]
+    some = few_prompts(sorted(offered, key=lambda prompt: len(prompt.ids)))
     requests = [Request(prompt, sample) for sample in range(PROMPTS) for prompt in some][:PROMPTS]
 
     def sampled() -> list[Completion]:
@@ -157,6 +160,7 @@ def compare(
         before = sampled()
         resting = trainer_logp(policy, before, settings.temperature)
         at_rest = measure(policy, before, resting, settings.temperature)
+        check_floor(policy, at_rest.floor)
         directions = blockwise_directions(policy, before, settings.temperature, seed)
         strength = strength_for(policy, before, resting, settings.temperature, directions)
         with perturbed_adapter(directions, strength):
@@ -167,6 +171,33 @@ def compare(
     change = (moved_to - moved_from).double()
     followed = ((engine_logp(after) - moved_from).double() * change).sum() / change.square().sum()
     return Canary(at_rest, perturbed, float(change.abs().mean()), float(followed))
+
+
+def check_floor(policy: Policy, floor: float) -> None:
+    """Raise UserError if the trainer's two ways to compute the same tokens differ by more than rounding explains.
+
+    floor: of the distance at rest.
+    """
+    most = MOST_FLOOR if policy.dtype == torch.float32 else MOST_FLOOR_16
+    if floor > most:
+        raise UserError(
+            f"model.name = {policy.base.name_or_path} cannot be trained: token by token, with a cache and beside a "
+            f"padded prompt, it computes other log-probabilities than in one pass, by {floor:.2g} nats where rounding "
+            f"makes less than {most:g}; choose another model"
+        )
+
+
+def few_prompts(offered: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
+    """The prompts of the check, from prompts in order of length.
+
+    There are fewer than completions, so that a prompt is read for two of them, and their lengths differ if any do, so
+    that one of them is padded.
+    """
+    some = list(offered[: PROMPTS - 1])
+    longer = (prompt for prompt in offered[len(some) :] if len(prompt.ids) > len(some[0].ids))
+    if some and len(some[-1].ids) == len(some[0].ids):
+        some[-1] = next(longer, some[-1])
+    return some
 
 
 def _cause(found: Canary, engine: str) -> str:
@@ -216,21 +247,15 @@ def stepwise_logp(policy: Policy, completions: Sequence[Completion], temperature
 
 def _row_states(policy: Policy, completions: Sequence[Completion]) -> list[Tensor]:
     """The head's input for each token of each completion, [T, D], computed token by token."""
-    decoder = policy.base.get_decoder()
     ids, mask = pad_left([c.prompt for c in completions], policy.tokenizer.pad_token_id, policy.device)
     tokens, found = pad([c.ids for c in completions], policy.device), []
     cache = DynamicCache(config=policy.base.config.get_text_config())
     # A policy may sample outside autocast; this pass has the trainer's precision all the same.
     with policy.sampling(), policy.autocast():
         for step in range(tokens.shape[1]):
-            out = decoder(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            found.append(out.last_hidden_state[:, -1])
+            position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
+            found.append(head_input(policy.base, policy.whole, cache, **inputs)[:, -1])
             ids, mask = tokens[:, step : step + 1], torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return [row[: c.length] for row, c in zip(torch.stack(found, dim=1), completions, strict=True)]
 

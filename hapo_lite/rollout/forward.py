@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from hapo_lite.model.decoder import call
 from hapo_lite.records import put
 from hapo_lite.rollout.attention import NotCovered, attending
 from hapo_lite.rollout.cache import FixedCache
@@ -123,12 +124,9 @@ def read_prompts(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor, ca
     return _next_logits(model, cache, ids, attention_mask, position)
 
 
-def _next_logits(model, cache: Cache, ids: Tensor, attention_mask: Tensor | None, position: Tensor) -> Tensor:
-    return model(
-        input_ids=ids,
-        attention_mask=attention_mask,
-        position_ids=position,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+def _next_logits(
+    model: PreTrainedModel, cache: Cache, ids: Tensor, attention_mask: Tensor | None, position: Tensor
+) -> Tensor:
+    """Logits [rows, V] of what follows the last of `ids`."""
+    inputs = {"input_ids": ids, "attention_mask": attention_mask, "position_ids": position, "logits_to_keep": 1}
+    return call(model, cache, **inputs).logits[:, -1]

@@ -6,13 +6,15 @@ once, and its cache is copied for each of its rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from hapo_lite.errors import UserError
+from hapo_lite.model.decoder import cache_name
 from hapo_lite.model.lora import held_factors
 from hapo_lite.model.policy import Policy
 from hapo_lite.records import Completion, Request, put
@@ -59,9 +61,10 @@ class TransformersEngine(BatchedEngine):
             attention_mask.sum(1, keepdim=True)[rows] - 1,
         )
 
-        def decode(model, input_ids: Tensor, *_, past_key_values: Cache, **__) -> Tensor:
-            logits = read_prompts(model, input_ids, attention_mask, past_key_values)
-            decoder.run(self._forward(model, past_key_values, rows, attention_mask, draws.shape[0]), logits[rows])
+        def decode(model, input_ids: Tensor, *_, **prepared) -> Tensor:
+            cache = self._empty_cache(model, prepared)
+            logits = read_prompts(model, input_ids, attention_mask, cache)
+            decoder.run(self._forward(model, cache, rows, attention_mask, draws.shape[0]), logits[rows])
             return decoder.transcript.ids.T
 
         with policy.sampling() as model, held_factors(policy.model, policy.dtype):
@@ -87,6 +90,19 @@ class TransformersEngine(BatchedEngine):
         stopped = stops.any(dim=0)
         lengths = torch.where(stopped, stops.int().argmax(dim=0) + 1, draws.shape[0])
         return decoder.transcript.completions(requests, lengths.tolist(), stopped.tolist(), policy)
+
+    def _empty_cache(self, model: PreTrainedModel, prepared: Mapping[str, Any]) -> Cache:
+        """The cache that transformers has made for the model. prepared: the arguments that `generate` made.
+
+        Raises UserError if the model takes none, or one of a kind of its own.
+        """
+        cache = prepared.get(cache_name(model) or "")
+        if not isinstance(cache, Cache):
+            raise UserError(
+                f"model.name = {model.name_or_path} cannot be sampled: {type(model).__name__} keeps what it has read "
+                "in no cache of transformers' kind; choose another model"
+            )
+        return cache
 
     def _forward(
         self, model: PreTrainedModel, cache: Cache, rows: Tensor, attention_mask: Tensor, limit: int

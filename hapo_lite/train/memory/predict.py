@@ -7,8 +7,9 @@ model's own code runs on tensors without data (shapes.py), and the bytes of the 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,11 +19,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
+from hapo_lite.errors import UserError, first_line
 from hapo_lite.head import tile_shape
 from hapo_lite.model.attention import takes_grouped_keys
+from hapo_lite.model.decoder import call, decoder_of
 from hapo_lite.model.load import resolve_dtype
 from hapo_lite.model.lora import held_factors
 from hapo_lite.model.policy import trainers_head
+from hapo_lite.model.refusals import place_in_model
 from hapo_lite.model.unpacked import BESIDE_ACTIVATIONS, UnpackedBase
 from hapo_lite.recipe import Recipe
 from hapo_lite.rollout.attention import NotCovered, covers
@@ -45,6 +49,34 @@ PARTS = (
     "at work",
 )
 """The parts of a stage's memory at its peak. at work: tensors that live only during an operator or a layer."""
+
+
+class Unpredictable(UserError):
+    """A model's code cannot run on tensors without data."""
+
+
+@contextlib.contextmanager
+def predicting(name: str) -> Iterator[None]:
+    """A context that turns an error of a model's code on tensors without data into Unpredictable. name: model.name."""
+    # torch prints an error that a model's code may catch.
+    torchs = logging.getLogger("torch._subclasses.fake_tensor")
+    before = torchs.level
+    torchs.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except (UserError, NotCovered):
+        raise
+    except Exception as error:
+        place = place_in_model(error, through_ours=True)  # tensors are counted by code of ours
+        if place is None:
+            raise
+        raise Unpredictable(
+            f"the memory of model.name = {name} cannot be predicted: its code fails on tensors without numbers "
+            f"({place}: {type(error).__name__}: {first_line(error)}); start the run where the card is, which halves "
+            "its batches if memory runs out"
+        ) from error
+    finally:
+        torchs.setLevel(before)
 
 
 @dataclass(frozen=True)
@@ -133,9 +165,10 @@ class Predictor:
         self.context = getattr(self.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
         self.mode = FakeTensorMode()
         self.fixed = True  # the default engine's cache is allocated once, unless the model turns out not to allow it
-        self.model: PeftModel = build(
-            recipe.model, self.config, self.dtype, self.mode, grouped_keys(device, self.dtype)
-        )
+        with predicting(recipe.model.name):
+            self.model: PeftModel = build(
+                recipe.model, self.config, self.dtype, self.mode, grouped_keys(device, self.dtype)
+            )
         self.adapter = [p for p in self.model.parameters() if p.requires_grad]
         adapter = total_bytes(self.adapter)
         self.resident = {
@@ -145,11 +178,14 @@ class Predictor:
         }
 
     def stages(self, recipe: Recipe | None = None, room: int = 0) -> list[Stage]:
-        """Rollout, scoring and update at the recipe's worst case. room: bytes of tensors that fit into memory."""
+        """Rollout, scoring and update at the recipe's worst case. room: bytes of tensors that fit into memory.
+
+        Raises Unpredictable.
+        """
         recipe = recipe or self.recipe
         sizes = worst_case(recipe, self.context)
-        rollout = self.rollout(recipe, sizes)
-        scoring = self.score(sizes)
+        with predicting(recipe.model.name):
+            rollout, scoring, update = self.rollout(recipe, sizes), self.score(sizes), self.update(sizes)
         if self.unpacks(recipe, rollout, room):
             rollout = rollout.beside(self.unpacked)
             if self.device == "cpu":  # On a GPU scoring uses the packed kernels, as the update does.
@@ -271,10 +307,9 @@ class Predictor:
     def _logprobs(self, sizes: Sizes, live: LiveBytes) -> tuple[Tensor, int]:
         """Log-probabilities [N], and the bytes of the head's tiles if they are alive at the peak so far, else 0."""
         with computing_in(self.dtype, self.device):
-            decoder = self.base.get_decoder()
             ids = torch.empty(sizes.batch, sizes.width, dtype=torch.long)
             with self._keeping():
-                hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+                hidden = call(decoder_of(self.base), input_ids=ids, use_cache=False).last_hidden_state
             decoder_peak = live.peak
             live.peak = live.now
             states = hidden[:, sizes.prompt - 1 : -1].reshape(-1, hidden.shape[-1])

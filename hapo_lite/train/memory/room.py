@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hapo_lite.recipe import Recipe
-from hapo_lite.train.memory.predict import Predictor, unpacking
+from hapo_lite.train.memory.predict import Predictor, Unpredictable, unpacking
 
 CONTEXT = 0.6 * 2**30
 """Bytes that CUDA and its libraries hold on a card before any tensor; an assumption, not yet measured on a GPU."""
@@ -22,9 +22,13 @@ def unpacks(recipe: Recipe, device: torch.device) -> bool | None:
     """Whether a run of `recipe` on `device` unpacks its 4-bit base; None: each rollout decides when it begins.
 
     On a GPU the prediction decides once for the whole run, since packed and unpacked kernels round differently.
+    A base whose memory cannot be predicted stays packed.
     """
     wanted = unpacking(recipe)
     if wanted is not None or device.type != "cuda":
         return wanted
     room = usable(torch.cuda.get_device_properties(device).total_memory)
-    return "unpacked base" in Predictor(recipe, "cuda").stages(room=room)[0].parts
+    try:
+        return "unpacked base" in Predictor(recipe, "cuda").stages(room=room)[0].parts
+    except Unpredictable:
+        return False

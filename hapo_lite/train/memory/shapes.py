@@ -9,21 +9,30 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.pytorch_utils import Conv1D
 
-from hapo_lite.errors import UserError
+from hapo_lite.errors import UserError, first_line
 from hapo_lite.model.adapter import peft_packages
 from hapo_lite.model.lora import use_two_products
 from hapo_lite.model.origins import TINY_MODEL
-from hapo_lite.model.targets import check_head_is_free, check_targets, peft_targets
+from hapo_lite.model.refusals import known_problem, no_fused_attention
+from hapo_lite.model.targets import check_head_is_free, check_targets, peft_targets, untouched_layers
 from hapo_lite.recipe import ModelSettings
 
 BLOCK = 64
@@ -116,11 +125,12 @@ class _Replacements:
 
 def _adapted(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dtype, fused: str) -> PeftModel:
     attention = "eager" if settings.attention == "eager" else fused
-    base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    base: Any = _base(settings, config, dtype, attention)
     head = base.get_output_embeddings()
     if settings.quantization == "nf4":
         for name, module in list(base.named_modules()):
-            if isinstance(module, nn.Linear) and module is not head:
+            # As transformers chooses them: a class of its own is left alone.
+            if type(module) in (nn.Linear, Conv1D) and module is not head:
                 base.set_submodule(name, _Linear4bit(module, dtype))
         base.is_loaded_in_4bit = True
     if settings.gradient_checkpointing:
@@ -130,7 +140,11 @@ def _adapted(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dty
     try:
         # alpha changes no size, and peft's annotation of it is int.
         with peft_packages():
-            model = get_peft_model(base, LoraConfig(r=lora.rank, target_modules=targets, task_type="CAUSAL_LM"))
+            excluded = untouched_layers(base, lora)
+            config_of_peft = LoraConfig(
+                r=lora.rank, target_modules=targets, exclude_modules=excluded, task_type="CAUSAL_LM"
+            )
+            model = get_peft_model(base, config_of_peft)
     except ValueError as error:
         raise UserError(f"model.lora.targets = {targets!r} does not fit {settings.name}: {error}") from error
     check_head_is_free(base, lora, settings.name)
@@ -139,15 +153,31 @@ def _adapted(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dty
     return model
 
 
+def _base(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The base without data. Raises UserError if transformers has no such model, or not with this attention."""
+    try:
+        try:
+            base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        except KeyError:  # the model chooses among attentions of its own by name
+            base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=settings.attention)
+    except (ValueError, ImportError) as error:
+        problem = known_problem(settings, error)
+        raise UserError(problem or f"model.name = {settings.name} cannot be built: {first_line(error)}") from error
+    if settings.attention == "sdpa" and not base._supports_sdpa:
+        raise UserError(no_fused_attention(settings.name))
+    return cast(PreTrainedModel, base)
+
+
 class _Linear4bit(Linear4bit):
     """A 4-bit layer's tensors (packed weight, scales, scales of scales), and the memory of its products."""
 
     scales: Tensor
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
+        rows, columns = linear.weight.shape
+        # A Conv1D, which GPT-2 has, stores its weight the other way round.
+        self.out_features, self.in_features = (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
         self.compute_dtype = dtype
         count = linear.weight.numel()
         blocks = math.ceil(count / BLOCK)

@@ -1,0 +1,84 @@
+"""Sentences for models that transformers cannot load or run."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from hapo_lite.errors import UserError, first_line, page
+from hapo_lite.model.oom import is_out_of_memory
+from hapo_lite.recipe import ModelSettings
+
+MODEL_CODE = re.compile(r"[/\\]transformers[/\\]|transformers_modules")
+"""In the path of a file of transformers, or of code that came with a model."""
+OURS = Path(__file__).parents[1]
+PACKED = re.compile(r"unsigned char|uint8|Byte")
+"""In the message of an error that comes from calculating with a packed weight."""
+
+
+def known_problem(settings: ModelSettings, error: Exception) -> str | None:
+    """The sentence for an error that means that a model cannot be loaded with these settings; None for other errors."""
+    name, text = settings.name, str(error)
+    if "trust_remote_code=True" in text:
+        return (
+            f"model.name = {name} brings Python code that it needs, which is not run: read it, and set "
+            f"model.trust_remote_code=true if it may run on this machine with your rights ({page('security.md')})"
+        )
+    if "Unrecognized configuration class" in text:
+        kind = re.search(r"\.(\w+)Config'", text)
+        return (
+            f"model.name = {name} is no causal language model: transformers has none of the kind "
+            f"{kind[1] if kind else 'that its config.json names'}; choose a model that continues a text"
+        )
+    if "through torch.nn.functional.scaled_dot_product_attention" in text:
+        return no_fused_attention(name)
+    if settings.attention == "flash_attention_2" and re.search("flash.?att", text, re.IGNORECASE):
+        return (
+            f"model.attention = flash_attention_2 cannot be used ({first_line(error)}): set model.attention=sdpa, or "
+            "pip install flash-attn where a GPU is"
+        )
+    return None
+
+
+def no_fused_attention(name: str) -> str:
+    """The sentence for model.attention = sdpa with a model that has only an attention of its own."""
+    return f"model.attention = sdpa is not there for {name}: set model.attention=eager"
+
+
+@contextlib.contextmanager
+def own_errors(name: str) -> Iterator[None]:
+    """A context that turns an error of a model's own code into a UserError. name: model.name.
+
+    Other errors pass, a shortage of memory among them.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        place = place_in_model(error)
+        if place is None or is_out_of_memory(error):
+            raise
+        advice = "its code calculates with packed weights, so set model.quantization=none"
+        if not PACKED.search(str(error)):
+            advice = "choose another model or another version of transformers"
+        raise UserError(
+            f"model.name = {name} was loaded, and its own code fails when it runs ({place}: {type(error).__name__}: "
+            f"{first_line(error)}); {advice}"
+        ) from error
+
+
+def place_in_model(error: BaseException, through_ours: bool = False) -> str | None:
+    """The innermost line of a model's code that an error has passed, as `file:line`; None if it has passed none.
+
+    through_ours: whether code of this package may have been called by the model's. It may then be at fault itself.
+    """
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not through_ours and OURS in Path(frame.filename).parents:
+            return None
+        if MODEL_CODE.search(frame.filename):
+            return f"{Path(frame.filename).name}:{frame.lineno}"
+    return None
