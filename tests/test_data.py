@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -150,11 +151,22 @@ def test_columns_may_be_named(tmp_path):
     assert prompt == Prompt("rows-0", (("user", "yes"),), "1")
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_csv_file_may_be_separated_by_commas_semicolons_or_tabs(tmp_path, separator):
+    rows = [["problem", "answer"], ["1;2,3\t4", "5"], ["6", "1,000"]]
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    found = load(tmp_path / "rows.csv").prompts
+    assert [(p.messages[-1][1], p.answer) for p in found] == [("1;2,3\t4", "5"), ("6", "1,000")]
+
+
 def test_messages_to_the_user(tmp_path):
     good = jsonl(tmp_path, {"problem": "p", "meta": {"gold": "1"}})
     for name, content in {
         "empty.jsonl": b"",
         "header.csv": b"problem,answer\n",
+        "comma.csv": b"problem,answer\n1+1=?,2\n999+235=?,1,234\n",
+        "utf16.csv": "problem,answer\n1+1=?,2\n".encode("utf-16"),
         "binary.jsonl": b"\xff\xfe\x00",
         "broken.jsonl": b'{"problem": "p", "answer": "1"}\n{"problem": \n',
         "list.json": b"[1, 2]",
@@ -179,6 +191,8 @@ def test_messages_to_the_user(tmp_path):
         (good, {"answer_column": "meta"}, r"no usable row .*neither text nor a number: 1"),
         (tmp_path / "empty.jsonl", {}, "has no rows"),
         (tmp_path / "header.csv", {}, "has no rows"),
+        (tmp_path / "comma.csv", {}, "line 3 has 3 fields and the first line 2: a field that contains ','"),
+        (tmp_path / "utf16.csv", {}, r"cannot be read \('utf-8' codec .*: save it as UTF-8 text"),
         (tmp_path / "binary.jsonl", {}, r"binary\.jsonl cannot be read"),
         (tmp_path / "broken.jsonl", {}, r"cannot be read \(line 2: "),
         (tmp_path / "list.json", {}, r"cannot be read \(entry 1 is not an object"),

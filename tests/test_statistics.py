@@ -182,6 +182,13 @@ def test_a_single_value_has_no_interval():
     assert mean_interval([0.4, 0.4]) == Interval(0.4, 0.4, 0.4)
 
 
+def test_a_share_has_no_interval_beyond_0_and_1():
+    found = mean_interval([1.0, 1.0, 1.0, 0.5])
+    assert found.high > 1.0
+    assert found.within(0.0, 1.0) == Interval(found.value, found.low, 1.0)
+    assert not mean_interval([0.5]).within(0.0, 1.0).known
+
+
 @pytest.mark.parametrize("values", [[], [float("nan"), 1.0], [[1.0]]])
 def test_an_interval_needs_values(values):
     with pytest.raises(ValueError, match="list of finite values"):

@@ -114,6 +114,12 @@ MORE_OF_THEM = [4, 1] * 20
             "worse",
             ["jumped 2.5 nats away from itself within iteration 7"],
         ),
+        (
+            HALF,
+            {"updates": 0, "update/skipped": 4},
+            "no difference",
+            ["nothing was trained: all 160 updates were skipped"],
+        ),
         (HALF, {"ratio/kl_old": 1e-12}, "no difference", ["hardly moved", "raise training.learning_rate (0.0005)"]),
         (
             MORE_OF_THEM,

@@ -28,6 +28,9 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 _FIRST = 1_000
 """Rows at the start of a JSON Lines file whose columns are the file's; also the rows that are read at once."""
 
+_TOO_MANY = "\0"
+"""The key of the fields that the header of a CSV file has no names for. No column can be called so."""
+
 Rows = Iterator[dict[str, Any]]
 
 
@@ -100,9 +103,10 @@ class _Reading:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (OSError, ValueError, RecursionError, MemoryError, csv.Error)):
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise UserError(
-                f"the data file {self.path} cannot be read ({reason}): check that it is a {self.path.suffix} file"
-            ) from None
+            advice = f"check that it is a {self.path.suffix} file"
+            if isinstance(error, UnicodeDecodeError) and self.path.suffix != ".parquet":
+                advice = "save it as UTF-8 text"
+            raise UserError(f"the data file {self.path} cannot be read ({reason}): {advice}") from None
 
 
 def _parquet(path: Path) -> tuple[list[str], Callable[[Iterable[str]], Rows]]:
@@ -121,12 +125,25 @@ def _parquet(path: Path) -> tuple[list[str], Callable[[Iterable[str]], Rows]]:
 
 
 def _csv(path: Path) -> tuple[list[str], Callable[[Iterable[str]], Rows]]:
+    """Fields are separated by commas or, where the first line has none, by semicolons or tabs."""
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        first = lines.readline(LONGEST_LINE)
+        separator = next((mark for mark in ",;\t" if mark in first), ",")
+        lines.seek(0)
+        columns = list(csv.DictReader(lines, strict=True, delimiter=separator).fieldnames or ())
+
     def read(needed: Iterable[str]) -> Rows:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            yield from csv.DictReader(lines, strict=True)
+            reader = csv.DictReader(lines, strict=True, delimiter=separator, restkey=_TOO_MANY)
+            for row in reader:
+                if _TOO_MANY in row:
+                    raise ValueError(
+                        f"line {reader.line_num} has {len(columns) + len(row[_TOO_MANY])} fields and the first line "
+                        f"{len(columns)}: a field that contains {separator!r} must stand in double quotes"
+                    )
+                yield row
 
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        return list(csv.DictReader(lines, strict=True).fieldnames or ()), read
+    return columns, read
 
 
 def _json(path: Path) -> tuple[list[str], Callable[[Iterable[str]], Rows]]:

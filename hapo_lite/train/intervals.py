@@ -39,6 +39,12 @@ class Interval:
         """Whether the interval has ends."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
+    def within(self, least: float, most: float) -> Interval:
+        """The interval without what lies beyond the values that the quantity can take, such as 0 and 1 for a share."""
+        if not self.known:
+            return self
+        return Interval(self.value, max(self.low, least), min(self.high, most))
+
     def as_json(self) -> dict[str, float | None]:
         """The three numbers by name; an end that is not known is None."""
         if self.known:
