@@ -68,8 +68,8 @@ def busy_cpu(device: torch.device) -> str | None:
     if device.type != "cpu" or threads == 1 or load <= cores:
         return None
     return (
-        f"in the last minute {load:.0f} tasks shared {cores} cores: while other programs are at work, OMP_NUM_THREADS=1 may "
-        f"be many times faster than {threads} threads"
+        f"in the last minute {load:.0f} tasks shared {cores} cores: while other programs are at work, one thread "
+        f"(OMP_NUM_THREADS=1) may be many times faster than {threads}"
     )
 
 
