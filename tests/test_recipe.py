@@ -78,6 +78,17 @@ def test_overrides_reach_every_depth(write_recipe):
     assert recipe.training.learning_rate == 1e-4
 
 
+def test_held_out_prompts_are_worded_as_the_training_prompts_are(write_recipe):
+    path = write_recipe(MINIMAL)
+    other = ["evaluation.data.source=held_out.csv"]
+    assert load_recipe(path, [*other, "data.system_prompt=null"]).evaluation.data.system_prompt is None
+    assert load_recipe(path, [*other, "data.system_prompt=Add."]).evaluation.data.system_prompt == "Add."
+    own = load_recipe(path, [*other, "data.system_prompt=Add.", "evaluation.data.system_prompt=null"])
+    assert own.evaluation.data.system_prompt is None and own.data.system_prompt == "Add."
+    default = load_recipe(path, other)
+    assert default.evaluation.data.system_prompt == default.data.system_prompt
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_may_be_named_or_altered(write_recipe, name):
     path = write_recipe({**MINIMAL, "method": name})
@@ -206,6 +217,11 @@ DOUBTS = [
         rules.unpacked_base_needs_a_packed_one,
         ["rollout.unpacked_base=always", "model.quantization=none"],
         "no effect with model.quantization=none",
+    ),
+    (
+        rules.held_out_data_is_other_data,
+        ["data.source=a.csv", "evaluation.data.source=a.csv"],
+        "leave evaluation.data out, and evaluation.prompts of them are held out",
     ),
     (rules.none_is_a_word, ["data.system_prompt=none"], "data.system_prompt is the word 'none': write null"),
     (

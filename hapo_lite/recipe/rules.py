@@ -120,6 +120,25 @@ def unpacked_base_needs_a_packed_one(recipe: Sections) -> str | None:
     return None
 
 
+def held_out_data_is_other_data(recipe: Sections) -> str | None:
+    """Accuracy on the problems that were trained says nothing about other problems."""
+    data, held_out = recipe.data, recipe.evaluation.data
+    if (
+        held_out is None
+        or held_out.source != data.source
+        or (held_out.config, held_out.split)
+        != (
+            data.config,
+            data.split,
+        )
+    ):
+        return None
+    return (
+        "evaluation.data is the data that is trained, so the evaluations do not tell what other problems would show: "
+        "leave evaluation.data out, and evaluation.prompts of them are held out."
+    )
+
+
 def none_is_a_word(recipe: Sections) -> str | None:
     """YAML writes nothing as null. Every other word is a text, which the model would read as its system message."""
     for name, data in {"data": recipe.data, "evaluation.data": recipe.evaluation.data}.items():
@@ -214,6 +233,7 @@ ADVICE: tuple[Rule, ...] = (
     offload_needs_checkpointing,
     token_budget_needs_dynamic_sampling,
     unpacked_base_needs_a_packed_one,
+    held_out_data_is_other_data,
     none_is_a_word,
     a_preset_brings_its_pieces,
     one_update_disables_hapo,

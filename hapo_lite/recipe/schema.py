@@ -61,6 +61,19 @@ class Recipe(Section):
         """A method may be written as the name of the preset that it starts from."""
         return {"preset": value} if name == "method" and isinstance(value, str) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _held_out_prompts_are_worded_as_training_prompts(cls, recipe: Any) -> Any:
+        """The model is measured on the prompts that it learns from: evaluation.data takes data.system_prompt."""
+        if not isinstance(recipe, dict):
+            return recipe
+        data, evaluation = recipe.get("data"), recipe.get("evaluation")
+        own = evaluation.get("data") if isinstance(evaluation, dict) else None
+        if isinstance(own, dict) and "source" in own and isinstance(data, dict) and "system_prompt" in data:
+            own = {"system_prompt": data["system_prompt"], **own}
+            recipe = {**recipe, "evaluation": {**evaluation, "data": own}}
+        return recipe
+
     @field_validator("method", mode="before")
     @classmethod
     def _start_from_preset(cls, method: Any) -> Any:

@@ -96,7 +96,10 @@ def check_same_run(folder: RunFolder, recipe: Recipe) -> None:
     if not list_checkpoints(folder.checkpoints):
         return
     if recipe.checkpoint.resume == "never":
-        raise UserError(f"{folder.path} holds a run already: choose another name=, or checkpoint.resume=auto")
+        raise UserError(
+            f"{folder.path} holds a run already: choose another name=, move this folder away, or set "
+            "checkpoint.resume=auto to go on"
+        )
     if changed := changed_setting(folder, recipe):
         raise UserError(
             f"{folder.path} was made with {changed}: choose another name= to start a new run, or "
