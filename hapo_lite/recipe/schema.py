@@ -68,10 +68,12 @@ class Recipe(Section):
         if not isinstance(recipe, dict):
             return recipe
         data, evaluation = recipe.get("data"), recipe.get("evaluation")
-        own = evaluation.get("data") if isinstance(evaluation, dict) else None
-        if isinstance(own, dict) and "source" in own and isinstance(data, dict) and "system_prompt" in data:
+        if not isinstance(data, dict) or not isinstance(evaluation, dict):
+            return recipe
+        own = evaluation.get("data")
+        if isinstance(own, dict) and "source" in own and "system_prompt" in data:
             own = {"system_prompt": data["system_prompt"], **own}
-            recipe = {**recipe, "evaluation": {**evaluation, "data": own}}
+            return {**recipe, "evaluation": {**evaluation, "data": own}}
         return recipe
 
     @field_validator("method", mode="before")
