@@ -9,6 +9,10 @@ WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: train test test-all test-qwen architectures smollm2 qwen lint lock clean
+# A CUDA build of torch, for tests that need one and no GPU.
+GPU := .venv-gpu
+
+.PHONY: train test test-all test-qwen pretend-gpu smollm2 qwen lint lock clean
 
 train: $(VENV)/.installed ## train the bundled model with recipes/tiny_cpu.yaml
 	$(PY) -m hapo_lite.train recipes/tiny_cpu.yaml
@@ -18,6 +22,9 @@ test: $(VENV)/.installed-dev ## run the tests but for the slow ones
 
 test-all: $(VENV)/.installed-dev ## run all tests but for those on 1.5 billion weights
 	$(PYTEST)
+
+pretend-gpu: $(GPU)/.installed ## run every stage on a pretended GPU, and print what each waits for
+	$(GPU)/bin/python -m pytest tests/pretend_gpu -m pretend_gpu -n $(WORKERS) --dist worksteal
 
 smollm2 qwen: $(VENV)/.installed-dev ## real weights for tests/real: 93 MB or 1.1 GB to download
 	$(PY) ../shared/models/make_real_models.py "$(HAPO_REAL_MODELS)" $@
@@ -47,5 +54,12 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(PY) -m pip install -q -r requirements-dev.txt
 	touch $@
 
+# === leaves out builds whose version has a suffix, such as +cpu. On Linux the build without one is CUDA's.
+$(GPU)/.installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(GPU)
+	$(GPU)/bin/python -m pip install -q -r requirements.txt "torch===$$(sed -n 's/^torch==//p' requirements.txt)" \
+		$$(grep '^pytest' requirements-dev.txt)
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(GPU)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from benchmarks.decode_cost import small_policy
 from hapo_lite.algo.methods import PRESETS
+from hapo_lite.records import Sequences, put
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.train.collect import Collected
 from hapo_lite.train.observer import Observer
 from tests.conftest import score
-from tests.pretend_gpu.card import found_by_triton
+from tests.pretend_gpu.card import found_by_triton, on_card
 from tests.pretend_gpu.conftest import KINDS
-from tests.pretend_gpu.device import Watch
+from tests.pretend_gpu.device import CUDA, Watch
 
 A_MICRO_BATCH = 4
 """Waits of a micro-batch: transformers asks whether sequences are packed, the real tokens are found among the padding,
@@ -23,6 +26,21 @@ A_SCALED_STEP = 2
 
 CASES = [(kind, preset) for preset in PRESETS for kind in KINDS if kind != "bf16, NF4" or preset in ("hapo", "archer")]
 """Every method in both dtypes. A packed base with two of them, one of which reads it without its adapter too."""
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_a_head_of_several_tiles(kind, stage):
+    """Qwen2's shape with a vocabulary of 18,992 in tiles of 4,096, forward and backward."""
+    policy = on_card(small_policy({"bf16": torch.bfloat16, "fp16": torch.float16}[kind]))
+    lengths = torch.tensor([9, 4])
+    with stage("update: large vocabulary", kind) as seen:
+        mask = torch.arange(9)[None] < lengths[:, None]
+        ids, starts = torch.arange(24).view(2, 12), torch.tensor([3, 5])
+        logp, _ = policy.completion_logprobs(Sequences(*(put(t, CUDA) for t in (ids, starts, lengths, mask))), 0.9)
+        logp.sum().backward()
+        seen.budget = A_MICRO_BATCH - 1  # the results stay on the card
+    gradients = [p.grad for name, p in policy.trainable().items() if "lora_B" in name]
+    assert all(float(gradient.inner.norm()) > 0 for gradient in gradients)
 
 
 @pytest.fixture(scope="module")

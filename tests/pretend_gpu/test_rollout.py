@@ -7,8 +7,10 @@ from collections.abc import Callable
 from unittest import mock
 
 import pytest
+import torch
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
+from benchmarks.decode_cost import requests_of, small_policy
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.records import EncodedPrompt, Prompt, Request
 from hapo_lite.rollout import canary, transformers_engine
@@ -16,10 +18,12 @@ from hapo_lite.rollout.canary import TOKENS
 from hapo_lite.rollout.decoding import LOOK_EVERY
 from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.generate_engine import GenerateEngine
+from hapo_lite.rollout.inversion import LARGE
 from hapo_lite.rollout.paged_engine import PagedEngine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.tiny.task import problems
+from tests.pretend_gpu.card import on_card
 from tests.pretend_gpu.conftest import KINDS, policy_of
 from tests.pretend_gpu.device import Watch
 
@@ -73,6 +77,16 @@ def test_the_default_engine_waits_for_one_step_in_eight(kind, way, stage):
         completions = TransformersEngine(policy, 64, 32).sample(requests_for(policy), WAYS[way], KEY)
         seen.budget = A_BATCH + looks(completions)
     assert len({c.length for c in completions}) > 3  # so rows were given up on the way
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_a_vocabulary_that_is_inverted_by_blocks(kind, stage):
+    """Qwen2's shape with a head that is its embedding: the draw of large vocabularies has operators of its own."""
+    policy = on_card(small_policy({"bf16": torch.bfloat16, "fp16": torch.float16}[kind]))
+    with stage("rollout: large vocabulary", kind) as seen:
+        completions = TransformersEngine(policy, 8, 16).sample(requests_of(8, 12), WAYS["A, base 0.9"], KEY)
+        seen.budget = A_BATCH + looks(completions)
+    assert policy.base.config.vocab_size > LARGE and policy.base.config.tie_word_embeddings
 
 
 class Recorder:
