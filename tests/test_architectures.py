@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import traceback
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from hapo_lite.recipe import ModelSettings
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.rollout.canary import few_prompts
 from hapo_lite.rollout.decoding import bucket
+from hapo_lite.train.memory.predict import Predictor
+from hapo_lite.train.memory.room import unpacks
 from tests.commands import own_precision
 
 # What transformers and peft say of a family is not under test.
@@ -137,6 +140,20 @@ def test_routers_and_what_kernels_read_have_no_adapter(tmp_path):
 def test_a_cache_has_the_name_that_the_model_knows(tmp_path):
     policy = loaded("mamba2", tmp_path, attention="eager")
     assert cache_name(policy.model) == cache_name(policy.base) == "cache_params"
+
+
+def test_a_base_whose_memory_cannot_be_predicted_stays_packed_on_a_gpu(tmp_path, make_recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 << 30))
+    unpacked = {}
+    for family in ("llama", "biogpt"):
+        save_small_model(family, tmp_path / family)
+        recipe = make_recipe(f"model.name={tmp_path / family}", "model.dtype=bf16", "rollout.unpacked_base=auto")
+        unpacked[family] = unpacks(recipe, torch.device("cuda"))
+    assert unpacked == {"llama": True, "biogpt": False}
+    with pytest.raises(
+        UserError, match=r"the memory of model\.name = \S*biogpt cannot be predicted.*start the run"
+    ):
+        Predictor(recipe, "cpu").stages()
 
 
 def test_an_error_of_our_own_stays_one(tmp_path):

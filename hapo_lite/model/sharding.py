@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hapo_lite.errors import UserError
+from hapo_lite.model.decoder import decoder_of
 from hapo_lite.model.oom import is_out_of_memory
 from hapo_lite.model.policy import Policy
 
@@ -37,7 +39,7 @@ def shard_base(policy: Policy) -> tuple[int, int]:
     Returns the bytes of the model's weights in this process, before and after.
     """
     before = local_bytes(policy)
-    decoder = policy.base.get_decoder()
+    decoder: Any = decoder_of(policy.base)
     adapter = set(policy.trainable().values())
     for layer in decoder.layers:
         fully_shard(layer, ignored_params=adapter & set(layer.parameters()))
