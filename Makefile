@@ -8,11 +8,10 @@ export HAPO_REAL_MODELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/hapo_lite/mode
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: train test test-all test-qwen architectures smollm2 qwen lint lock clean
 # A CUDA build of torch, for tests that need one and no GPU.
 GPU := .venv-gpu
 
-.PHONY: train test test-all test-qwen pretend-gpu smollm2 qwen lint lock clean
+.PHONY: train test test-all test-qwen architectures pretend-gpu smollm2 qwen lint lock clean
 
 train: $(VENV)/.installed ## train the bundled model with recipes/tiny_cpu.yaml
 	$(PY) -m hapo_lite.train recipes/tiny_cpu.yaml
