@@ -160,7 +160,8 @@ class Experience(Graded):
 
     def trained(self, method: Method) -> list[Tensor]:
         """Which tokens count in the loss: one bool [T] per completion."""
-        return [trained_tokens(method, u) for u in self.uncertain]
+        pairs = zip(self.completions, self.uncertain, strict=True)
+        return [trained_tokens(method, uncertain, completion.truncated) for completion, uncertain in pairs]
 
     def select(self, rows: Sequence[int]) -> Experience:
         """The rows of the experience at these places, in this order. The signal stays that of the whole iteration."""
@@ -179,8 +180,8 @@ class Experience(Graded):
         )
 
     def padded(self, method: Method, device: torch.device | str = "cpu") -> LossInputs:
-        """All completions as one micro-batch, right-padded."""
-        mask = pad([torch.ones(c.length, dtype=torch.bool) for c in self.completions], device)
+        """All completions as one micro-batch, right-padded. One that the method leaves out has weight 0 everywhere."""
+        mask = pad([torch.full((c.length,), not method.leaves_out(c.truncated)) for c in self.completions], device)
         return LossInputs(
             old_logp=pad(self.old_logp, device),
             advantage=self.advantage.to(device),

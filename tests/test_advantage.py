@@ -8,9 +8,9 @@ import torch
 from hapo_lite.algo.advantage import group_advantage, redistribute
 
 
-def advantage(rewards, lengths, groups, level):
+def advantage(rewards, lengths, groups, level, scale="group"):
     return group_advantage(
-        torch.tensor(rewards, dtype=torch.float64), torch.tensor(lengths), torch.tensor(groups), level
+        torch.tensor(rewards, dtype=torch.float64), torch.tensor(lengths), torch.tensor(groups), level, scale
     )
 
 
@@ -55,9 +55,49 @@ def test_groups_may_be_interleaved_and_named_anyhow(level):
     assert torch.equal(mixed, apart[order])
 
 
+# Two groups: rewards 1 and 0 of 1 and 3 tokens, rewards 3 and 1 of 2 tokens each.
+TWO_GROUPS = [1.0, 0.0, 3.0, 1.0], [1, 3, 2, 2], [0, 0, 1, 1]
+
+
+def test_scaled_by_the_batch_over_completions_by_hand():
+    # Group means 0.5 and 2. All four about 1.25: squares 0.0625, 1.5625, 3.0625, 0.0625, sum 4.75, over 4 - 1.
+    std = math.sqrt(4.75 / 3) + 1e-6
+    a = advantage(*TWO_GROUPS, "sequence", "batch")
+    assert a.tolist() == pytest.approx([0.5 / std, -0.5 / std, 1 / std, -1 / std])
+
+
+def test_scaled_by_the_batch_over_tokens_by_hand():
+    # Group means over tokens 1/4 and 2. Over all 8 tokens: mean (1 + 6 + 2) / 8 = 9/8, mean square (1 + 18 + 2) / 8 =
+    # 21/8, variance 168/64 - 81/64 = 87/64.
+    std = math.sqrt(87) / 8 + 1e-6
+    a = advantage(*TWO_GROUPS, "token", "batch")
+    assert a.tolist() == pytest.approx([0.75 / std, -0.25 / std, 1 / std, -1 / std])
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"), [("sequence", [0.5, -0.5, 1.0, -1.0]), ("token", [0.75, -0.25, 1.0, -1.0])]
+)
+def test_without_scale_the_advantage_is_the_centred_reward(level, expected):
+    assert advantage(*TWO_GROUPS, level, "none").tolist() == pytest.approx(expected)
+    # No standard deviation, no limit in units of it: 10 less the mean over tokens 0.1, though that is above 5.
+    if level == "token":
+        assert advantage([10.0, 0.0], [1, 99], [0, 0], level, "none").tolist() == pytest.approx([9.9, -0.1])
+
+
+def test_extreme_groups_fall_back_under_the_batchs_scale_too():
+    # Over 100 tokens A = 0.99 / sqrt(0.0099) >= 5 for the first; over completions (1 - 1/3) / sqrt(1/3). The second
+    # group's rewards are all equal; they count in the batch: five rewards, mean 1/5, squares 0.64 + 4 * 0.04, over 4.
+    rewards, lengths, groups = [1.0, 0.0, 0.0, 0.0, 0.0], [1, 50, 49, 1, 1], [0, 0, 0, 1, 1]
+    std = math.sqrt(0.8 / 4) + 1e-6
+    a = advantage(rewards, lengths, groups, "token", "batch")
+    assert a.tolist() == pytest.approx([2 / 3 / std, -1 / 3 / std, -1 / 3 / std, 0.0, 0.0])
+
+
 def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match="level"):
         advantage([1.0], [1], [0], "batch")
+    with pytest.raises(ValueError, match="scale"):
+        advantage([1.0], [1], [0], "token", "sequence")
     with pytest.raises(ValueError, match="share one shape"):
         advantage([1.0, 2.0], [1], [0, 0], "token")
     with pytest.raises(ValueError, match="finite"):

@@ -115,11 +115,15 @@ def measure_loop(worst: WorstCase, say: Callable[[str], None]) -> Measured:
 
 
 def with_groups(recipe: Recipe, groups: int) -> Recipe:
-    """The recipe with iterations of `groups` groups and one update, without traces and dynamic sampling."""
+    """The recipe with iterations of `groups` groups and one update, without traces and dynamic sampling.
+
+    Completions are never left out for being cut off, as all of them are here.
+    """
     rollout = {"prompts_per_iteration": groups, "dynamic_sampling": False, "token_budget": None}
     return recipe.model_copy(
         update={
             "rollout": recipe.rollout.model_copy(update=rollout),
+            "method": replace(recipe.method, truncated="keep"),
             "training": recipe.training.model_copy(update={"updates_per_iteration": 1}),
             "logging": recipe.logging.model_copy(update={"traces_per_iteration": 0}),
         }

@@ -118,10 +118,16 @@ def logprobs(policy: Policy, completions: Sequence[Completion], temperature: flo
 
 
 def advantages(graded: Graded, method: Method) -> Tensor:
-    """Each completion's advantage within its group: [B], fp32, computed in fp64."""
-    return group_advantage(
+    """Each completion's advantage within its group: [B], fp32, computed in fp64.
+
+    A completion that the method leaves out for being cut off counts in its group, and has advantage 0 itself.
+    """
+    advantage = group_advantage(
         graded.rewards,
         torch.tensor([c.length for c in graded.completions]),
         torch.tensor([c.prompt.index for c in graded.completions]),
         method.advantage_level,
-    ).float()
+        method.scale,
+    )
+    left_out = torch.tensor([method.leaves_out(c.truncated) for c in graded.completions])
+    return advantage.masked_fill(left_out, 0.0).float()
