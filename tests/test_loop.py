@@ -50,7 +50,7 @@ def test_gradient_does_not_depend_on_micro_batches(make_recipe, make_loop, metho
 
 @pytest.mark.parametrize("method", ["{preset: archer, kl_uncertain: 0.1, truncated: mask}", "{truncated: mask}"])
 def test_a_completion_that_was_cut_off_teaches_nothing(make_recipe, make_loop, method):
-    """The gradient is that of the others alone, with their advantages of the whole group, whatever the micro-batches."""
+    """The gradient is that of the others alone, with advantages from the whole group, whatever the micro-batches."""
     loop = make_loop(make_recipe(f"method={method}", "rollout.prompts_per_iteration=8", "rollout.max_new_tokens=24"))
     run_steps(loop, 1)
     collected = loop.sample(TrainState(signal=SIGNAL, iteration=2))
@@ -205,7 +205,7 @@ def test_an_iteration_without_any_signal_is_survived(make_recipe, make_loop):
 class _EqualScorer:
     """A task on which every completion is worth the same."""
 
-    def score(self, prompts, completions, lengths, truncated):
+    def score(self, prompts, completions, lengths, truncated, iteration=None):
         from hapo_lite.records import Score
 
         return [Score(reward=0.5, correct=False, outcome="wrong", answer=None) for _ in prompts]

@@ -62,6 +62,24 @@ def group_advantage(
     return advantage
 
 
+def decoupled_advantage(
+    rewards: Tensor, weights: Tensor, lengths: Tensor, group_ids: Tensor, level: Literal["token", "sequence"] = "token"
+) -> Tensor:
+    """GDPO's advantage of K rewards (arXiv 2601.05242, Eq. 4-6). rewards: [K, B]; weights: [K]; others: [B] -> [B].
+
+    The advantages of the rewards, each within its group, are summed with their weights and divided by the standard
+    deviation of the sum over the batch, + 1e-6. The mean over the batch, which Eq. 6 subtracts, is 0 since that of
+    every group is: nothing is subtracted, so a group without a difference has A = 0. level "sequence": the sample
+    standard deviation over completions, as in the paper. level "token": Eq. 9 in each group, and the root mean square
+    over all tokens; their mean is 0 but for groups that fell back. Raises ValueError as `group_advantage` does.
+    """
+    apart = torch.stack([group_advantage(reward, lengths, group_ids, level) for reward in rewards])
+    total = weights.to(rewards.dtype) @ apart
+    by_token = level == "token"
+    counts, count = (lengths, lengths.sum()) if by_token else (torch.ones_like(total), max(len(total) - 1, 1))
+    return total / (((counts * total.square()).sum() / count).sqrt() + STD_FLOOR)
+
+
 @dataclass(frozen=True)
 class _Rewards:
     """Rewards of completions and their lengths in tokens, [B] each. level: as in `group_advantage`."""
