@@ -219,6 +219,11 @@ ERRORS = [
         "a rollout.top_k needs method.importance=truncated",
     ),
     (
+        rules.truncated_sampling_needs_its_weight,
+        ["rollout.min_p=0.05"],
+        "rollout.min_p above 0 needs method.importance=truncated",
+    ),
+    (
         rules.a_limit_of_tokens_needs_a_constant_schedule,
         ["training={iterations: 1, max_tokens: 9, schedule: cosine}"],
         "must be constant with training.max_tokens",

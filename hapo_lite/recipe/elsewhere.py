@@ -30,7 +30,7 @@ OURS = {
     "reward_funcs": "reward.functions",
     "reward_weights": "reward.functions, where each has its weight",
     "multi_objective_aggregation": "reward.combine: sum, or normalise_each for normalize_then_sum",
-    "min_p": _NONE + "rollout.top_p and rollout.top_k truncate sampling",
+    "min_p": "rollout.min_p",
     "repetition_penalty": _NONE + "sampling is from the policy's own distribution",
     "use_vllm": "rollout.engine=vllm",
     "vllm_mode": "rollout.engine=vllm, which shares the GPU with training",

@@ -121,12 +121,17 @@ def token_budget_needs_dynamic_sampling(recipe: Sections) -> str | None:
 
 
 def truncated_sampling_needs_its_weight(recipe: Sections) -> str | None:
-    """Sampling with top_p or top_k draws from another distribution than the policy's. The importance weight corrects
-    the gradient for the difference."""
-    truncated = recipe.rollout.top_p < 1.0 or recipe.rollout.top_k is not None
-    if truncated and recipe.method.importance != "truncated":
+    """Sampling with top_p, top_k or min_p draws from another distribution than the policy's. The importance weight
+    corrects the gradient for the difference."""
+    rollout = recipe.rollout
+    setting = None
+    if rollout.top_p < 1.0 or rollout.top_k is not None:
+        setting = "rollout.top_p below 1 or a rollout.top_k"
+    elif rollout.min_p > 0.0:
+        setting = "rollout.min_p above 0"
+    if setting and recipe.method.importance != "truncated":
         return (
-            "rollout.top_p below 1 or a rollout.top_k needs method.importance=truncated: tokens are then drawn "
+            f"{setting} needs method.importance=truncated: tokens are then drawn "
             "from another distribution than the policy's, and without that weight the gradient is biased"
         )
     return None

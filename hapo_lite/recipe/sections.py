@@ -224,6 +224,11 @@ class RolloutSettings(Section):
         description="Sample from the k likeliest tokens; null: all. This, or top_p below 1, needs "
         "method.importance=truncated",
     )
+    min_p: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="Sample from the tokens at least this many times as likely as the likeliest one; 0: from all. "
+        "Above 0 it needs method.importance=truncated",
+    )
     batch_size: Positive = Field(64, description="Completions sampled at once; bounds the memory of the KV cache")
     unpacked_base: Literal["auto", "always", "never"] = Field(
         "auto",

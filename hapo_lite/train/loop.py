@@ -103,7 +103,7 @@ class Loop:
         wanted = GroupsWanted(
             rollout.prompts_per_iteration,
             rollout.completions_per_prompt,
-            AdaptiveTemperature(signal, rollout.temperature, method.tau, rollout.top_p, rollout.top_k),
+            AdaptiveTemperature(signal, rollout.temperature, method.tau, rollout.top_p, rollout.top_k, rollout.min_p),
             DrawKey(self.recipe.seed, Stage.TRAINING, state.iteration),
             self.recipe.token_budget if rollout.dynamic_sampling else None,
             tuple(self.recipe.reward.normalised),
