@@ -6,7 +6,8 @@ Axes: B completions, T completion tokens (padded on the right), L prompt and com
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,15 @@ from hapo_lite.algo.tokens import TokenSignals, trained_tokens
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem. messages: the chat before the answer, as pairs (role, content). answer: the gold answer."""
+    """One problem. messages: the chat before the answer, as pairs (role, content). answer: the gold answer.
+
+    columns: further columns of the data row, by name: those that a reward function asks for, and no others.
+    """
 
     id: str
     messages: tuple[tuple[str, str], ...]
     answer: str
+    columns: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def chat(self) -> list[dict[str, str]]:
         """The messages as a chat template takes them."""
@@ -114,12 +119,14 @@ def pad(rows: Sequence[Tensor], device: torch.device | str = "cpu") -> Tensor:
 
 @dataclass(frozen=True)
 class Score:
-    """The grade of one completion. reward: what training learns from. The other fields are as in tasks.verify.Grade."""
+    """The grade of one completion. reward: what training learns from. rewards: its parts by name, before their weights;
+    empty without `reward.functions`. The other fields are as in tasks.verify.Grade."""
 
     reward: float
     correct: bool
     outcome: str
     answer: str | None
+    rewards: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,10 @@ class Graded:
     def rewards(self) -> Tensor:
         """[B], fp64."""
         return torch.tensor([score.reward for score in self.scores], dtype=torch.float64)
+
+    def rewards_of(self, name: str) -> Tensor:
+        """[B], fp64: one of the named rewards."""
+        return torch.tensor([score.rewards[name] for score in self.scores], dtype=torch.float64)
 
     @property
     def sequence_lengths(self) -> list[int]:
@@ -168,7 +179,8 @@ class Experience(Graded):
 
     def trained(self, method: Method) -> list[Tensor]:
         """Which tokens count in the loss: one bool [T] per completion."""
-        return [trained_tokens(method, u) for u in self.uncertain]
+        pairs = zip(self.completions, self.uncertain, strict=True)
+        return [trained_tokens(method, uncertain, completion.truncated) for completion, uncertain in pairs]
 
     def select(self, rows: Sequence[int]) -> Experience:
         """The rows of the experience at these places, in this order. The signal stays that of the whole iteration."""
@@ -187,8 +199,8 @@ class Experience(Graded):
         )
 
     def padded(self, method: Method, device: torch.device | str = "cpu") -> LossInputs:
-        """All completions as one micro-batch, right-padded."""
-        mask = pad([torch.ones(c.length, dtype=torch.bool) for c in self.completions], device)
+        """All completions as one micro-batch, right-padded. One that the method leaves out has weight 0 everywhere."""
+        mask = pad([torch.full((c.length,), not method.leaves_out(c.truncated)) for c in self.completions], device)
         return LossInputs(
             old_logp=pad(self.old_logp, device),
             advantage=put(self.advantage, device),

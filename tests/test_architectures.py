@@ -150,9 +150,7 @@ def test_a_base_whose_memory_cannot_be_predicted_stays_packed_on_a_gpu(tmp_path,
         recipe = make_recipe(f"model.name={tmp_path / family}", "model.dtype=bf16", "rollout.unpacked_base=auto")
         unpacked[family] = unpacks(recipe, torch.device("cuda"))
     assert unpacked == {"llama": True, "biogpt": False}
-    with pytest.raises(
-        UserError, match=r"the memory of model\.name = \S*biogpt cannot be predicted.*start the run"
-    ):
+    with pytest.raises(UserError, match=r"the memory of model\.name = \S*biogpt cannot be predicted.*start the run"):
         Predictor(recipe, "cpu").stages()
 
 

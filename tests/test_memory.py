@@ -16,6 +16,7 @@ from hapo_lite.model.load import load_policy
 from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.preflight import __main__ as preflight
 from hapo_lite.preflight.advise import Advice, write_back
+from hapo_lite.preflight.measure import prepare
 from hapo_lite.recipe import load_recipe
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.train.memory.predict import Predictor, worst_case
@@ -242,6 +243,14 @@ def test_nothing_of_the_cache_is_alive_when_scoring_begins(make_recipe, make_loo
     finally:
         gc.enable()
     assert len(caches) > 100 and {stage: alive[stage] for stage in ("scoring", "update")} == {"scoring": 0, "update": 0}
+
+
+def test_a_worst_iteration_has_a_gradient_whatever_the_recipe_rewards(make_recipe):
+    """Every completion is cut off in it, and the recipe's rewards are not asked."""
+    rewards = ["reward.functions=[correct, nowhere:judge]", "reward.combine=normalise_each"]
+    loop = prepare(make_recipe("method.truncated=mask", *rewards, "data.max_prompt_tokens=64")).loop
+    metrics = loop.step(TrainState()).metrics
+    assert metrics["length/truncated_share"] == 1.0 and metrics["update/grad_norm"] > 0.0
 
 
 def test_a_worst_iteration_for_real(capsys):

@@ -231,31 +231,46 @@ def test_a_step_does_not_depend_on_its_cut_its_order_or_its_padding(method, step
 
 
 @OFTEN
-@given(group=groups, level=st.sampled_from(["token", "sequence"]), order=st.randoms(use_true_random=False))
-def test_advantages_of_any_groups(group, level, order):
+@given(
+    group=groups,
+    level=st.sampled_from(["token", "sequence"]),
+    scale=st.sampled_from(["group", "batch", "none"]),
+    order=st.randoms(use_true_random=False),
+)
+def test_advantages_of_any_groups(group, level, scale, order):
     def advantage(rows: list[tuple]) -> list[float]:
         values, lengths, ids = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
-        return group_advantage(values, lengths, ids, level).tolist()
+        return group_advantage(values, lengths, ids, level, scale).tolist()
+
+    def spread(rows: list[tuple], weights: list[float], lost: int) -> float:
+        """The standard deviation of the rewards in rows, about their weighted mean; lost: degrees of freedom."""
+        mean = sum(w * row[0] for w, row in zip(weights, rows, strict=True)) / sum(weights)
+        squares = sum(w * (row[0] - mean) ** 2 for w, row in zip(weights, rows, strict=True))
+        return math.sqrt(squares / (sum(weights) - lost)) + STD_FLOOR
 
     found = advantage(group)
     for group_id in {row[2] for row in group}:
         members = [(r, n, a) for (r, n, g), a in zip(group, found, strict=True) if g == group_id]
         values, lengths, a = zip(*members, strict=True)
-        # Another group's rewards have nothing to say.
-        assert a == tuple(advantage([row for row in group if row[2] == group_id]))
+        rows = [row for row in group if row[2] == group_id]
+        if scale != "batch":
+            # Another group's rewards have nothing to say.
+            assert a == tuple(advantage(rows))
         if len(set(values)) == 1:
             assert set(a) == {0.0}
             continue
         # Better than the mean is up, worse is down, and a better one is never below a worse one.
         ranked = [own for _, own in sorted(zip(values, a, strict=True))]
         assert ranked == sorted(ranked)
-        plain = [(r - sum(values) / len(values)) for r in values]
-        std = math.sqrt(sum(p * p for p in plain) / (len(values) - 1))
-        by_sequence = [p / (std + STD_FLOOR) for p in plain]
+        measured = rows if scale == "group" else group
+        stds = 1.0, 1.0
+        if scale != "none":
+            stds = spread(measured, [1.0] * len(measured), 1), spread(measured, [row[1] for row in measured], 0)
+        by_sequence = [(r - sum(values) / len(values)) / stds[0] for r in values]
         mean = sum(r * n for r, n in zip(values, lengths, strict=True)) / sum(lengths)
-        variance = sum(n * (r - mean) ** 2 for r, n in zip(values, lengths, strict=True)) / sum(lengths)
-        by_token = [(r - mean) / (math.sqrt(variance) + STD_FLOOR) for r in values]
-        fell_back = level == "sequence" or max(map(abs, by_token)) >= FALLBACK_LIMIT
+        by_token = [(r - mean) / stds[1] for r in values]
+        extreme = scale != "none" and max(map(abs, by_token)) >= FALLBACK_LIMIT
+        fell_back = level == "sequence" or extreme
         assert a == pytest.approx(by_sequence if fell_back else by_token, rel=1e-6, abs=1e-6)
     shuffled = list(enumerate(group))
     order.shuffle(shuffled)

@@ -189,6 +189,37 @@ ERRORS = [
     ),
     (rules.a_correct_answer_earns_more, ["reward.correct=0"], "wrong answers are what is learned"),
     (
+        rules.a_correct_answer_earns_more,
+        ["reward.functions=[correct, boxed]", "reward.wrong=2"],
+        "wrong answers are what is learned",
+    ),
+    (
+        rules.one_reward_or_a_list,
+        ["reward.functions=[correct]", "reward.function=mine.py:score"],
+        "put the one function into the list too",
+    ),
+    (
+        rules.a_list_names_the_overlong_penalty,
+        ["reward.functions=[correct]", "reward.overlong_buffer=8"],
+        "add `overlong` to the list",
+    ),
+    (
+        rules.a_list_names_the_overlong_penalty,
+        ["reward.functions=[correct, overlong]"],
+        "0 for every completion without a reward.overlong_buffer",
+    ),
+    (
+        rules.some_reward_has_a_weight,
+        ["reward.functions=[{function: correct, weight: 0}]"],
+        "nothing would be learned",
+    ),
+    (rules.normalising_each_needs_a_list, ["reward.combine=normalise_each"], "needs reward.functions"),
+    (
+        rules.normalising_each_is_by_group,
+        ["reward.combine=normalise_each", "reward.functions=[correct, boxed]", "method.scale=batch"],
+        "leave method.scale at group",
+    ),
+    (
         rules.truncated_sampling_needs_its_weight,
         ["rollout.top_p=0.9"],
         "needs method.importance=truncated: .* without that weight the gradient is biased",
@@ -197,6 +228,11 @@ ERRORS = [
         rules.truncated_sampling_needs_its_weight,
         ["rollout.top_k=20"],
         "a rollout.top_k needs method.importance=truncated",
+    ),
+    (
+        rules.truncated_sampling_needs_its_weight,
+        ["rollout.min_p=0.05"],
+        "rollout.min_p above 0 needs method.importance=truncated",
     ),
     (
         rules.a_limit_of_tokens_needs_a_constant_schedule,

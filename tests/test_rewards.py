@@ -11,7 +11,9 @@ import pytest
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import RewardSettings
 from hapo_lite.records import Prompt, Score
-from hapo_lite.tasks.rewards import Scorer, code_of, load_function, soft_overlong_penalty
+from hapo_lite.tasks.functions import soft_overlong_penalty
+from hapo_lite.tasks.own_code import code_of, load_function
+from hapo_lite.tasks.rewards import Scorer
 from hapo_lite.train import run
 
 PROMPT = Prompt("p", (("system", "Be brief."), ("user", "1+1=?")), "2")

@@ -30,6 +30,12 @@ class Method:
     token_level_advantage: bool = _option(
         True, "B: group mean and std over tokens (Eq. 9), else over completions (Eq. 1)"
     )
+    scale: Literal["group", "batch", "none"] = _option(
+        "group", "Divide advantages by the standard deviation of the group, of the iteration, or not (Dr. GRPO)"
+    )
+    truncated: Literal["keep", "mask"] = _option(
+        "keep", "mask: a completion cut off at the limit leaves the loss and its denominator, not its group's mean"
+    )
     redistribution: bool = _option(True, "C: amplify moving decision points, suppress settled tokens (Eq. 10-11)")
     adaptive_clip: bool = _option(True, "D: clip bounds that follow each token's entropy (Eq. 12-13)")
     tau: float = _option(0.05, "How far the temperature moves: T = base * (1 + tau * h)")
@@ -103,6 +109,10 @@ class Method:
     def advantage_level(self) -> Literal["token", "sequence"]:
         """The `level` of `advantage.group_advantage`."""
         return "token" if self.token_level_advantage else "sequence"
+
+    def leaves_out(self, truncated: bool) -> bool:
+        """Whether a completion that was cut off, or was not, takes no part in the loss."""
+        return truncated and self.truncated == "mask"
 
     @property
     def needs_base(self) -> bool:

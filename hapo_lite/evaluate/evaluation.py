@@ -93,7 +93,7 @@ def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             status.claim()
-        reward = recipe.reward.model_copy(update={"function": None, "overlong_buffer": 0})
+        reward = recipe.reward.model_copy(update={"function": None, "functions": (), "overlong_buffer": 0})
         with Scorer(reward, limit) as scorer:
             with display.progress.within(f"rollout.engine = {recipe.rollout.engine}"):
                 engine = make_engine(recipe, policy, limit)

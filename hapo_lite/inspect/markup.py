@@ -147,6 +147,9 @@ def summary(trace: Trace, table: TokenTable) -> str:
         facts.append(trace.outcome)
     if trace.truncated:
         facts.append("cut off")
+    if trace.rewards:
+        facts.append(f"reward {show_number(trace.reward)}")
+        facts += [f"{_cut(name, 40)} {show_number(value)}" for name, value in trace.rewards.items()]
     facts += [f"{len(found)} {name}" for name, found in treated_tokens(trace).items() if len(found)]
     chips = "".join(f'<span class="hapo-chip">{html.escape(fact)}</span>' for fact in facts)
     return (

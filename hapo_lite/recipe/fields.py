@@ -73,7 +73,8 @@ def _section_in(annotation: Any) -> type | None:
 
     A list of sections has no dotted keys.
     """
-    for candidate in (annotation, *get_args(annotation)):
+    parts = () if get_origin(annotation) is tuple else get_args(annotation)
+    for candidate in (annotation, *parts):
         if isinstance(candidate, type) and (issubclass(candidate, BaseModel) or dataclasses.is_dataclass(candidate)):
             return candidate
     return None

@@ -78,8 +78,53 @@ def every_update_has_a_completion(recipe: Sections) -> str | None:
 def a_correct_answer_earns_more(recipe: Sections) -> str | None:
     """Training raises the probability of the completions with the higher reward. A reward function of your own does
     not read these two fields."""
-    if recipe.reward.function is None and recipe.reward.correct <= recipe.reward.wrong:
+    reward = recipe.reward
+    if reward.functions:
+        graded = any(named.function == "correct" for named in reward.functions)
+    else:
+        graded = reward.function is None
+    if graded and reward.correct <= reward.wrong:
         return "reward.correct must exceed reward.wrong: otherwise wrong answers are what is learned"
+    return None
+
+
+def one_reward_or_a_list(recipe: Sections) -> str | None:
+    """The list replaces every other reward, so a function beside the list would never be called."""
+    if recipe.reward.function is not None and recipe.reward.functions:
+        return "reward.function and reward.functions are both set: put the one function into the list too"
+    return None
+
+
+def a_list_names_the_overlong_penalty(recipe: Sections) -> str | None:
+    """The list replaces every other reward, so the penalty counts only where the list has it. Its ramp stays a setting
+    of its own."""
+    reward = recipe.reward
+    named = any(listed.function == "overlong" for listed in reward.functions)
+    if reward.functions and reward.overlong_buffer and not named:
+        return "reward.overlong_buffer has no effect on reward.functions: add `overlong` to the list, or set it to 0"
+    if named and not reward.overlong_buffer:
+        return "reward.functions has `overlong`, which is 0 for every completion without a reward.overlong_buffer"
+    return None
+
+
+def some_reward_has_a_weight(recipe: Sections) -> str | None:
+    """Rewards of weight 0 are measured and teach nothing."""
+    if recipe.reward.functions and not any(named.weight for named in recipe.reward.functions):
+        return "reward.functions has the weight 0 for every reward: nothing would be learned"
+    return None
+
+
+def normalising_each_needs_a_list(recipe: Sections) -> str | None:
+    """A single reward has nothing to be balanced against."""
+    if recipe.reward.combine == "normalise_each" and not recipe.reward.functions:
+        return "reward.combine=normalise_each needs reward.functions, the rewards that it normalises"
+    return None
+
+
+def normalising_each_is_by_group(recipe: Sections) -> str | None:
+    """The method divides each reward by the standard deviation of its group, and the sum by that of the iteration."""
+    if recipe.reward.functions and recipe.reward.combine == "normalise_each" and recipe.method.scale != "group":
+        return "reward.combine=normalise_each divides each reward by its group's spread: leave method.scale at group"
     return None
 
 
@@ -93,12 +138,16 @@ def token_budget_needs_dynamic_sampling(recipe: Sections) -> str | None:
 def truncated_sampling_needs_its_weight(recipe: Sections) -> str | None:
     """Truncated sampling draws a token that it keeps 1 / mass times as often as the policy does, where mass is the
     probability of all kept tokens. The weight takes that factor back; no weight brings back what is never drawn."""
-    truncated = recipe.rollout.top_p < 1.0 or recipe.rollout.top_k is not None
-    if truncated and recipe.method.importance != "truncated":
+    rollout = recipe.rollout
+    setting = way_out = ""
+    if rollout.top_p < 1.0 or rollout.top_k is not None:
+        setting, way_out = "rollout.top_p below 1 or a rollout.top_k", "rollout.top_p=1 and rollout.top_k=null sample"
+    elif rollout.min_p > 0.0:
+        setting, way_out = "rollout.min_p above 0", "rollout.min_p=0 samples"
+    if setting and recipe.method.importance != "truncated":
         return (
-            "rollout.top_p below 1 or a rollout.top_k needs method.importance=truncated: tokens are then drawn "
-            "from another distribution than the policy's, and without that weight the gradient is biased; "
-            "rollout.top_p=1 and rollout.top_k=null sample from the policy itself"
+            f"{setting} needs method.importance=truncated: tokens are then drawn from another distribution than the "
+            f"policy's, and without that weight the gradient is biased; {way_out} from the policy itself"
         )
     return None
 
@@ -224,6 +273,11 @@ RULES: tuple[Rule, ...] = (
     overlong_ramp_starts_after_the_first_token,
     every_update_has_a_completion,
     a_correct_answer_earns_more,
+    one_reward_or_a_list,
+    a_list_names_the_overlong_penalty,
+    some_reward_has_a_weight,
+    normalising_each_needs_a_list,
+    normalising_each_is_by_group,
     truncated_sampling_needs_its_weight,
     a_limit_of_tokens_needs_a_constant_schedule,
 )

@@ -153,7 +153,9 @@ def compare(
     requests = [Request(prompt, sample) for sample in range(PROMPTS) for prompt in some][:PROMPTS]
 
     def sampled() -> list[Completion]:
-        processor = AdaptiveTemperature(None, settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
+        processor = AdaptiveTemperature(
+            None, settings.temperature, top_p=settings.top_p, top_k=settings.top_k, min_p=settings.min_p
+        )
         return engine.sample(requests, processor, DrawKey(seed, Stage.CANARY, iteration=0), limit=TOKENS)
 
     with policy.unpacked(exact=True):

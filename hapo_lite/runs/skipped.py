@@ -114,6 +114,7 @@ def _description(step: SkippedStep, recipe: Recipe) -> dict[str, Any]:
                 "correct": score.correct,
                 "outcome": score.outcome,
                 "answer": score.answer,
+                "rewards": score.rewards,
             }
             for c, score in zip(step.graded.completions, step.graded.scores, strict=True)
         ],
@@ -160,8 +161,8 @@ def _step(about: dict[str, Any], tensors: dict[str, Tensor]) -> SkippedStep:
     """The step from its description and its tensors."""
     completions = _completions(about["completions"], tensors)
     scores = [
-        # Files of an older version have the reward alone.
-        Score(reward, c.get("correct", False), c.get("outcome", ""), c.get("answer"))
+        # Files of an older version have the reward alone, or no rewards by name.
+        Score(reward, c.get("correct", False), c.get("outcome", ""), c.get("answer"), c.get("rewards", {}))
         for reward, c in zip(tensors["rewards"].tolist(), about["completions"], strict=True)
     ]
     graded = Graded(completions, scores)
@@ -204,7 +205,7 @@ def _completions(about: list[dict[str, Any]], tensors: dict[str, Tensor]) -> lis
     completions = []
     for i, c in enumerate(about):
         messages = tuple((role, content) for role, content in c["prompt"]["messages"])
-        prompt = Prompt(c["prompt"]["id"], messages, c["prompt"]["answer"])
+        prompt = Prompt(c["prompt"]["id"], messages, c["prompt"]["answer"], c["prompt"].get("columns", {}))
         completions.append(
             Completion(
                 EncodedPrompt(c["index"], prompt, tuple(prompt_ids[i].tolist())),

@@ -23,6 +23,8 @@ from hapo_lite.tasks.verify import LONGEST_ANSWER, marked_answer
 CHARACTERS_PER_TOKEN = 32
 """A problem with more characters for each token of data.max_prompt_tokens is too long; it is not tokenised."""
 PROBLEM_COLUMNS = ("prompt", "problem", "question")
+ARGUMENTS = ("prompts", "completions", "answers", "token_counts", "truncated", "iteration")
+"""What a reward function can ask for beside columns: a list by completion each, and the iteration's number."""
 LONGEST_NAME = 200
 """Most characters of an id."""
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "solution")
@@ -39,12 +41,24 @@ class PromptSet:
     skipped: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of the data that a reward function asks for. by: the function, in words.
+
+    required: without the column there is an error; otherwise the column is read if the data has it.
+    """
+
+    name: str
+    by: str
+    required: bool
+
+
 class _Unusable(Exception):
     """A row is left out, for the reason that this error carries."""
 
 
-def load_prompts(data: DataSettings) -> PromptSet:
-    """Read `data.source`. `data.limit` counts prompts that are kept, not rows.
+def load_prompts(data: DataSettings, columns: Sequence[Column] = ()) -> PromptSet:
+    """Read `data.source`. `data.limit` counts prompts that are kept, not rows. columns: kept with the prompts.
 
     A row is left out, and counted, if its problem or answer is missing or unusable, or if an earlier row has the same
     problem. Raises UserError if the source, its columns or all of its rows are unusable.
@@ -52,12 +66,13 @@ def load_prompts(data: DataSettings) -> PromptSet:
     table = open_table(data)
     problem_column = _column(table, data.problem_column, PROBLEM_COLUMNS, "problem_column")
     answer_column = _column(table, data.answer_column, ANSWER_COLUMNS, "answer_column")
+    further = _further(table, columns)
     prompts = PromptStore(table.origin)
     seen: set[int] = set()
     ids: set[int] = set()
     skipped: Counter[str] = Counter()
     row_number = -1
-    for row_number, row in enumerate(table.read((problem_column, answer_column, "id"))):
+    for row_number, row in enumerate(table.read((problem_column, answer_column, "id", *further))):
         if len(prompts) == data.limit:
             break
         try:
@@ -66,7 +81,8 @@ def load_prompts(data: DataSettings) -> PromptSet:
             if problem in seen:
                 raise _Unusable("the same problem as an earlier row")
             name = _name(row.get("id"), f"{table.stem}-{row_number}", ids)
-            prompts.add(Prompt(name, messages, _answer(_value(row, answer_column))))
+            kept = {column: row.get(column) for column in further}
+            prompts.add(Prompt(name, messages, _answer(_value(row, answer_column)), kept))
         except UnicodeEncodeError:
             skipped["text that is not Unicode"] += 1
         except _Unusable as reason:
@@ -121,6 +137,19 @@ def _column(table: Table, wanted: str | None, usual: Sequence[str], setting: str
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"{table.name} has no column {wanted!r} (data.{setting}); it has {', '.join(known)}{hint}")
     return wanted
+
+
+def _further(table: Table, columns: Sequence[Column]) -> list[str]:
+    """The names of the columns that the table has, each once. Raises UserError for a required one that it lacks."""
+    for column in columns:
+        if column.required and column.name not in table.columns:
+            close = difflib.get_close_matches(column.name, [*table.columns, *ARGUMENTS], n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(
+                f"{column.by} asks for {column.name!r}, and {table.name} has no such column; it has "
+                f"{', '.join(table.columns)}, and every function can have {', '.join(ARGUMENTS)}{hint}"
+            )
+    return list(dict.fromkeys(column.name for column in columns if column.name in table.columns))
 
 
 def _value(row: dict[str, Any], column: str) -> Any:

@@ -63,6 +63,8 @@ class _Prompts(Sequence[Prompt]):
 class PromptStore(_Prompts):
     """Prompts in the order they were added. Memory: 8 bytes each, beyond the first `IN_MEMORY` bytes of text.
 
+    Columns come back as JSON has them: a date, a decimal number or bytes as text, a tuple as a list.
+
     The file lies where temporary files do (TMPDIR), is as large as the text, and disappears with the process, however
     the process ends. Any thread may use the store.
     """
@@ -77,7 +79,9 @@ class PromptStore(_Prompts):
 
     def add(self, prompt: Prompt) -> None:
         """Add a prompt. Raises UnicodeEncodeError if its text is not Unicode, UserError if the disk refuses."""
-        fields = json.dumps([prompt.id, prompt.messages, prompt.answer], ensure_ascii=False).encode()
+        # Without columns the bytes, and with them the digest, are those of versions that knew no columns.
+        parts = [prompt.id, prompt.messages, prompt.answer, *([prompt.columns] if prompt.columns else [])]
+        fields = json.dumps(parts, ensure_ascii=False, default=str).encode()
         with writing(Path(tempfile.gettempdir())), self._lock:
             self._file.seek(self._ends[-1])
             self._file.write(fields)
@@ -96,8 +100,8 @@ class PromptStore(_Prompts):
         with self._lock:
             self._file.seek(start)
             fields = self._file.read(end - start)
-        name, messages, answer = json.loads(fields)
-        return Prompt(name, tuple((role, content) for role, content in messages), answer)
+        name, messages, answer, *columns = json.loads(fields)
+        return Prompt(name, tuple((role, content) for role, content in messages), answer, *columns)
 
 
 class Selection(_Prompts):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from hapo_lite.recipe.sections import REWARD_NAME, TAKEN
 
 Lines = Sequence[dict[str, Any]]
 
@@ -19,6 +22,7 @@ ROWS = (
     ("seconds/iteration", "seconds per iteration"),
 )
 
+NAMED_REWARD = re.compile(rf"reward/({REWARD_NAME})")
 STAGES = ("rollout", "grade", "score", "update")
 PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     ("reward and held-out accuracy", {"reward/mean": "training reward", "eval/accuracy": "held-out accuracy"}),
@@ -46,6 +50,12 @@ PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     ),
     ("seconds per iteration", {f"seconds/{stage}": stage for stage in STAGES}),
 )
+
+
+def reward_panel(lines: Lines) -> dict[str, str]:
+    """The metrics of the named rewards, if the run has any, as a panel: label by metric."""
+    found = {key: match[1] for line in lines for key in line if (match := NAMED_REWARD.fullmatch(key))}
+    return {key: name for key, name in found.items() if name not in TAKEN}
 
 
 def closing_table(lines: Lines, samples: int) -> str:

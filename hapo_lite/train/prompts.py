@@ -12,7 +12,7 @@ from hapo_lite.model.policy import Policy
 from hapo_lite.model.template import text_of
 from hapo_lite.recipe import DataSettings, EvaluationSettings
 from hapo_lite.records import EncodedPrompt, Prompt
-from hapo_lite.tasks.data import PromptSet, load_prompts, split_held_out
+from hapo_lite.tasks.data import Column, PromptSet, load_prompts, split_held_out
 from hapo_lite.tasks.stream import LazyPrompts
 
 Say = Callable[[str], None]
@@ -31,10 +31,15 @@ class Data(NamedTuple):
     held_out: Sequence[Prompt]
 
 
-def load_data(data: DataSettings, evaluation: EvaluationSettings, seed: int, say: Say) -> Data:
-    """Read the prompts. seed: decides which prompts are held out if `evaluation` names no data of its own."""
+def load_data(
+    data: DataSettings, evaluation: EvaluationSettings, seed: int, say: Say, columns: Sequence[Column] = ()
+) -> Data:
+    """Read the prompts. seed: decides which prompts are held out if `evaluation` names no data of its own.
+
+    columns: those that rewards ask for, of the data to train on.
+    """
     wanted = evaluation.prompts
-    found = load_prompts(data)
+    found = load_prompts(data, columns)
     say_skipped("data", found, say)
     own = evaluation.data
     if own is None and data.source == "tiny":

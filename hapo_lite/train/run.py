@@ -33,7 +33,7 @@ from hapo_lite.runs.interrupt import Interrupted, Interrupts
 from hapo_lite.runs.progress import Progress
 from hapo_lite.runs.skipped import SkippedStep
 from hapo_lite.runs.status import Status
-from hapo_lite.tasks.rewards import Scorer, code_of
+from hapo_lite.tasks.rewards import Scorer, notes_on_code
 from hapo_lite.tasks.stream import LazyPrompts, PromptStream
 from hapo_lite.train.accelerator import busy_cpu, make_accelerator, someone_wants_to_stop, unseen_gpu
 from hapo_lite.train.collect import Collector
@@ -78,12 +78,14 @@ class Run:
         """Prepare, resume, check the engine, iterate, and return the summary."""
         recipe, progress = self.recipe, self.display.progress
         check_same_run(self.folder, recipe)
-        with progress.within(f"reading {recipe.data.source}"):
-            data = load_data(recipe.data, recipe.evaluation, recipe.seed, self.display.say)
-        with progress.within(f"loading {recipe.model.name}, base {recipe.model.quantization}"):
-            policy = self.load()
-        run = self.dated(policy)
-        return run.with_policy(policy, data)
+        for note in notes_on_code(recipe.reward):
+            self.display.say(note)
+        with Scorer(recipe.reward, recipe.rollout.max_new_tokens) as scorer:
+            with progress.within(f"reading {recipe.data.source}"):
+                data = load_data(recipe.data, recipe.evaluation, recipe.seed, self.display.say, scorer.columns)
+            with progress.within(f"loading {recipe.model.name}, base {recipe.model.quantization}"):
+                policy = self.load()
+            return self.dated(policy).with_policy(policy, data, scorer)
 
     def dated(self, policy: Policy) -> Run:
         """The run with the date in its recipe that its chat template takes for today, if the template reads one."""
@@ -91,7 +93,7 @@ class Run:
             return self
         return replace(self, recipe=with_date(self.recipe, policy.rendering.date))
 
-    def with_policy(self, policy: Policy, data: Data) -> dict[str, Any]:
+    def with_policy(self, policy: Policy, data: Data, scorer: Scorer) -> dict[str, Any]:
         """Encode the prompts, resume, check the engine, iterate, and return the summary."""
         recipe, say, progress = self.recipe, self.display.say, self.display.progress
         limit = recipe.rollout.max_new_tokens
@@ -100,15 +102,14 @@ class Run:
         self.open(policy, prompts, held_out)
         with progress.within(f"rollout.engine = {recipe.rollout.engine}"):
             engine = self.make_engine(policy)
-        with Scorer(recipe.reward, limit) as scorer:
-            collector = Collector(engine, scorer, self.accelerator, progress)
-            loop = Loop(recipe, policy, collector, PromptStream(prompts, recipe.seed), held_out)
-            state = resume(self.folder, recipe, loop, say)
-            if not is_over(recipe, state):
-                progress.enter("engine check")
-                checked = check_engine(engine, policy, prompts, recipe.rollout, recipe.seed, self.accelerator)
-                say(f"rollout.engine = {recipe.rollout.engine}: its log-probabilities are {checked}")
-            summary = self.iterate(loop, state)
+        collector = Collector(engine, scorer, self.accelerator, progress)
+        loop = Loop(recipe, policy, collector, PromptStream(prompts, recipe.seed), held_out)
+        state = resume(self.folder, recipe, loop, say)
+        if not is_over(recipe, state):
+            progress.enter("engine check")
+            checked = check_engine(engine, policy, prompts, recipe.rollout, recipe.seed, self.accelerator)
+            say(f"rollout.engine = {recipe.rollout.engine}: its log-probabilities are {checked}")
+        summary = self.iterate(loop, state)
         if recipe.logging.report_to != "none":
             self.accelerator.end_training()
         return summary
@@ -128,8 +129,6 @@ class Run:
         say(describe(recipe, policy, prompts, held_out, self.accelerator))
         for line in [*notes_on_experts(policy.model), *first_prompt(prompts, policy)]:
             say(line)
-        if recipe.reward.function:
-            say(f"note: reward.function is code, which runs with your rights: {code_of(recipe.reward.function)}")
         for note in [unseen_gpu(), busy_cpu(device), *recipe.advice()]:
             if note is not None:
                 say(f"note: {note}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from hapo_lite.algo.methods import Method
 from hapo_lite.algo.objective import Credit, PolicyLoss, loss_denominator, method_loss
 from hapo_lite.model.policy import Policy
-from hapo_lite.records import Experience, TokenOutcome
+from hapo_lite.records import Experience, TokenOutcome, pad
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.runs.skipped import SkippedStep
 from hapo_lite.train.batching import Parts, Plan, padded_tokens
@@ -173,10 +173,13 @@ class Update:
 
 
 def outcomes_of(batch: Experience, logp: Tensor, loss: PolicyLoss, credit: Credit) -> dict[int, TokenOutcome]:
-    """The loss's effect on each token, on the CPU, by row of `batch`. logp: [B, T]."""
+    """The loss's effect on each token, on the CPU, by row of `batch`. logp: [B, T].
+
+    The ratio is measured on completions that the loss leaves out too.
+    """
     by_token = {
         "logp": logp,
-        "ratio": loss.ratio,
+        "ratio": (logp.detach() - pad(batch.old_logp, logp.device)).exp(),
         "credit": credit.advantage,
         "lower": credit.lower,
         "upper": credit.upper,

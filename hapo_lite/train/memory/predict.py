@@ -249,7 +249,9 @@ class Predictor:
                 logits = forward.logits(some, some[:, None])
             layers = cast(list[Any], forward.cache.layers)
             kept = total_bytes([tensor for layer in layers for tensor in cached_tensors(layer)])
-            processor = AdaptiveTemperature(None, settings.temperature, 0.0, settings.top_p, settings.top_k)
+            processor = AdaptiveTemperature(
+                None, settings.temperature, 0.0, settings.top_p, settings.top_k, settings.min_p
+            )
             transcript.write(some[:1], torch.arange(sizes.rows), draw(processor, logits, torch.empty(sizes.rows)))
         self.model.train()
         return Stage("rollout", self.resident | {"KV cache": kept, "at work": live.peak - kept})
