@@ -13,6 +13,8 @@ from hapo_lite.export.parity import Drift, QuantisationGap
 from hapo_lite.export.source import Source
 from hapo_lite.train.curves import closing_table
 
+_ORIGINS = {"adapter": "went on from the adapter"}
+"""Names in the table of facts of origins that are not those of what the run loaded throughout."""
 TITLES = {
     "merged": "merged into its base",
     "gguf-ready": "merged into its base, for llama.cpp",
@@ -113,7 +115,7 @@ def facts(source: Source, record: dict[str, Any]) -> str:
         "base": _base(source) + (", 4-bit (NF4) in training" if source.model.quantization == "nf4" else ""),
         "method": recipe.method.preset,
         "data": _data(source),
-        **{f"{what} as loaded": origin for what, origin in source.origins.items() if origin},
+        **{_ORIGINS.get(what, f"{what} as loaded"): origin for what, origin in source.origins.items() if origin},
         "seed": recipe.seed,
     }
     if summary:

@@ -24,6 +24,7 @@ from hapo_lite.model.attention import use_fused_attention
 from hapo_lite.model.noise import switch_off_noise
 from hapo_lite.model.origins import Origin, may_run_code, model_origin
 from hapo_lite.model.policy import Policy, embedding_rows
+from hapo_lite.model.start import read_start, starting_adapter
 from hapo_lite.model.template import Rendering, check_options, templated, today
 from hapo_lite.model.unpacked import UnpackedBase
 from hapo_lite.recipe import ModelSettings
@@ -40,16 +41,17 @@ def load_policy(
     """Load the base from a hub name or folder, quantise it if asked to, and put an adapter on it.
 
     Only safetensors weights are read. Code from the model's repository is run only with model.trust_remote_code.
-    adapter: a folder with a trained adapter, to sample from and not to train; None: a new one, whose weights depend on
-    `seed` alone. engine: rollout.engine; with `unsloth`, Unsloth loads the model. unpacked: whether a 4-bit base is
-    unpacked once in each rollout; None: if there is memory for it then. Raises UserError if there is no such model or
-    it does not fit the settings.
+    adapter: a folder with a trained adapter, to sample from and not to train; None: that of model.adapter, to train
+    further, or else a new one, whose weights depend on `seed` alone. engine: rollout.engine; with `unsloth`, Unsloth
+    loads the model. unpacked: whether a 4-bit base is unpacked once in each rollout; None: if there is memory for it
+    then. Raises UserError if there is no such model or adapter, or if one of them does not fit the settings.
     """
     device = torch.device(device)
     dtype = resolve_dtype(settings.dtype, device)
     check_attention(settings.attention, dtype)
     use_fused_attention(device)
     origin = find_origin(settings)
+    start = starting_adapter(settings, origin) if adapter is None else None
     try:
         trust = may_run_code(settings, origin)
         source = {"revision": origin.commit, "trust_remote_code": trust}
@@ -57,7 +59,7 @@ def load_policy(
         if engine == "unsloth":
             from hapo_lite.model import unsloth
 
-            model, fast = unsloth.load(settings, origin, dtype, seed, adapter)
+            model, fast = unsloth.load(settings, origin, dtype, seed, start.folder if start else adapter)
             base: PreTrainedModel = cast(PreTrainedModel, model.get_base_model())  # peft says Module
         else:
             base = AutoModelForCausalLM.from_pretrained(
@@ -87,15 +89,23 @@ def load_policy(
     base.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=list(stop_ids))
     config = base.config.get_text_config()
     context = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
+    began = str(start or "")
     if engine == "unsloth":
         parts = (model, tokenizer, stop_ids, context, dtype, str(origin))
-        checkpointing = settings.gradient_checkpointing
-        return unsloth.UnslothPolicy(*parts, rendering=rendering, fast=fast, checkpointing=checkpointing)
+        return unsloth.UnslothPolicy(
+            *parts,
+            rendering=rendering,
+            started_from=began,
+            fast=fast,
+            checkpointing=settings.gradient_checkpointing,
+        )
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = fresh_adapter(base, settings, seed).train() if adapter is None else saved_adapter(base, settings, adapter)
+    if start is not None:
+        read_start(model, start, settings)
     dense = UnpackedBase(base, unpacked) if settings.quantization == "nf4" else None
-    return Policy(model, tokenizer, stop_ids, context, dtype, str(origin), settings.offloads, dense, rendering)
+    return Policy(model, tokenizer, stop_ids, context, dtype, str(origin), settings.offloads, dense, rendering, began)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -35,7 +35,7 @@ class Policy:
     dtype: of the model's products; bf16 and fp16 by autocast, which leaves the adapter's weights in fp32. origin: the
     commit or the digest of the base, as a string of `origins.Origin`. offload: whether activations wait for the
     backward in main memory. dense: makes the unpacked copy of a 4-bit base; None for another base. rendering: how the
-    chat template is rendered.
+    chat template is rendered. started_from: the adapter of model.adapter and the hash of its weights; "" for a new one.
     """
 
     model: PeftModel
@@ -47,6 +47,7 @@ class Policy:
     offload: bool = False
     dense: UnpackedBase | None = None
     rendering: Rendering = field(default_factory=Rendering)
+    started_from: str = ""
 
     steps: ClassVar[bool] = True
     """Whether the decoder can be called token by token with a cache."""

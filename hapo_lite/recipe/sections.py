@@ -83,6 +83,15 @@ class ModelSettings(Section):
         None, description="The day that a chat template takes for today; null: the day on which the run started"
     )
     lora: LoraSettings = Field(default_factory=LoraSettings, description="Adapter")
+    adapter: HomePath | None = Field(
+        None,
+        description="An adapter to train further: a run's folder, its adapter/ or a checkpoint, another folder of "
+        "peft, or a hub name; null: a new one",
+    )
+
+    def without_adapter(self) -> ModelSettings:
+        """The section without `adapter`, for a policy whose adapter's weights come from elsewhere."""
+        return self.model_copy(update={"adapter": None})
 
     @property
     def offloads(self) -> bool:

@@ -133,7 +133,7 @@ class Recorder:
                 "before": evaluated[0] if evaluated and evaluated[0]["iteration"] == 0 else None,
                 "after": evaluated[-1] if evaluated else None,
             },
-            "origins": {"model": self.loop.policy.origin, "data": self.loop.stream.origin},
+            "origins": self.loop.parts.origins(state),
             "adapter_sha256": file_hash(self.folder.adapter / "adapter_model.safetensors"),
             "versions": {"hapo_lite": hapo_lite.__version__, "torch": torch.__version__},
             "machine": {

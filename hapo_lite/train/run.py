@@ -26,7 +26,7 @@ from hapo_lite.records import EncodedPrompt
 from hapo_lite.rollout.canary import check_engine
 from hapo_lite.rollout.engine import Engine, make_engine
 from hapo_lite.rollout.whole_base import WholeBaseEngine
-from hapo_lite.runs.checkpoint import TrainState
+from hapo_lite.runs.checkpoint import TrainState, list_checkpoints
 from hapo_lite.runs.display import Display
 from hapo_lite.runs.folder import RunFolder, check_place, check_same_run, open_folder, with_date, with_date_of
 from hapo_lite.runs.interrupt import Interrupted, Interrupts
@@ -114,10 +114,11 @@ class Run:
         return summary
 
     def load(self) -> Policy:
-        """Load the policy onto the run's device."""
+        """Load the policy onto the run's device. A run with a checkpoint does not need the adapter it began with."""
         recipe, device = self.recipe, self.accelerator.device
         unpacked = not self.sharded and unpacks(recipe, device)
-        return load_policy(recipe.model, recipe.seed, device, engine=recipe.rollout.engine, unpacked=unpacked)
+        model = recipe.model.without_adapter() if list_checkpoints(self.folder.checkpoints) else recipe.model
+        return load_policy(model, recipe.seed, device, engine=recipe.rollout.engine, unpacked=unpacked)
 
     def open(self, policy: Policy, prompts: LazyPrompts, held_out: Sequence[EncodedPrompt]) -> None:
         """Make the folder, start the tracker, and print what is trained, with notes about the recipe."""
@@ -126,6 +127,8 @@ class Run:
             open_folder(self.folder, recipe, self.display.status)
         self.accelerator.wait_for_everyone()
         say(describe(recipe, policy, prompts, held_out, self.accelerator))
+        if policy.started_from:
+            say(f"going on from the adapter {policy.started_from}")
         for line in [*notes_on_experts(policy.model), *first_prompt(prompts, policy)]:
             say(line)
         if recipe.reward.function:
