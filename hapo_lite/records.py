@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,11 +20,15 @@ from hapo_lite.algo.tokens import TokenSignals, trained_tokens
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem. messages: the chat before the answer, as pairs (role, content). answer: the gold answer."""
+    """One problem. messages: the chat before the answer, as pairs (role, content). answer: the gold answer.
+
+    solution: a worked solution that ends in the answer; "" unless the data were read with their solutions.
+    """
 
     id: str
     messages: tuple[tuple[str, str], ...]
     answer: str
+    solution: str = ""
 
     def chat(self) -> list[dict[str, str]]:
         """The messages as a chat template takes them."""
@@ -75,6 +80,17 @@ class Completion:
         return self.ids.shape[0]
 
 
+class Written(Protocol):
+    """A prompt and the tokens that follow it, [T] of them: a completion, or a worked solution."""
+
+    @property
+    def prompt(self) -> EncodedPrompt: ...
+    @property
+    def ids(self) -> Tensor: ...
+    @property
+    def length(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Sequences:
     """A micro-batch, padded on the right.
@@ -89,7 +105,7 @@ class Sequences:
     mask: Tensor
 
     @classmethod
-    def of(cls, completions: Sequence[Completion], device: torch.device | str = "cpu") -> Sequences:
+    def of(cls, completions: Sequence[Written], device: torch.device | str = "cpu") -> Sequences:
         """The micro-batch of these completions with their prompts, on `device`."""
         rows = [torch.cat([torch.tensor(c.prompt.ids, dtype=torch.long), c.ids]) for c in completions]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -124,7 +124,9 @@ def test_a_hub_name_is_a_start_too(adapter, hub):  # noqa: F811
 def test_a_run_resumes_to_the_same_bytes_when_its_start_is_gone(warm, make_recipe, tmp_path, monkeypatch, capsys):
     start = shutil.copytree(warm, tmp_path / "start")
     digest = file_hash(start / "adapter" / WEIGHTS)
-    whole = make_recipe(f"model.adapter={start}", "checkpoint.every=1", "data.limit=64", f"output_dir={tmp_path / 'whole'}")
+    whole = make_recipe(
+        f"model.adapter={start}", "checkpoint.every=1", "data.limit=64", f"output_dir={tmp_path / 'whole'}"
+    )
     run.train(whole)
     printed = capsys.readouterr().out
     assert f"going on from the adapter {start}, sha256 {digest}" in printed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +16,9 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from hapo_lite.errors import UserError, first_line, page
 from hapo_lite.model.adapter import fresh_adapter, saved_adapter
@@ -25,7 +27,7 @@ from hapo_lite.model.noise import switch_off_noise
 from hapo_lite.model.origins import Origin, may_run_code, model_origin
 from hapo_lite.model.policy import Policy, embedding_rows
 from hapo_lite.model.start import read_start, starting_adapter
-from hapo_lite.model.template import Rendering, check_options, templated, today
+from hapo_lite.model.template import Rendering, after_answer, check_options, today
 from hapo_lite.model.unpacked import UnpackedBase
 from hapo_lite.recipe import ModelSettings
 
@@ -55,7 +57,7 @@ def load_policy(
     try:
         trust = may_run_code(settings, origin)
         source = {"revision": origin.commit, "trust_remote_code": trust}
-        tokenizer = AutoTokenizer.from_pretrained(origin.name, padding_side="left", **source)
+        tokenizer = read_tokenizer(origin, source)
         if engine == "unsloth":
             from hapo_lite.model import unsloth
 
@@ -108,6 +110,18 @@ def load_policy(
     return Policy(model, tokenizer, stop_ids, context, dtype, str(origin), settings.offloads, dense, rendering, began)
 
 
+def read_tokenizer(origin: Origin, source: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. source: revision and trust_remote_code, for `from_pretrained`.
+
+    One that was saved as transformers' general class is all in tokenizer.json. For some types of models, such as
+    qwen2, AutoTokenizer would read it as the type's own class, which splits text by rules of its own.
+    """
+    saved = get_tokenizer_config(origin.name, revision=origin.commit)
+    general = saved.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in saved
+    kind = PreTrainedTokenizerFast if general else AutoTokenizer
+    return kind.from_pretrained(origin.name, padding_side="left", **source)
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of a name. `auto`: bf16 on a GPU that computes in it, fp16 on another GPU, fp32 on a CPU."""
     if name != "auto":
@@ -142,12 +156,8 @@ def find_stop_ids(
     found: list[int] = []
     for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
         found += ids if isinstance(ids, list) else [ids]
-    if tokenizer.chat_template is not None:
-        answer = "answer"
-        chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-        text = templated(tokenizer, chat, rendering=rendering)
-        after = tokenizer.encode(text.rpartition(answer)[2] if answer in text else "", add_special_tokens=False)
-        found += [i for i in after[:1] if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]
+    after = after_answer(tokenizer, rendering)
+    found += [i for i in after[:1] if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]
     stop_ids = tuple(dict.fromkeys(i for i in found if i is not None))
     if not stop_ids:
         raise UserError("the model names no end-of-sequence token: set eos_token_id in its generation_config.json")

@@ -16,6 +16,7 @@ from hapo_lite.recipe.sections import (
     Positive,
     RewardSettings,
     RolloutSettings,
+    SftSettings,
     SuiteSettings,
     TrainingSettings,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "Recipe",
     "RewardSettings",
     "RolloutSettings",
+    "SftSettings",
     "SuiteSettings",
     "TrainingSettings",
     "describe_fields",

@@ -77,7 +77,8 @@ class PromptStore(_Prompts):
 
     def add(self, prompt: Prompt) -> None:
         """Add a prompt. Raises UnicodeEncodeError if its text is not Unicode, UserError if the disk refuses."""
-        fields = json.dumps([prompt.id, prompt.messages, prompt.answer], ensure_ascii=False).encode()
+        parts = [prompt.id, prompt.messages, prompt.answer, *filter(None, [prompt.solution])]
+        fields = json.dumps(parts, ensure_ascii=False).encode()
         with writing(Path(tempfile.gettempdir())), self._lock:
             self._file.seek(self._ends[-1])
             self._file.write(fields)
@@ -96,8 +97,8 @@ class PromptStore(_Prompts):
         with self._lock:
             self._file.seek(start)
             fields = self._file.read(end - start)
-        name, messages, answer = json.loads(fields)
-        return Prompt(name, tuple((role, content) for role, content in messages), answer)
+        name, messages, answer, *solution = json.loads(fields)
+        return Prompt(name, tuple((role, content) for role, content in messages), answer, *solution)
 
 
 class Selection(_Prompts):

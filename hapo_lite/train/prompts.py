@@ -31,10 +31,13 @@ class Data(NamedTuple):
     held_out: Sequence[Prompt]
 
 
-def load_data(data: DataSettings, evaluation: EvaluationSettings, seed: int, say: Say) -> Data:
-    """Read the prompts. seed: decides which prompts are held out if `evaluation` names no data of its own."""
+def load_data(data: DataSettings, evaluation: EvaluationSettings, seed: int, say: Say, solutions: bool = False) -> Data:
+    """Read the prompts. seed: decides which prompts are held out if `evaluation` names no data of its own.
+
+    solutions: read the worked solutions of the training prompts too. The prompts are the same ones either way.
+    """
     wanted = evaluation.prompts
-    found = load_prompts(data)
+    found = load_prompts(data, solutions)
     say_skipped("data", found, say)
     own = evaluation.data
     if own is None and data.source == "tiny":
