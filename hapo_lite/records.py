@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,12 +22,14 @@ from hapo_lite.algo.tokens import TokenSignals, trained_tokens
 class Prompt:
     """One problem. messages: the chat before the answer, as pairs (role, content). answer: the gold answer.
 
-    columns: further columns of the data row, by name: those that a reward function asks for, and no others.
+    solution: a worked solution that ends in the answer; "" unless the data were read with their solutions. columns:
+    further columns of the data row, by name: those that a reward function asks for, and no others.
     """
 
     id: str
     messages: tuple[tuple[str, str], ...]
     answer: str
+    solution: str = ""
     columns: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def chat(self) -> list[dict[str, str]]:
@@ -80,6 +82,17 @@ class Completion:
         return self.ids.shape[0]
 
 
+class Written(Protocol):
+    """A prompt and the tokens that follow it, [T] of them: a completion, or a worked solution."""
+
+    @property
+    def prompt(self) -> EncodedPrompt: ...
+    @property
+    def ids(self) -> Tensor: ...
+    @property
+    def length(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Sequences:
     """A micro-batch, padded on the right.
@@ -94,7 +107,7 @@ class Sequences:
     mask: Tensor
 
     @classmethod
-    def of(cls, completions: Sequence[Completion], device: torch.device | str = "cpu") -> Sequences:
+    def of(cls, completions: Sequence[Written], device: torch.device | str = "cpu") -> Sequences:
         """The micro-batch of these completions with their prompts, on `device`."""
         rows = [torch.cat([torch.tensor(c.prompt.ids, dtype=torch.long), c.ids]) for c in completions]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

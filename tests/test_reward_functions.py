@@ -30,8 +30,8 @@ from tests.conftest import ROOT
 from tests.loops import run_steps
 
 PROMPTS = [
-    Prompt("p", (("system", "Be brief."), ("user", "1+1=?")), "2", {"hard": 0.5, "tags": ["sum"]}),
-    Prompt("q", (("user", "2+1=?"),), "3", {"hard": None, "tags": []}),
+    Prompt("p", (("system", "Be brief."), ("user", "1+1=?")), "2", columns={"hard": 0.5, "tags": ["sum"]}),
+    Prompt("q", (("user", "2+1=?"),), "3", columns={"hard": None, "tags": []}),
 ]
 TEXTS = [r"\boxed{2}", "three?"]
 

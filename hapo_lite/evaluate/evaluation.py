@@ -24,6 +24,7 @@ from hapo_lite.evaluate.scores import Values, by_prompt, differences, intervals,
 from hapo_lite.evaluate.suites import Suite, chosen, fit, read_problems
 from hapo_lite.model.load import load_policy, resolve_dtype
 from hapo_lite.model.policy import Policy
+from hapo_lite.model.start import adapter_folder
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.engine import make_engine
@@ -61,12 +62,11 @@ class Work:
 
 
 def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
-    """Evaluate, and return the summaries by suite. adapter: a folder; None: the run's own adapter, if it has one.
+    """Evaluate, and return the summaries by suite. adapter: a folder; None: `own_adapter`.
 
     Raises UserError for a mistake that the user can mend, and Interrupted for a signal; the samples are kept.
     """
-    if adapter is None and (recipe.run_dir / "adapter").is_dir():
-        adapter = recipe.run_dir / "adapter"
+    adapter = adapter or own_adapter(recipe)
     recipe = with_date_of(RunFolder(recipe.run_dir), recipe)
     # Trackers are for training.
     recipe = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"report_to": "none"})})
@@ -82,9 +82,8 @@ def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
             problems = [read_problems(settings, recipe) for settings in chosen(recipe)]
         with display.progress.within(f"loading {recipe.model.name}, base {recipe.model.quantization}"):
             unpacked = unpacks(recipe, accelerator.device)
-            policy = load_policy(
-                recipe.model, recipe.seed, accelerator.device, adapter, recipe.rollout.engine, unpacked
-            )
+            model = recipe.model.without_adapter()
+            policy = load_policy(model, recipe.seed, accelerator.device, adapter, recipe.rollout.engine, unpacked)
         limit = _max_new_tokens(recipe)
         suites = [fit(p, policy, recipe.data.max_prompt_tokens, limit) for p in problems]
         if note := other_prompts(RunFolder(recipe.run_dir), recipe):
@@ -116,6 +115,16 @@ def other_prompts(folder: RunFolder, recipe: Recipe) -> str | None:
             was = json.dumps(then, ensure_ascii=False)
             return f"the run in {folder.path} was trained with {name}={was}: give that here too to ask as it was asked"
     return None
+
+
+def own_adapter(recipe: Recipe) -> Path | None:
+    """The adapter of the recipe's run or, if the run has not begun, the one that it would go on from."""
+    folder = RunFolder(recipe.run_dir)
+    if folder.adapter.is_dir():
+        return folder.adapter
+    if recipe.model.adapter is None or list_checkpoints(folder.checkpoints):
+        return None
+    return adapter_folder(recipe.model.adapter)
 
 
 def _folder(recipe: Recipe) -> Path:

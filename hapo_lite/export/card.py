@@ -13,6 +13,8 @@ from hapo_lite.export.parity import Drift, QuantisationGap
 from hapo_lite.export.source import Source
 from hapo_lite.train.curves import closing_table
 
+_ORIGINS = {"adapter": "went on from the adapter"}
+"""Names in the table of facts of origins that are not those of what the run loaded throughout."""
 TITLES = {
     "merged": "merged into its base",
     "gguf-ready": "merged into its base, for llama.cpp",
@@ -33,7 +35,7 @@ def model_card(source: Source, record: dict[str, Any], output: Path) -> str:
     parts = [
         f"---\n{front_matter(source, record).to_yaml()}\n---",
         f"# {source.recipe.name}: {TITLES[record['kind']]}",
-        f"Trained from {_base(source)} with {source.recipe.method.preset} by hapo_lite, on one LoRA adapter of rank "
+        f"Trained from {_base(source)} with {source.method} by hapo_lite, on one LoRA adapter of rank "
         f"{source.model.lora.rank}.",
         "## How to load it\n\n" + how_to_load(source, record, output),
         "## What it is\n\n" + facts(source, record),
@@ -58,7 +60,7 @@ def front_matter(source: Source, record: dict[str, Any]) -> ModelCardData:
         license="other",
         license_name="that-of-the-base-model",
         pipeline_tag="text-generation",
-        tags=["hapo_lite", source.recipe.method.preset, "lora", "reinforcement-learning"],
+        tags=["hapo_lite", source.method, "lora", *([] if source.method == "sft" else ["reinforcement-learning"])],
     )
 
 
@@ -111,15 +113,15 @@ def facts(source: Source, record: dict[str, Any]) -> str:
     summary = source.summary
     rows = {
         "base": _base(source) + (", 4-bit (NF4) in training" if source.model.quantization == "nf4" else ""),
-        "method": recipe.method.preset,
+        "method": source.method,
         "data": _data(source),
-        **{f"{what} as loaded": origin for what, origin in source.origins.items() if origin},
+        **{_ORIGINS.get(what, f"{what} as loaded"): origin for what, origin in source.origins.items() if origin},
         "seed": recipe.seed,
     }
     if summary:
         rows["training"] = (
-            f"{summary['iterations']:,} iterations, {summary['updates']:,} updates, {summary['sampled_tokens']:,} "
-            f"tokens sampled, {summary['training_seconds'] / 3600:.2f} hours on {summary['machine']['device']}"
+            f"{summary['iterations']:,} iterations, {summary['updates']:,} updates, {_tokens(summary)}, "
+            f"{summary['training_seconds'] / 3600:.2f} hours on {summary['machine']['device']}"
         )
         rows["trained with"] = _versions(summary["versions"])
     else:
@@ -134,6 +136,13 @@ def facts(source: Source, record: dict[str, Any]) -> str:
     elif source.model.quantization == "nf4":
         lines += ["", "The adapter was trained on the 4-bit base. On the 16-bit base it behaves a little differently."]
     return "\n".join(lines)
+
+
+def _tokens(summary: dict[str, Any]) -> str:
+    """How many tokens a run sampled; those of the solutions, for a warm start, which samples none."""
+    if "trained_tokens" in summary:
+        return f"{summary['trained_tokens']:,} tokens of worked solutions"
+    return f"{summary['sampled_tokens']:,} tokens sampled"
 
 
 def before_and_after(source: Source) -> str:

@@ -18,6 +18,7 @@ from hapo_lite.recipe.sections import (
     Positive,
     RewardSettings,
     RolloutSettings,
+    SftSettings,
     SuiteSettings,
     TrainingSettings,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Recipe",
     "RewardSettings",
     "RolloutSettings",
+    "SftSettings",
     "SuiteSettings",
     "TrainingSettings",
     "describe_fields",

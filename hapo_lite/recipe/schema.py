@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -25,6 +25,7 @@ from hapo_lite.recipe.sections import (
     ModelSettings,
     RewardSettings,
     RolloutSettings,
+    SftSettings,
     TrainingSettings,
 )
 from hapo_lite.recipe.settings import Section, nearest
@@ -44,12 +45,18 @@ class Recipe(Section):
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
     method: Method = Field(default_factory=lambda: PRESETS["hapo"])
     training: TrainingSettings
+    sft: SftSettings = Field(
+        default_factory=SftSettings, description="What python -m hapo_lite.sft does; training ignores it"
+    )
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     benchmark: BenchmarkSettings = Field(
         default_factory=BenchmarkSettings, description="What python -m hapo_lite.evaluate does; training ignores it"
     )
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
+
+    command: ClassVar[str] = "train"
+    """The command whose run the recipe is of, which decides the settings that may change when the run is resumed."""
 
     @property
     def run_dir(self) -> Path:

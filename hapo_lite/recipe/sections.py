@@ -85,6 +85,15 @@ class ModelSettings(Section):
         None, description="The day that a chat template takes for today; null: the day on which the run started"
     )
     lora: LoraSettings = Field(default_factory=LoraSettings, description="Adapter")
+    adapter: HomePath | None = Field(
+        None,
+        description="An adapter to train further: a run's folder, its adapter/ or a checkpoint, another folder of "
+        "peft, or a hub name; null: a new one",
+    )
+
+    def without_adapter(self) -> ModelSettings:
+        """The section without `adapter`, for a policy whose adapter's weights come from elsewhere."""
+        return self.model_copy(update={"adapter": None})
 
     @field_validator("chat_template_date", mode="before")
     @classmethod
@@ -114,6 +123,9 @@ class DataSettings(Section):
     )
     answer_column: str | None = Field(
         None, description="Column of the answer; null: reward_model.ground_truth, answer or solution, as found"
+    )
+    solution_column: str | None = Field(
+        None, description="Column of the worked solution, for hapo_lite.sft; null: solution or answer, as found"
     )
     system_prompt: str | None = Field(
         QWEN_SYSTEM_PROMPT, description="System message where the data has none of its own; null: none"
@@ -281,6 +293,23 @@ class TrainingSettings(Section):
         10, description="Updates skipped in a row, for numbers that are not finite, after which the run stops"
     )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient clipping, global L2 norm")
+
+
+class SftSettings(Section):
+    """The supervised warm start, `python -m hapo_lite.sft`."""
+
+    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the worked solutions")
+    updates: Positive | None = Field(None, description="Optimiser steps; null: as many as `epochs` takes")
+    batch_size: Positive = Field(32, description="Worked solutions of an optimiser step")
+    max_solution_tokens: Positive | None = Field(
+        None, description="Longer solutions are left out, and counted; null: rollout.max_new_tokens"
+    )
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.02, description="Share of the worked solutions that is kept aside, for the loss on them; 0: none"
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="Peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Learning rate after the warm-up")
+    warmup_updates: NonNegative = Field(10, description="Optimiser steps of linear warm-up")
 
 
 class EvaluationSettings(Section):

@@ -41,6 +41,8 @@ def replay(path: Path) -> str:
     what = f"update {step.step}" if step.step else "before the first update"
     print(f"iteration {step.iteration}, {what}, skipped: {step.reason}")
     print(f"{len(step.graded)} completions in {len(step.batches)} micro-batches")
+    if saved.recipe.model.adapter is not None:
+        print(f"the run went on from the adapter {saved.recipe.model.adapter}")
     origin = problem_in_inputs(saved)
     print(f"what it was given: {origin or 'finite'}")
     if origin is None:
@@ -59,7 +61,8 @@ def rebuild_update(saved: SavedStep, path: Path) -> Update:
     logging = saved.recipe.logging.model_copy(update={"report_to": "none"})
     recipe = saved.recipe.model_copy(update={"logging": logging})
     accelerator = make_accelerator(recipe)
-    policy = load_policy(recipe.model, recipe.seed, accelerator.device, engine=recipe.rollout.engine)
+    model = recipe.model.without_adapter()  # the file has the adapter's weights
+    policy = load_policy(model, recipe.seed, accelerator.device, engine=recipe.rollout.engine)
     put_adapter(policy, saved.adapter, path)
     learner = make_learner(recipe.training, policy, accelerator)
     scaler = learner.optimizer.scaler

@@ -205,7 +205,7 @@ def _completions(about: list[dict[str, Any]], tensors: dict[str, Tensor]) -> lis
     completions = []
     for i, c in enumerate(about):
         messages = tuple((role, content) for role, content in c["prompt"]["messages"])
-        prompt = Prompt(c["prompt"]["id"], messages, c["prompt"]["answer"], c["prompt"].get("columns", {}))
+        prompt = Prompt(c["prompt"]["id"], messages, c["prompt"]["answer"], columns=c["prompt"].get("columns", {}))
         completions.append(
             Completion(
                 EncodedPrompt(c["index"], prompt, tuple(prompt_ids[i].tolist())),

@@ -16,6 +16,7 @@ from typing import Any
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import DataSettings
 from hapo_lite.records import Prompt
+from hapo_lite.tasks.solutions import worked_solution
 from hapo_lite.tasks.sources import Table, open_table
 from hapo_lite.tasks.store import PromptStore, Selection
 from hapo_lite.tasks.verify import LONGEST_ANSWER, marked_answer
@@ -28,6 +29,7 @@ ARGUMENTS = ("prompts", "completions", "answers", "token_counts", "truncated", "
 LONGEST_NAME = 200
 """Most characters of an id."""
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "solution")
+SOLUTION_COLUMNS = ("solution", "answer")
 
 _FINAL = re.compile(r"####[ \t]*([^\n]*)")
 _GROUPED = re.compile(r"-?\$?\d{1,3}(,\d{3})+(\.\d+)?", re.ASCII)
@@ -57,22 +59,28 @@ class _Unusable(Exception):
     """A row is left out, for the reason that this error carries."""
 
 
-def load_prompts(data: DataSettings, columns: Sequence[Column] = ()) -> PromptSet:
+def load_prompts(data: DataSettings, columns: Sequence[Column] = (), solutions: bool = False) -> PromptSet:
     """Read `data.source`. `data.limit` counts prompts that are kept, not rows. columns: kept with the prompts.
 
+    solutions: read the worked solutions too. Rows without one are kept, so that the prompts are the same ones.
+
     A row is left out, and counted, if its problem or answer is missing or unusable, or if an earlier row has the same
-    problem. Raises UserError if the source, its columns or all of its rows are unusable.
+    problem. Raises UserError if the source, its columns or all of its rows are unusable, or if solutions are asked for
+    and there are none.
     """
     table = open_table(data)
     problem_column = _column(table, data.problem_column, PROBLEM_COLUMNS, "problem_column")
     answer_column = _column(table, data.answer_column, ANSWER_COLUMNS, "answer_column")
     further = _further(table, columns)
+    solution_column = _solution_column(table, data) if solutions else None
+    needed = tuple(filter(None, (problem_column, answer_column, "id", solution_column, *further)))
     prompts = PromptStore(table.origin)
+    worked = 0
     seen: set[int] = set()
     ids: set[int] = set()
     skipped: Counter[str] = Counter()
     row_number = -1
-    for row_number, row in enumerate(table.read((problem_column, answer_column, "id", *further))):
+    for row_number, row in enumerate(table.read(needed)):
         if len(prompts) == data.limit:
             break
         try:
@@ -81,8 +89,11 @@ def load_prompts(data: DataSettings, columns: Sequence[Column] = ()) -> PromptSe
             if problem in seen:
                 raise _Unusable("the same problem as an earlier row")
             name = _name(row.get("id"), f"{table.stem}-{row_number}", ids)
+            answer = _answer(_value(row, answer_column))
+            solution = worked_solution(_value(row, solution_column), answer) if solution_column else ""
             kept = {column: row.get(column) for column in further}
-            prompts.add(Prompt(name, messages, _answer(_value(row, answer_column)), kept))
+            prompts.add(Prompt(name, messages, answer, solution, kept))
+            worked += bool(solution)
         except UnicodeEncodeError:
             skipped["text that is not Unicode"] += 1
         except _Unusable as reason:
@@ -97,6 +108,11 @@ def load_prompts(data: DataSettings, columns: Sequence[Column] = ()) -> PromptSe
         raise UserError(
             f"{table.name} has no usable row in columns {problem_column!r} and {answer_column!r} ({reasons}): "
             "set data.problem_column and data.answer_column to others"
+        )
+    if solution_column and not worked:
+        raise UserError(
+            f"{table.name} has no worked solutions in column {solution_column!r}, only answers or nothing: set "
+            f"data.solution_column to another of {', '.join(table.columns)}"
         )
     return PromptSet(prompts, dict(skipped))
 
@@ -150,6 +166,10 @@ def _further(table: Table, columns: Sequence[Column]) -> list[str]:
                 f"{', '.join(table.columns)}, and every function can have {', '.join(ARGUMENTS)}{hint}"
             )
     return list(dict.fromkeys(column.name for column in columns if column.name in table.columns))
+
+
+def _solution_column(table: Table, data: DataSettings) -> str:
+    return _column(table, data.solution_column, SOLUTION_COLUMNS, "solution_column")
 
 
 def _value(row: dict[str, Any], column: str) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import DataSettings
 from hapo_lite.runs.files import file_hash
-from hapo_lite.tiny.task import problems
+from hapo_lite.tiny.task import problems, worked_out
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 LONGEST_LINE = 1 << 26
@@ -74,8 +74,14 @@ def _tiny(split: str) -> Table:
         chosen = problems(split)
     except ValueError as error:
         raise UserError(f"data.split: {error}") from None
-    rows = [{"problem": problem.prompt, "answer": str(problem.answer)} for problem in chosen]
-    return Table("the built-in task", f"tiny-{split}", ("problem", "answer"), lambda columns: iter(rows))
+
+    def read(columns: Iterable[str]) -> Rows:
+        solved = "solution" in columns
+        for problem in chosen:
+            row = {"problem": problem.prompt, "answer": str(problem.answer)}
+            yield row | ({"solution": worked_out(problem)} if solved else {})
+
+    return Table("the built-in task", f"tiny-{split}", ("problem", "answer", "solution"), read)
 
 
 def _file(path: Path) -> Table:

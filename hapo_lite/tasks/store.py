@@ -15,7 +15,7 @@ import weakref
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from hapo_lite.errors import writing
 from hapo_lite.records import Prompt
@@ -79,8 +79,12 @@ class PromptStore(_Prompts):
 
     def add(self, prompt: Prompt) -> None:
         """Add a prompt. Raises UnicodeEncodeError if its text is not Unicode, UserError if the disk refuses."""
-        # Without columns the bytes, and with them the digest, are those of versions that knew no columns.
-        parts = [prompt.id, prompt.messages, prompt.answer, *([prompt.columns] if prompt.columns else [])]
+        # A prompt without solution and columns has the bytes, and with them the digest, of versions that knew neither.
+        parts: list[Any] = [prompt.id, prompt.messages, prompt.answer]
+        if prompt.solution or prompt.columns:
+            parts.append(prompt.solution)
+        if prompt.columns:
+            parts.append(prompt.columns)
         fields = json.dumps(parts, ensure_ascii=False, default=str).encode()
         with writing(Path(tempfile.gettempdir())), self._lock:
             self._file.seek(self._ends[-1])
@@ -100,8 +104,8 @@ class PromptStore(_Prompts):
         with self._lock:
             self._file.seek(start)
             fields = self._file.read(end - start)
-        name, messages, answer, *columns = json.loads(fields)
-        return Prompt(name, tuple((role, content) for role, content in messages), answer, *columns)
+        name, messages, answer, *rest = json.loads(fields)
+        return Prompt(name, tuple((role, content) for role, content in messages), answer, *rest)
 
 
 class Selection(_Prompts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,9 @@ ROWS = (
 
 NAMED_REWARD = re.compile(rf"reward/({REWARD_NAME})")
 STAGES = ("rollout", "grade", "score", "update")
-PANELS: tuple[tuple[str, dict[str, str]], ...] = (
+Panels = Sequence[tuple[str, dict[str, str]]]
+"""The heading of each panel, and the labels of its metrics."""
+PANELS: Panels = (
     ("reward and held-out accuracy", {"reward/mean": "training reward", "eval/accuracy": "held-out accuracy"}),
     (
         "entropy, nats",
@@ -58,10 +61,10 @@ def reward_panel(lines: Lines) -> dict[str, str]:
     return {key: name for key, name in found.items() if name not in TAKEN}
 
 
-def closing_table(lines: Lines, samples: int) -> str:
-    """The first and the last value of each metric in ROWS, as text. samples: n of avg@n."""
+def closing_table(lines: Lines, samples: int, metrics: Sequence[tuple[str, str]] = ROWS) -> str:
+    """The first and the last value of each of the metrics, as text. samples: n of avg@n."""
     rows = []
-    for key, label in ROWS:
+    for key, label in metrics:
         values = [line[key] for line in lines if key in line]
         if values:
             rows.append((label.format(n=samples), f"{values[0]:.3f}", f"{values[-1]:.3f}"))
@@ -73,13 +76,14 @@ def closing_table(lines: Lines, samples: int) -> str:
     return "\n".join(table)
 
 
-def draw_curves(lines: Lines, path: Path, title: str) -> None:
-    """Draw the metrics of PANELS over iterations into a PNG at `path`."""
+def draw_curves(lines: Lines, path: Path, title: str, panels: Panels = PANELS) -> None:
+    """Draw the metrics of the panels, three in a row, over iterations into a PNG at `path`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6.6), layout="constrained")
+    rows = math.ceil(len(panels) / 3)
+    figure = Figure(figsize=(12, 3.3 * rows), layout="constrained")
     figure.suptitle(title)
-    for axes, (heading, series) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+    for axes, (heading, series) in zip(figure.subplots(rows, 3).flat, panels, strict=True):
         axes.set_title(heading, fontsize=10)
         for key, label in series.items():
             points = [(line["iteration"], line[key]) for line in lines if key in line]

@@ -71,6 +71,16 @@ class Loop:
         """The parts that a checkpoint saves and restores."""
         return RunParts(self.policy, self.learner.optimizer, self.learner.scheduler, self.stream)
 
+    @property
+    def samples(self) -> bool:
+        """Whether the run samples completions at all."""
+        return True
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return bool(self.held_out)
+
     def watch(self, observer: Observer) -> None:
         """Report the events of the following iterations to `observer`, in place of the observer so far."""
         self.observer = observer

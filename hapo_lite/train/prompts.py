@@ -32,14 +32,20 @@ class Data(NamedTuple):
 
 
 def load_data(
-    data: DataSettings, evaluation: EvaluationSettings, seed: int, say: Say, columns: Sequence[Column] = ()
+    data: DataSettings,
+    evaluation: EvaluationSettings,
+    seed: int,
+    say: Say,
+    columns: Sequence[Column] = (),
+    solutions: bool = False,
 ) -> Data:
     """Read the prompts. seed: decides which prompts are held out if `evaluation` names no data of its own.
 
-    columns: those that rewards ask for, of the data to train on.
+    columns: those that rewards ask for, of the data to train on. solutions: read the worked solutions of the training
+    prompts too. The prompts are the same ones either way.
     """
     wanted = evaluation.prompts
-    found = load_prompts(data, columns)
+    found = load_prompts(data, columns, solutions)
     say_skipped("data", found, say)
     own = evaluation.data
     if own is None and data.source == "tiny":

@@ -87,7 +87,7 @@ def judge(before: Mapping[str, Interval], change: Mapping[str, Interval], n: int
 def judge_run(lines: Lines, recipe: Recipe) -> Verdict:
     """The verdict on a finished run. lines: metrics.jsonl from iteration 0 on."""
     trained = [line for line in lines if line["iteration"] > 0]
-    verdict = _held_out(lines, recipe) or _training_reward(trained)
+    verdict = judge_held_out(lines, recipe) or _training_reward(trained)
     if verdict.word in ("learned", "sharpened"):
         return replace(verdict, because=(*_obstacles(trained, recipe), *_used_up(trained)))
     causes = _causes(trained, recipe)
@@ -123,7 +123,7 @@ def _causes(trained: Lines, recipe: Recipe) -> list[str]:
     return [*obstacles, *(list(_no_signal(trained, recipe)) or _still(trained, recipe))]
 
 
-def _held_out(lines: Lines, recipe: Recipe) -> Verdict | None:
+def judge_held_out(lines: Lines, recipe: Recipe) -> Verdict | None:
     """The verdict by the first and the last evaluation, prompt by prompt; None without two evaluations."""
     n = recipe.evaluation.samples
     evaluated = [line for line in lines if "eval/solved" in line]
