@@ -187,7 +187,7 @@ def test_a_column_that_the_data_lacks_ends_the_run_with_the_columns(make_recipe,
     assert str(caught.value).startswith(
         f"the reward judge ({path}:judge) asks for 'anser', and the built-in task has no"
     )
-    assert "it has problem, answer, and every function can have prompts, completions" in str(caught.value)
+    assert "it has problem, answer, solution, and every function can have prompts, completions" in str(caught.value)
     assert str(caught.value).endswith("did you mean answer?")
 
 
