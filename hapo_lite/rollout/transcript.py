@@ -42,23 +42,28 @@ class Transcript:
         self, requests: Sequence[Request], lengths: Sequence[int], stopped: Sequence[bool], policy: Policy
     ) -> list[Completion]:
         """The completion of each request. lengths: [B], tokens; stopped: [B], whether the last one is a stop token."""
-        ids = self.ids.T.contiguous().cpu()
-        sampling_logp, base_logp, entropy, temperature = self.records.transpose(1, 2).contiguous().cpu()
-        texts = [policy.decode(ids[b, :n].tolist()) for b, n in enumerate(lengths)]
+        ids = _rows(self.ids.T.contiguous().cpu(), lengths)
+        records = self.records.transpose(1, 2).contiguous().cpu()
+        sampling_logp, base_logp, entropy, temperature = (_rows(values, lengths) for values in records)
         return [
             Completion(
                 prompt=request.prompt,
                 sample=request.sample,
-                ids=ids[b, :n].clone(),
-                text=texts[b],
+                ids=ids[b],
+                text=policy.decode(ids[b].tolist()),
                 truncated=not stopped[b],
-                sampling_logp=sampling_logp[b, :n].clone(),
-                base_logp=base_logp[b, :n].clone(),
-                entropy=entropy[b, :n].clone(),
-                temperature=temperature[b, :n].clone(),
+                sampling_logp=sampling_logp[b],
+                base_logp=base_logp[b],
+                entropy=entropy[b],
+                temperature=temperature[b],
             )
-            for b, (request, n) in enumerate(zip(requests, lengths, strict=True))
+            for b, request in enumerate(requests)
         ]
+
+
+def _rows(values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """Each row of [B, S] up to its length, in memory of its own."""
+    return [row[:n].clone() for row, n in zip(values.unbind(), lengths, strict=True)]
 
 
 class ForcedSampler:
