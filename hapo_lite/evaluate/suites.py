@@ -41,13 +41,14 @@ HELD_OUT = "held_out"
 class Problems:
     """The problems of a suite. source: their source in words; skipped: the number of unusable rows, by reason.
 
-    origin: as in tasks.sources.Table.
+    left_out: sentences about these rows. origin: as in tasks.sources.Table.
     """
 
     name: str
     source: str
     prompts: Sequence[Prompt]
     skipped: Mapping[str, int]
+    left_out: Sequence[str] = ()
     origin: str = ""
 
 
@@ -94,7 +95,8 @@ def read_problems(settings: SuiteSettings, recipe: Recipe) -> Problems:
         copy = f" (a local copy: {name}=FILE)" if settings.source is None else ""
         raise UserError(f"suite {name}{copy}: {error}") from error
     where = [data.source] if Path(data.source).is_file() else [data.source, data.config, f"({data.split})"]
-    return Problems(name, " ".join(filter(None, where)), found.prompts, found.skipped, origin_of(found.prompts))
+    source = " ".join(filter(None, where))
+    return Problems(name, source, found.prompts, found.skipped, found.left_out(), origin_of(found.prompts))
 
 
 def _data(settings: SuiteSettings, recipe: Recipe) -> DataSettings:

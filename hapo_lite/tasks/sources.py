@@ -39,7 +39,8 @@ class Table:
     """A source of rows. name: its name in messages; stem: the first part of its ids; columns: their dotted names.
 
     read: takes the columns needed and gives the rows; iterating over them raises UserError if the source is damaged.
-    origin: the commit of a hub data set or the hash of a file, "" where it is not known.
+    origin: the commit of a hub data set or the hash of a file, "" where it is not known. header: whether the first line
+    of the file names the columns.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Table:
     columns: Sequence[str]
     read: Callable[[Iterable[str]], Rows]
     origin: str = ""
+    header: bool = False
 
 
 def open_table(data: DataSettings) -> Table:
@@ -89,7 +91,8 @@ def _file(path: Path) -> Table:
     with _Reading(path):
         columns, read = readers[path.suffix.lower()](path)
         origin = f"sha256 {file_hash(path)}"
-    return Table(str(path), path.stem, columns, lambda needed: _watched(path, read(needed)), origin)
+    header = path.suffix.lower() == ".csv"
+    return Table(str(path), path.stem, columns, lambda needed: _watched(path, read(needed)), origin, header)
 
 
 def _watched(path: Path, rows: Rows) -> Rows:
