@@ -32,7 +32,7 @@ from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.checkpoint import list_checkpoints
 from hapo_lite.runs.display import Display
 from hapo_lite.runs.files import file_hash
-from hapo_lite.runs.folder import RunFolder, check_place, with_date_of
+from hapo_lite.runs.folder import RunFolder, check_place, nearest_run, with_date_of
 from hapo_lite.runs.interrupt import Interrupted, Interrupts
 from hapo_lite.runs.progress import Progress
 from hapo_lite.runs.status import Status
@@ -339,8 +339,11 @@ class Evaluation:
             (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
 
     def _alone(self) -> str:
-        """The base without an adapter, and the checkpoint that an unfinished run has."""
-        name, checkpoints = self.recipe.model.name, list_checkpoints(RunFolder(self.recipe.run_dir).checkpoints)
+        """The base without an adapter, and why: there is no such run, or it is not finished and has a checkpoint."""
+        name, folder = self.recipe.model.name, RunFolder(self.recipe.run_dir)
+        checkpoints = list_checkpoints(folder.checkpoints)
+        if not folder.recipe.is_file():
+            return f"there is no run in {folder.path}{nearest_run(folder)}, so {name} alone"
         if not checkpoints:
             return f"{name} alone"
         return (

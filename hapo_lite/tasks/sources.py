@@ -34,6 +34,14 @@ _TOO_MANY = "\0"
 Rows = Iterator[dict[str, Any]]
 
 
+class HubUnavailable(UserError):
+    """A hub data set cannot be loaded. what: the clause that says which one and why, without advice."""
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}: {advice}")
+        self.what = what
+
+
 @dataclass(frozen=True)
 class Table:
     """A source of rows. name: its name in messages; stem: the first part of its ids; columns: their dotted names.
@@ -202,9 +210,9 @@ def _hub(data: DataSettings) -> Table:
     except Exception as error:
         # Hub and builder errors come from many libraries, with no common base class.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"the hub data set {named!r}, split {data.split!r}, cannot be loaded ({type(error).__name__}: {reason}): "
-            "check data.source, data.config, data.split and the connection, or give a local file"
+        raise HubUnavailable(
+            f"the hub data set {named!r}, split {data.split!r}, cannot be loaded ({type(error).__name__}: {reason})",
+            "check data.source, data.config, data.split and the connection, or give a local file",
         ) from None
 
     commit = _commit_of(rows)
