@@ -17,6 +17,7 @@ from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.preflight import __main__ as preflight
 from hapo_lite.preflight.advise import Advice, write_back
 from hapo_lite.preflight.measure import prepare
+from hapo_lite.preflight.table import suggestion
 from hapo_lite.recipe import load_recipe
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.train.memory.predict import Predictor, worst_case
@@ -190,7 +191,7 @@ def test_every_recipe_is_the_same_again_once_its_own_settings_are_put_back(tmp_p
     for recipe in recipes:
         file, before = tmp_path / recipe.name, load_recipe(recipe)
         file.write_text(recipe.read_text())
-        settings = dict.fromkeys(Advice(7, 7, 7, 7).settings(), 7)
+        settings = dict.fromkeys(Advice(7, 7, 7, 7, 7).settings(), 7)
         write_back(file, settings)
         after = load_recipe(file)
         assert (after.training.micro_batch_tokens, after.rollout.batch_size, after.rollout.max_new_tokens) == (7, 7, 7)
@@ -251,6 +252,21 @@ def test_a_worst_iteration_has_a_gradient_whatever_the_recipe_rewards(make_recip
     loop = prepare(make_recipe("method.truncated=mask", *rewards, "data.max_prompt_tokens=64")).loop
     metrics = loop.step(TrainState()).metrics
     assert metrics["length/truncated_share"] == 1.0 and metrics["update/grad_norm"] > 0.0
+
+
+def test_the_advice_agrees_with_a_recipe_that_fits():
+    """A batch larger than an iteration fits as well, and a completion that fills the context cannot be longer."""
+    recipe = load_recipe(TINY)  # 128 completions an iteration, batches of up to 512, completions of up to 32 tokens
+    said = suggestion(Advice(8192, 128, 32, 32, 32), recipe).splitlines()
+    assert said[2].endswith("128    (the recipe has 512, which fits too: an iteration samples 128 completions in all)")
+    assert said[-1] == "completions cannot be longer: the model's context leaves 32 tokens after the longest prompt"
+    said = suggestion(Advice(8192, 64, 32, 40, 900), recipe).splitlines()
+    assert said[2].endswith("batch_size=64    (the recipe has 512)")
+    assert said[-1].endswith("one group sampled at once, completions of 40 tokens would fit")
+    said = suggestion(Advice(8192, 64, 32, 900, 900), recipe)
+    assert said.endswith(
+        "completions of 900 tokens would fit, all that the model's context leaves after the longest prompt"
+    )
 
 
 def test_a_worst_iteration_for_real(capsys):

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 import hapo_lite
-from hapo_lite.errors import UserError, writing
+from hapo_lite.errors import UserError, counted, writing
 from hapo_lite.evaluate.samples import Sample, SampleFile
 from hapo_lite.evaluate.scores import Values, by_prompt, differences, intervals, notes, outcomes, table
 from hapo_lite.evaluate.suites import Suite, chosen, fit, read_problems
@@ -32,7 +32,7 @@ from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.checkpoint import list_checkpoints
 from hapo_lite.runs.display import Display
 from hapo_lite.runs.files import file_hash
-from hapo_lite.runs.folder import RunFolder, check_place, with_date_of
+from hapo_lite.runs.folder import RunFolder, check_place, nearest_run, with_date_of
 from hapo_lite.runs.interrupt import Interrupted, Interrupts
 from hapo_lite.runs.progress import Progress
 from hapo_lite.runs.status import Status
@@ -281,12 +281,14 @@ class Evaluation:
 
     def _report_lines(self, suite: Suite, models: Mapping[str, Work], numbers: Mapping[str, Any]) -> list[str]:
         lines = [
-            f"\n{suite.name}: {len(suite.prompts):,} prompts x {self.settings.samples} from {suite.problems.source}"
+            f"\n{suite.name}: {counted(len(suite.prompts), 'prompt')} x {self.settings.samples} from "
+            f"{suite.problems.source}"
         ]
-        lines += [f"{count} rows left out: {reason}" for reason, count in suite.problems.skipped.items()]
+        lines += suite.problems.left_out
         if suite.too_long:
             named = ", ".join(suite.too_long[:3]) + (", ..." if len(suite.too_long) > 3 else "")
-            lines.append(f"{len(suite.too_long)} prompts left out: longer than {suite.most} tokens ({named})")
+            left_out = counted(len(suite.too_long), "prompt")
+            lines.append(f"{left_out} left out: longer than {counted(suite.most, 'token')} ({named})")
         lines += self.lines(numbers)
         for label, w in models.items():
             kinds = outcomes(w.file.samples)
@@ -294,7 +296,7 @@ class Evaluation:
         for label, w in models.items():
             if w.sampled:
                 pace = sum(w.seconds.values()) / w.sampled
-                lines.append(f"{label}: {pace:.3g} seconds a prompt, over {w.sampled:,} prompts")
+                lines.append(f"{label}: {pace:.3g} seconds a prompt, over {counted(w.sampled, 'prompt')}")
         return lines
 
     def close(self, summaries: Mapping[str, dict[str, Any]], values: Mapping[str, Sequence[Values]]) -> None:
@@ -303,7 +305,7 @@ class Evaluation:
         numbers = self.numbers(values, count)
         self.write(self.folder, {"suites": list(summaries), "prompts": count, **numbers})
         if len(summaries) > 1:
-            text = [f"\nmean of {len(summaries)} suites, {count:,} prompts", *self.lines(numbers)]
+            text = [f"\nmean of {len(summaries)} suites, {counted(count, 'prompt')}", *self.lines(numbers)]
             self.display.say("\n".join(text))
         self.display.say(f"\n{self.folder}: summary.json, and the samples of each suite")
 
@@ -313,7 +315,7 @@ class Evaluation:
         out: dict[str, Any] = {"figures": figures}
         if ADAPTER in values:
             change = differences(values[BASE], values[ADAPTER])
-            verdict = judge(figures[BASE], change, self.settings.samples, f"{prompts:,} prompts")
+            verdict = judge(figures[BASE], change, self.settings.samples, counted(prompts, "prompt"))
             out |= {"difference": change, "verdict": verdict.word, "sentence": verdict.sentence}
         return out | {"notes": notes(figures, self.max_new_tokens)}
 
@@ -337,8 +339,11 @@ class Evaluation:
             (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
 
     def _alone(self) -> str:
-        """The base without an adapter, and the checkpoint that an unfinished run has."""
-        name, checkpoints = self.recipe.model.name, list_checkpoints(RunFolder(self.recipe.run_dir).checkpoints)
+        """The base without an adapter, and why: there is no such run, or it is not finished and has a checkpoint."""
+        name, folder = self.recipe.model.name, RunFolder(self.recipe.run_dir)
+        checkpoints = list_checkpoints(folder.checkpoints)
+        if not folder.recipe.is_file():
+            return f"there is no run in {folder.path}{nearest_run(folder)}, so {name} alone"
         if not checkpoints:
             return f"{name} alone"
         return (
@@ -350,10 +355,12 @@ class Evaluation:
         settings = self.settings
         who = f"{self.recipe.model.name} and {self.adapter}" if self.adapter else self._alone()
         done = sum(w.file.done for w in work) * settings.samples
-        before = f"; {done:,} completions are there from before" if done else ""
+        are_there = f"{'is' if done == 1 else 'are'} there from before"
+        before = f"; {counted(done, 'completion')} {are_there}" if done else ""
         return (
-            f"{self.recipe.name}: {who} on {', '.join(s.name for s in self.suites)}; {settings.samples} samples at "
-            f"T = {settings.temperature:g}, top_p = {settings.top_p:g}, at most {self.max_new_tokens:,} tokens{before}"
+            f"{self.recipe.name}: {who} on {', '.join(s.name for s in self.suites)}; "
+            f"{counted(settings.samples, 'sample')} at T = {settings.temperature:g}, top_p = {settings.top_p:g}, at "
+            f"most {counted(self.max_new_tokens, 'token')}{before}"
         )
 
 

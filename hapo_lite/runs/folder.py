@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,13 @@ class RunFolder:
 
 OURS = ("recipe.yaml", "status.json", "metrics.jsonl", "traces", "checkpoints", "adapter", "evaluations")
 """Names by which a run's folder is recognised."""
+
+
+def nearest_run(folder: RunFolder) -> str:
+    """A clause in brackets with the run beside `folder` whose name is the nearest; "" if there is none like it."""
+    beside = sorted(found.parent.name for found in folder.path.parent.glob("*/recipe.yaml"))
+    close = difflib.get_close_matches(folder.path.name, beside, n=1, cutoff=0.5)
+    return f" (did you mean name={close[0]}?)" if close else ""
 
 
 def check_place(folder: RunFolder) -> None:

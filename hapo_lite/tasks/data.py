@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hapo_lite.errors import UserError
+from hapo_lite.errors import UserError, counted
 from hapo_lite.recipe import DataSettings
 from hapo_lite.records import Prompt
 from hapo_lite.tasks.solutions import worked_solution
@@ -37,10 +37,21 @@ _GROUPED = re.compile(r"-?\$?\d{1,3}(,\d{3})+(\.\d+)?", re.ASCII)
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the order of the data. skipped: the number of rows that were left out, by reason."""
+    """Prompts in the order of the data. skipped: the number of rows that were left out, by reason.
+
+    first: the first of these rows in words, by reason.
+    """
 
     prompts: Sequence[Prompt]
     skipped: Mapping[str, int]
+    first: Mapping[str, str]
+
+    def left_out(self) -> list[str]:
+        """A sentence for each reason, with the first row that was left out for it."""
+        return [
+            f"{counted(count, 'row')} left out: {reason} ({'' if count == 1 else 'first in '}{self.first[reason]})"
+            for reason, count in self.skipped.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -73,12 +84,13 @@ def load_prompts(data: DataSettings, columns: Sequence[Column] = (), solutions: 
     answer_column = _column(table, data.answer_column, ANSWER_COLUMNS, "answer_column")
     further = _further(table, columns)
     solution_column = _solution_column(table, data) if solutions else None
-    needed = tuple(filter(None, (problem_column, answer_column, "id", solution_column, *further)))
+    needed = tuple(filter(None, (problem_column, answer_column, "id", solution_column, *further.values())))
     prompts = PromptStore(table.origin)
     worked = 0
     seen: set[int] = set()
     ids: set[int] = set()
     skipped: Counter[str] = Counter()
+    first: dict[str, str] = {}
     row_number = -1
     for row_number, row in enumerate(table.read(needed)):
         if len(prompts) == data.limit:
@@ -91,13 +103,13 @@ def load_prompts(data: DataSettings, columns: Sequence[Column] = (), solutions: 
             name = _name(row.get("id"), f"{table.stem}-{row_number}", ids)
             answer = _answer(_value(row, answer_column))
             solution = worked_solution(_value(row, solution_column), answer) if solution_column else ""
-            kept = {column: row.get(column) for column in further}
+            kept = {asked: row.get(column) for asked, column in further.items()}
             prompts.add(Prompt(name, messages, answer, solution, kept))
             worked += bool(solution)
-        except UnicodeEncodeError:
-            skipped["text that is not Unicode"] += 1
-        except _Unusable as reason:
-            skipped[str(reason)] += 1
+        except (UnicodeEncodeError, _Unusable) as error:
+            reason = str(error) if isinstance(error, _Unusable) else "text that is not Unicode"
+            skipped[reason] += 1
+            first.setdefault(reason, f"row {row_number + 1:,}{' below the header' if table.header else ''}")
         else:
             seen.add(problem)
             ids.add(_fingerprint(name))
@@ -114,7 +126,7 @@ def load_prompts(data: DataSettings, columns: Sequence[Column] = (), solutions: 
             f"{table.name} has no worked solutions in column {solution_column!r}, only answers or nothing: set "
             f"data.solution_column to another of {', '.join(table.columns)}"
         )
-    return PromptSet(prompts, dict(skipped))
+    return PromptSet(prompts, dict(skipped), first)
 
 
 def split_held_out(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[Sequence[Prompt], tuple[Prompt, ...]]:
@@ -136,36 +148,48 @@ def split_held_out(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[Se
 
 
 def _column(table: Table, wanted: str | None, usual: Sequence[str], setting: str) -> str:
-    """The column that is wanted, else the first usual one that the table has."""
+    """The column that is wanted, else the first usual one that the table has, as the table spells it."""
     known = list(table.columns)
     if not known:
         raise UserError(f"{table.name} has no rows: give a data set or split that has some")
     if wanted is None:
-        found = next((name for name in usual if name in known), None)
+        exact = [name for name in usual if name in known]
+        found = next(filter(None, [*exact, *(_spelled(name, known) for name in usual)]), None)
         if found is None:
+            header = " (its first line was taken as their names: put a line of names above it if it is a row)"
             raise UserError(
-                f"{table.name} has none of the columns {', '.join(usual)}: set data.{setting} to one of "
-                f"{', '.join(known)}"
+                f"{table.name} has none of the columns {', '.join(usual)}{header if table.header else ''}: set "
+                f"data.{setting} to one of {', '.join(known)}"
             )
         return found
-    if wanted not in known:
+    spelled = _spelled(wanted, known)
+    if spelled is None:
         close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"{table.name} has no column {wanted!r} (data.{setting}); it has {', '.join(known)}{hint}")
-    return wanted
+    return spelled
 
 
-def _further(table: Table, columns: Sequence[Column]) -> list[str]:
-    """The names of the columns that the table has, each once. Raises UserError for a required one that it lacks."""
+def _spelled(name: str, columns: Sequence[str]) -> str | None:
+    """A column as the table spells it: `name` itself, else the first that differs by case and outer spaces alone."""
+    if name in columns:
+        return name
+    plain = name.strip().casefold()
+    return next((column for column in columns if column.strip().casefold() == plain), None)
+
+
+def _further(table: Table, columns: Sequence[Column]) -> dict[str, str]:
+    """The columns that the table has, as it spells them, by name. Raises UserError for a required one that it lacks."""
+    found = {column.name: _spelled(column.name, table.columns) for column in columns}
     for column in columns:
-        if column.required and column.name not in table.columns:
+        if column.required and found[column.name] is None:
             close = difflib.get_close_matches(column.name, [*table.columns, *ARGUMENTS], n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UserError(
                 f"{column.by} asks for {column.name!r}, and {table.name} has no such column; it has "
                 f"{', '.join(table.columns)}, and every function can have {', '.join(ARGUMENTS)}{hint}"
             )
-    return list(dict.fromkeys(column.name for column in columns if column.name in table.columns))
+    return {name: column for name, column in found.items() if column is not None}
 
 
 def _solution_column(table: Table, data: DataSettings) -> str:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import RewardSettings
 from hapo_lite.records import Prompt, Score
 from hapo_lite.runs.progress import Progress
-from hapo_lite.tasks.data import Column
+from hapo_lite.tasks.data import ARGUMENTS, Column
 from hapo_lite.tasks.functions import OURS, Batch, NamedRewards, as_rewards, listed, question, soft_overlong_penalty
 from hapo_lite.tasks.own_code import code_of, describe_error, load_function
 from hapo_lite.tasks.verify import Grade, GraderPool, marked_answer
 
 RewardFunction = Callable[[list[str], list[str], list[str]], Sequence[float]]
 """(questions, completions, gold answers) -> rewards, all of the same length."""
+BY_PLACE = ("prompts", "completions", "answers")
+"""What a RewardFunction is handed, in this order."""
 
 
 def notes_on_code(settings: RewardSettings) -> list[str]:
@@ -25,6 +28,32 @@ def notes_on_code(settings: RewardSettings) -> list[str]:
         f"note: {what} is code, which runs with your rights: {code_of(function)}"
         for what, function in functions.items()
     ]
+
+
+def load_reward_function(name: str) -> RewardFunction:
+    """The function of `reward.function`. Raises UserError if it cannot be loaded or called with three lists by place.
+
+    A parameter may have any name but that of something else that a reward can be handed.
+    """
+    function = load_function(name)
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):
+        return function  # such as a function of a library in C, which the first call tries
+    bare = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    taken = f"reward.function {name} takes {inspect.Signature(bare)}"
+    handed = f"it is handed three lists by their place, ({', '.join(BY_PLACE)})"
+    advice = "change it, or name it in reward.functions, which hands a function what its arguments are called"
+    try:
+        places = signature.bind(*BY_PLACE).arguments
+    except TypeError as error:
+        raise UserError(f"{taken}, and {handed} ({error}): {advice}") from None
+    for parameter, value in places.items():
+        if parameter in ARGUMENTS and parameter != value:
+            raise UserError(f"{taken}, and {handed}, so {value} as {parameter}: {advice}")
+    if inspect.iscoroutinefunction(function):
+        raise UserError(f"reward.function {name} is async, and only reward.functions awaits functions: {advice}")
+    return function
 
 
 class Scorer:
@@ -38,7 +67,7 @@ class Scorer:
         self.settings = settings
         self.max_new_tokens = max_new_tokens
         self.progress = Progress()
-        self._function = load_function(settings.function) if settings.function else None
+        self._function = load_reward_function(settings.function) if settings.function else None
         self._named = NamedRewards.load(settings)
         self._pool = GraderPool(settings.workers, settings.timeout_s)
 

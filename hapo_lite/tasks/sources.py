@@ -34,12 +34,21 @@ _TOO_MANY = "\0"
 Rows = Iterator[dict[str, Any]]
 
 
+class HubUnavailable(UserError):
+    """A hub data set cannot be loaded. what: the clause that says which one and why, without advice."""
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}: {advice}")
+        self.what = what
+
+
 @dataclass(frozen=True)
 class Table:
     """A source of rows. name: its name in messages; stem: the first part of its ids; columns: their dotted names.
 
     read: takes the columns needed and gives the rows; iterating over them raises UserError if the source is damaged.
-    origin: the commit of a hub data set or the hash of a file, "" where it is not known.
+    origin: the commit of a hub data set or the hash of a file, "" where it is not known. header: whether the first line
+    of the file names the columns.
     """
 
     name: str
@@ -47,6 +56,7 @@ class Table:
     columns: Sequence[str]
     read: Callable[[Iterable[str]], Rows]
     origin: str = ""
+    header: bool = False
 
 
 def open_table(data: DataSettings) -> Table:
@@ -89,7 +99,8 @@ def _file(path: Path) -> Table:
     with _Reading(path):
         columns, read = readers[path.suffix.lower()](path)
         origin = f"sha256 {file_hash(path)}"
-    return Table(str(path), path.stem, columns, lambda needed: _watched(path, read(needed)), origin)
+    header = path.suffix.lower() == ".csv"
+    return Table(str(path), path.stem, columns, lambda needed: _watched(path, read(needed)), origin, header)
 
 
 def _watched(path: Path, rows: Rows) -> Rows:
@@ -199,9 +210,9 @@ def _hub(data: DataSettings) -> Table:
     except Exception as error:
         # Hub and builder errors come from many libraries, with no common base class.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"the hub data set {named!r}, split {data.split!r}, cannot be loaded ({type(error).__name__}: {reason}): "
-            "check data.source, data.config, data.split and the connection, or give a local file"
+        raise HubUnavailable(
+            f"the hub data set {named!r}, split {data.split!r}, cannot be loaded ({type(error).__name__}: {reason})",
+            "check data.source, data.config, data.split and the connection, or give a local file",
         ) from None
 
     commit = _commit_of(rows)

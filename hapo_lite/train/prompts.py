@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from hapo_lite.errors import UserError
+from hapo_lite.errors import UserError, counted
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.template import text_of
 from hapo_lite.recipe import DataSettings, EvaluationSettings
@@ -60,9 +60,9 @@ def load_data(
 
 
 def say_skipped(what: str, found: PromptSet, say: Say) -> None:
-    """Say how many rows were left out for each reason. what: names the data."""
-    for reason, count in found.skipped.items():
-        say(f"{what}: {count:,} rows left out: {reason}")
+    """Say how many rows were left out for each reason, and which one was the first. what: names the data."""
+    for sentence in found.left_out():
+        say(f"{what}: {sentence}")
 
 
 def training_prompts(
@@ -129,11 +129,11 @@ def encode_prompts(
         count, limit = len(encoded) - len(kept), data.max_prompt_tokens
         if total is not None and total > len(encoded):
             say(
-                f"data: {count} of {len(encoded):,} prompts checked are longer than {limit} tokens; training skips "
-                "such prompts"
+                f"data: {count:,} of {counted(len(encoded), 'prompt')} checked {'is' if count == 1 else 'are'} longer "
+                f"than {counted(limit, 'token')}; training skips such prompts"
             )
         else:
-            say(f"data: {count} prompts left out: longer than {limit} tokens")
+            say(f"data: {counted(count, 'prompt')} left out: longer than {counted(limit, 'token')}")
     longest = max(kept, key=lambda e: len(e.ids), default=None)
     if longest is not None and len(longest.ids) + max_new_tokens > policy.context:
         raise UserError(
