@@ -98,7 +98,10 @@ def check_same_run(folder: RunFolder, recipe: Recipe) -> None:
     if recipe.checkpoint.resume == "never":
         raise UserError(f"{folder.path} holds a run already: choose another name=, or checkpoint.resume=auto")
     if changed := changed_setting(folder, recipe):
-        raise UserError(f"{folder.path} was made with {changed}: choose another name= to start a new run")
+        raise UserError(
+            f"{folder.path} was made with {changed}: choose another name= to start a new run, or "
+            "move this folder away to start again under the same name"
+        )
 
 
 def with_date_of(folder: RunFolder, recipe: Recipe) -> Recipe:

@@ -121,7 +121,7 @@ class Run:
 
     def open(self, policy: Policy, prompts: LazyPrompts, held_out: Sequence[EncodedPrompt]) -> None:
         """Make the folder, start the tracker, and print what is trained, with notes about the recipe."""
-        recipe, say = self.recipe, self.display.say
+        recipe, say, device = self.recipe, self.display.say, self.accelerator.device
         if self.accelerator.is_main_process:
             open_folder(self.folder, recipe, self.display.status)
         self.accelerator.wait_for_everyone()
@@ -130,7 +130,7 @@ class Run:
             say(line)
         if recipe.reward.function:
             say(f"note: reward.function is code, which runs with your rights: {code_of(recipe.reward.function)}")
-        for note in [unseen_gpu(), *recipe.advice()]:
+        for note in [unseen_gpu(), busy_cpu(device), *recipe.advice()]:
             if note is not None:
                 say(f"note: {note}")
         if recipe.logging.report_to != "none":

@@ -90,6 +90,10 @@ def judge_run(lines: Lines, recipe: Recipe) -> Verdict:
     causes = _causes(trained, recipe)
     count = len(trained)
     updates = trained[-1]["updates"] if trained else 0
+    skipped = sum(line.get("update/skipped", 0) for line in trained)
+    if skipped and not updates:
+        reason = f"nothing was trained: all {skipped:,} updates were skipped, for the reasons in the notes of the run"
+        return replace(verdict, because=(reason,))
     warmup = recipe.training.warmup_updates
     if verdict.word == "no difference" and (count < SHORT_RUN or updates <= warmup):
         changed = verdict.sentence.removeprefix("no difference: ").split(";")[0]

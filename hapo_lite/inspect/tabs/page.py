@@ -78,7 +78,7 @@ def launch(app: AppState, host: str, port: int, block: bool = True) -> tuple[gr.
             theme=theme(),
             head=head(),
             footer_links=[],
-            quiet=not block,
+            quiet=True,
         )
     except OSError as error:
         raise UserError(f"port {port} of {host} cannot be used: {error}") from error
