@@ -41,6 +41,9 @@ def _parameters_of(forward: Callable[..., Any]) -> Mapping[str, inspect.Paramete
 def cache_name(module: nn.Module) -> str | None:
     """The name under which a model or its decoder takes a cache; None if it takes none."""
     parameters = _parameters(module)
+    # A forward that something has been wrapped around may name nothing and take all.
+    if "input_ids" not in parameters:
+        return CACHES[0]
     return next((name for name in CACHES if name in parameters), None)
 
 
@@ -50,9 +53,7 @@ def call(module: nn.Module, cache: Cache | None = None, **inputs: Any) -> Any:
     if cache is not None and (name := cache_name(module)) is not None:
         inputs |= {name: cache, "use_cache": True}
         if name == STATES and inputs["input_ids"].shape[1] == 1:
-            inputs["attention_mask"] = (
-                None  # what it has read is in its state, and the mask would be that of all tokens
-            )
+            inputs["attention_mask"] = None  # the mask is that of all tokens, which are in the state
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         inputs = {name: value for name, value in inputs.items() if name in parameters}
     return module(**inputs)

@@ -8,12 +8,16 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch import nn
+
 from hapo_lite.errors import UserError, first_line, page
 from hapo_lite.model.oom import is_out_of_memory
 from hapo_lite.recipe import ModelSettings
 
 MODEL_CODE = re.compile(r"[/\\]transformers[/\\]|transformers_modules")
 """In the path of a file of transformers, or of code that came with a model."""
+LIBRARY = re.compile(r"(site|dist)-packages|[/\\]lib[/\\]python|^<")
+"""In the path of a file of a library, or of Python's own."""
 OURS = Path(__file__).parents[1]
 PACKED = re.compile(r"unsigned char|uint8|Byte")
 """In the message of an error that comes from calculating with a packed weight."""
@@ -48,6 +52,14 @@ def no_fused_attention(name: str) -> str:
     return f"model.attention = sdpa is not there for {name}: set model.attention=eager"
 
 
+def no_cache(name: str, model: nn.Module) -> str:
+    """The sentence for a model without a cache that can be spread over rows."""
+    return (
+        f"model.name = {name} cannot be sampled: {type(model).__name__} keeps what it has read in no cache of "
+        "transformers' kind; choose another model"
+    )
+
+
 @contextlib.contextmanager
 def own_errors(name: str) -> Iterator[None]:
     """A context that turns an error of a model's own code into a UserError. name: model.name.
@@ -74,11 +86,13 @@ def own_errors(name: str) -> Iterator[None]:
 def place_in_model(error: BaseException, through_ours: bool = False) -> str | None:
     """The innermost line of a model's code that an error has passed, as `file:line`; None if it has passed none.
 
-    through_ours: whether code of this package may have been called by the model's. It may then be at fault itself.
+    None also if the model's code has called code of this package or of the user, which may then be at fault.
+    through_ours: this package's may have been called all the same.
     """
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not through_ours and OURS in Path(frame.filename).parents:
-            return None
+        ours = OURS in Path(frame.filename).parents
         if MODEL_CODE.search(frame.filename):
             return f"{Path(frame.filename).name}:{frame.lineno}"
+        if not (ours and through_ours) and (ours or not LIBRARY.search(frame.filename)):
+            return None
     return None

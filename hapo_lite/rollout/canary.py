@@ -26,6 +26,7 @@ from transformers import DynamicCache
 from hapo_lite.errors import UserError
 from hapo_lite.model.decoder import head_input
 from hapo_lite.model.policy import Policy
+from hapo_lite.model.refusals import own_errors
 from hapo_lite.recipe import RolloutSettings
 from hapo_lite.records import Completion, EncodedPrompt, Request, Sequences, pad, put
 from hapo_lite.rollout.draws import DrawKey, Stage
@@ -132,7 +133,8 @@ def check_engine(
     prompts: None in place of those that are too long. The adapter is the same afterwards, to the last bit. Raises
     UserError with the numbers if the engine is not right; if it is wrong in one process, it is raised in all.
     """
-    found = compare(engine, policy, prompts, settings, seed)
+    with own_errors(str(policy.base.name_or_path)):
+        found = compare(engine, policy, prompts, settings, seed)
     wrong = torch.tensor(float(not found.right), device=accelerator.device)
     if accelerator.reduce(wrong, "sum") > 0:
         if found.right:

@@ -17,6 +17,7 @@ from hapo_lite.errors import UserError
 from hapo_lite.model.decoder import cache_name
 from hapo_lite.model.lora import held_factors
 from hapo_lite.model.policy import Policy
+from hapo_lite.model.refusals import no_cache
 from hapo_lite.records import Completion, Request, put
 from hapo_lite.rollout.attention import NotCovered, covers
 from hapo_lite.rollout.batched_engine import BatchedEngine
@@ -98,10 +99,7 @@ class TransformersEngine(BatchedEngine):
         """
         cache = prepared.get(cache_name(model) or "")
         if not isinstance(cache, Cache):
-            raise UserError(
-                f"model.name = {model.name_or_path} cannot be sampled: {type(model).__name__} keeps what it has read "
-                "in no cache of transformers' kind; choose another model"
-            )
+            raise UserError(no_cache(str(model.name_or_path), model))
         return cache
 
     def _forward(

@@ -18,15 +18,16 @@ from peft import PeftModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from hapo_lite.errors import UserError, first_line
 from hapo_lite.head import tile_shape
 from hapo_lite.model.attention import takes_grouped_keys
-from hapo_lite.model.decoder import call, decoder_of
+from hapo_lite.model.decoder import cache_name, call, decoder_of
 from hapo_lite.model.load import resolve_dtype
 from hapo_lite.model.lora import held_factors
 from hapo_lite.model.policy import trainers_head
-from hapo_lite.model.refusals import place_in_model
+from hapo_lite.model.refusals import no_cache, place_in_model
 from hapo_lite.model.unpacked import BESIDE_ACTIVATIONS, UnpackedBase
 from hapo_lite.recipe import Recipe
 from hapo_lite.rollout.attention import NotCovered, covers
@@ -229,6 +230,8 @@ class Predictor:
 
     def _rollout(self, recipe: Recipe, sizes: Sizes) -> Stage:
         settings = recipe.rollout
+        if cache_name(self.base) is None:
+            raise UserError(no_cache(recipe.model.name, self.base))
         cache = DynamicCache(config=self.config.get_text_config())
         self.model.eval()
         with (
@@ -267,9 +270,12 @@ class Predictor:
         growing.attention_mask = mask.new_ones(sizes.rows, tokens - 1)
         for layer in cast(list[Any], cache.layers):
             # A layer of linear attention has a state of one size and no keys. Keys and values may differ in width.
+            kept = tokens - 1
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length, kept = kept, min(kept, layer.sliding_window - 1)
             for name in ("keys", "values"):
                 if (read := getattr(layer, name, None)) is not None:
-                    setattr(layer, name, read.new_empty(sizes.rows, read.shape[1], tokens - 1, read.shape[3]))
+                    setattr(layer, name, read.new_empty(sizes.rows, read.shape[1], kept, read.shape[3]))
         return growing
 
     def score(self, sizes: Sizes) -> Stage:

@@ -26,6 +26,8 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hapo_lite.errors import UserError, first_line
 from hapo_lite.model.adapter import peft_packages
@@ -128,11 +130,16 @@ def _adapted(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dty
     base: Any = _base(settings, config, dtype, attention)
     head = base.get_output_embeddings()
     if settings.quantization == "nf4":
+        kept = HfQuantizer.get_modules_to_not_convert(base, None, base._keep_in_fp32_modules)
         for name, module in list(base.named_modules()):
             # As transformers chooses them: a class of its own is left alone.
-            if type(module) in (nn.Linear, Conv1D) and module is not head:
+            chosen = type(module) in (nn.Linear, Conv1D) and should_convert_module(name, kept)
+            if chosen and module is not head:
                 base.set_submodule(name, _Linear4bit(module, dtype))
         base.is_loaded_in_4bit = True
+        base.config.get_text_config()._is_quantized = (
+            True  # read by models that multiply by a layer's weight themselves
+        )
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     lora, targets = settings.lora, peft_targets(settings.lora)
@@ -202,14 +209,14 @@ class _FourBitProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, features: int, scales: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.features = features
+        ctx.shape = features, x.shape[-1]
         ctx.scales = scales
         return nn.functional.linear(x, _unpacked(x, features, scales), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        width = BLOCK * ctx.scales.numel() // ctx.features
-        return grad @ _unpacked(grad.new_empty(0, width), ctx.features, ctx.scales), None, None, None
+        features, width = ctx.shape
+        return grad @ _unpacked(grad.new_empty(0, width), features, ctx.scales), None, None, None
 
 
 def _unpacked(x: Tensor, features: int, scales: Tensor) -> Tensor:
