@@ -129,7 +129,7 @@ def load_comparison(path: str | Path, overrides: list[str] | tuple[str, ...] = (
     fields.setdefault("name", path.stem)
     if isinstance(fields.get("recipe"), str):
         fields["recipe"] = read_recipe_file(path.parent / fields["recipe"])
-    return validate(Comparison, fields, str(path))
+    return validate(Comparison, fields, str(path), overrides)
 
 
 def planned_runs(comparison: Comparison) -> list[PlannedRun]:
