@@ -118,6 +118,14 @@ def test_a_seed_that_one_arm_lacks_is_left_out_of_the_pairs(tmp_path):
     assert "0.300" in text_table(numbers) and "inf" not in text_table(numbers)
 
 
+def test_one_seed_has_no_interval_and_nothing_is_said_of_one(tmp_path):
+    lines = {("dapo", 0): lines_of([0.2, 0.2, 0.3]), ("hapo", 0): lines_of([0.2, 0.2, 0.5])}
+    numbers = numbers_of(tmp_path, lines)
+    assert "By final accuracy, less dapo, from one seed, which has no interval: hapo (+0.200)." in findings(numbers)
+    assert text_table(numbers).endswith("\none seed has no interval: repeat with three or more")
+    assert not any("no difference seen" in sentence for sentence in findings(numbers))
+
+
 def test_marks_are_counted_and_held_against_all_comparisons_together(tmp_path):
     """Three seeds, so t = 4.303 alone and 7.649 where three comparisons are held to 95 % together.
 

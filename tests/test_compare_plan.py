@@ -13,7 +13,7 @@ from hapo_lite.compare.plan import load_comparison, planned_runs
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import load_recipe
 from hapo_lite.runs.folder import with_date
-from tests.comparisons import write_comparison
+from tests.comparisons import ABOUT, write_comparison
 from tests.conftest import TINY
 
 
@@ -69,6 +69,21 @@ def test_runs_on_both_sides_of_midnight_ask_on_the_same_day(tmp_path):
     write_day(runs[2], "2020-03-01")
     days = [on_one_day(run, runs).model.chat_template_date for run in runs]
     assert [str(day) for day in days] == ["2020-02-29", "2020-02-29", "2020-03-01", "2020-02-29"]
+
+
+@pytest.mark.parametrize(
+    ("override", "kept"),
+    [
+        ("arms={a: {method: dapo}, b: {method: hapo}}", ""),
+        ("arms.hapo.method.tau=0.1", ""),
+        ("tokens=500", ABOUT),
+        ("seeds=[3]", ABOUT),
+    ],
+)
+def test_what_the_file_says_of_its_arms_is_not_said_of_others(tmp_path, override, kept):
+    file = write_comparison(tmp_path)
+    assert load_comparison(file, [override]).about == kept
+    assert load_comparison(file, [override, "about=Mine."]).about == "Mine."
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,26 @@ def test_half_a_name_is_answered_with_the_whole(override, meant):
 
 
 @pytest.mark.parametrize(
+    ("override", "blamed"),
+    [
+        ("num_generations=8", "the command line: num_generations is not"),
+        ("lora.rank=8", "the command line: lora.rank is not"),
+        ("rollout={temperature: -1}", "the command line: rollout.temperature = -1"),
+        ("method=hopo", "the command line: method"),
+        ("training.iterations=5", "{file}: rollout.bogus is not"),
+        ("rollout.temperature=0.5", "{file}: rollout.bogus is not"),
+    ],
+)
+def test_a_wrong_setting_is_blamed_on_the_file_or_on_the_command_line(tmp_path, override, blamed):
+    file = tmp_path / "mine.yaml"
+    text = TINY.read_text()
+    file.write_text(text.replace("\nrollout:\n", "\nrollout:\n  bogus: 1\n") if "{file}" in blamed else text)
+    with pytest.raises(UserError) as caught:
+        load_recipe(file, [override])
+    assert str(caught.value).startswith(blamed.format(file=file))
+
+
+@pytest.mark.parametrize(
     ("option", "answer"),
     [
         ("--num_generations=8", "--num_generations is not an option; here it is rollout.completions_per_prompt"),

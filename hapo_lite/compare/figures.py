@@ -91,6 +91,9 @@ def pictures(numbers: Numbers) -> list[Picture]:
     """The pictures of the report, in their order."""
     n, base = len(numbers.comparison.seeds), numbers.comparison.base
     band = f"mean over seeds (up to {n}), with the 95 % t interval of that mean as a band"
+    bars = "Bar: 95 % t interval of the mean; filled where it excludes 0."
+    if n == 1:
+        band, bars = "one seed, which has no interval", "One seed has no interval."
     readings = {
         "accuracy": f"Held-out accuracy over completion tokens sampled in training: {band}. "
         "Higher, and sooner, is better.",
@@ -105,8 +108,7 @@ def pictures(numbers: Numbers) -> list[Picture]:
     differences = Picture(
         "differences",
         f"Differences to {base}",
-        f"Each arm less {base}, paired by seed. Small dots: one seed each. Bar: 95 % t interval of the mean; "
-        "filled where it excludes 0. Right of 0 the arm did better.",
+        f"Each arm less {base}, paired by seed. Small dots: one seed each. {bars} Right of 0 the arm did better.",
         difference_figure,
     )
     each = Picture(

@@ -126,10 +126,13 @@ def load_comparison(path: str | Path, overrides: list[str] | tuple[str, ...] = (
         raise UserError(f"{path} is the recipe of one run: use python -m hapo_lite.train {path}, or give it arms")
     for override in overrides:
         _override(fields, override)
+    keys = {override.partition("=")[0].partition(".")[0] for override in overrides}
+    if keys & {"arms", "reference"} and "about" not in keys:
+        fields.pop("about", None)  # It describes the file's own arms.
     fields.setdefault("name", path.stem)
     if isinstance(fields.get("recipe"), str):
         fields["recipe"] = read_recipe_file(path.parent / fields["recipe"])
-    return validate(Comparison, fields, str(path))
+    return validate(Comparison, fields, str(path), overrides)
 
 
 def planned_runs(comparison: Comparison) -> list[PlannedRun]:

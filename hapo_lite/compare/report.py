@@ -99,7 +99,9 @@ def text_table(numbers: Numbers) -> str:
         rows.append([arm, str(len(numbers.seeds(arm))), *means, *differences])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "[95 % t interval over seeds]; * the interval excludes 0"])
+    repeated = any(numbers.mean(arm, "final").known for arm in numbers.arms)
+    legend = "[95 % t interval over seeds]; * the interval excludes 0"
+    return "\n".join([*lines, legend if repeated else "one seed has no interval: repeat with three or more"])
 
 
 def _difference_text(numbers: Numbers, arm: str, measure: str) -> str:

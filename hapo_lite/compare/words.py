@@ -49,14 +49,17 @@ def findings(numbers: Numbers) -> list[str]:
     before = [run.before for run in numbers.runs.values()]
     said = [f"After {comparison.tokens:,} tokens, from {sum(before) / len(before):.3f} before: {ends}."]
     for measure, what in (("final", "final accuracy"), ("area", "area under the learning curve")):
-        sorts: dict[str, list[str]] = {"better": [], "worse": [], "": []}
+        sorts: dict[str, list[str]] = {"better": [], "worse": [], "": [], "one seed": []}
         for arm in numbers.others:
             found = numbers.difference(arm, measure)
             if found is not None:
-                sorts[verdict(numbers, arm, measure)].append(f"{arm} ({shown(found.value, '+.3f')})")
+                kind = verdict(numbers, arm, measure) if found.known else "one seed"
+                sorts[kind].append(f"{arm} ({shown(found.value, '+.3f')})")
         parts = [f"{kind} than {base}: {', '.join(sorts[kind])}" for kind in ("better", "worse") if sorts[kind]]
         if sorts[""]:
             parts.append(f"no difference seen: {', '.join(sorts[''])}")
+        if sorts["one seed"]:
+            parts.append(f"less {base}, from one seed, which has no interval: {', '.join(sorts['one seed'])}")
         if parts:
             said.append(f"By {what}, {'; '.join(parts)}.")
     return said

@@ -79,14 +79,27 @@ def read_mapping(path: Path, what: str, sections: str) -> dict[str, Any]:
     return settings
 
 
-def validate(model: type[Model], settings: dict[str, Any], where: str) -> Model:
-    """`settings` as a `model`. Raises UserError that names `where` and the first field that is wrong."""
+def validate(model: type[Model], settings: dict[str, Any], where: str, overrides: Iterable[str] = ()) -> Model:
+    """`settings` as a `model`. Raises UserError that names `where` and the first field that is wrong.
+
+    overrides: those of the command line within the settings. A wrong field that one of them has set is said to be the
+    command line's.
+    """
     try:
         return model.model_validate(settings)
     except ValidationError as error:
         problems = error.errors()
+        if any(_is_set_by(override, problems[0]) for override in overrides):
+            where = "the command line"
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{where}: {_sentence(problems[0], model)}{more}") from None
+
+
+def _is_set_by(override: str, detail: ErrorDetails) -> bool:
+    """Whether `section.key=value` has set the field that pydantic found wrong, or made a section that is unknown."""
+    key = override.partition("=")[0].split(".")
+    place = [str(part) for part in detail["loc"]]
+    return place[: len(key)] == key or (detail["type"] == "extra_forbidden" and key[: len(place)] == place)
 
 
 def apply_override(model: type[Section], settings: dict[str, Any], override: str) -> None:

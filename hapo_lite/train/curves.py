@@ -81,7 +81,7 @@ def draw_curves(lines: Lines, path: Path, title: str, panels: Panels = PANELS) -
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(panels) / 3)
-    figure = Figure(figsize=(12, 3.3 * rows), layout="constrained")
+    figure = Figure(figsize=(12, 3.9 * rows), layout="constrained")
     figure.suptitle(title)
     for axes, (heading, series) in zip(figure.subplots(rows, 3).flat, panels, strict=True):
         axes.set_title(heading, fontsize=10)
@@ -91,7 +91,8 @@ def draw_curves(lines: Lines, path: Path, title: str, panels: Panels = PANELS) -
                 marker = "o" if len(points) < 12 else None
                 axes.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.4)
         if axes.lines:
-            axes.legend(fontsize=8, frameon=False)
+            # Within the axes a legend would lie over curves that fill them.
+            axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
         if "temperature" not in heading:
             axes.set_ylim(bottom=0.0)
         axes.set_xlabel("iteration", fontsize=8)
