@@ -154,15 +154,34 @@ def test_a_base_whose_memory_cannot_be_predicted_stays_packed_on_a_gpu(tmp_path,
         Predictor(recipe, "cpu").stages()
 
 
+def test_a_loop_over_tokens_is_not_predicted(tmp_path, make_recipe, monkeypatch):
+    """Its operators grow with the tokens, so that a prediction would take hours."""
+    save_small_model("mamba", tmp_path / "m")
+    overrides = [
+        f"model.name={tmp_path / 'm'}",
+        "model.attention=eager",
+        "rollout.max_new_tokens=8",
+        "training.micro_batch_tokens=64",
+    ]
+    with pytest.raises(UserError, match=r"multiplies by packed weights itself, so set model\.quantization=none$"):
+        Predictor(make_recipe(*overrides), "cpu").stages()
+    overrides.append("model.quantization=none")
+    monkeypatch.setattr("hapo_lite.train.memory.live.MOST_OPERATORS", 3_000)
+    Predictor(make_recipe(*overrides, "data.max_prompt_tokens=8"), "cpu").stages()
+    words = r"cannot be predicted.*\(modeling_mamba\.py:\d+: TooManyOperators: more than 3,000"
+    with pytest.raises(UserError, match=words):
+        Predictor(make_recipe(*overrides, "data.max_prompt_tokens=400"), "cpu").stages()
+
+
 def test_an_error_of_our_own_stays_one(tmp_path):
     policy = loaded("llama", tmp_path)
     decoder, ids = policy.base.get_decoder(), torch.zeros(1, 1, dtype=torch.long)
     words = r"fails when it runs \(modeling_llama\.py:\d+: ValueError: You must specify"
-    with pytest.raises(UserError, match=words), own_errors("mine"):
+    with pytest.raises(UserError, match=words), own_errors("mine", packed=False):
         decoder(use_cache=False)
     # An error in this package's code that the model's code calls.
     policy.base.get_input_embeddings().register_forward_hook(lambda *_: bucket("many"))
-    with pytest.raises(AttributeError), own_errors("mine"):
+    with pytest.raises(AttributeError), own_errors("mine", packed=False):
         decoder(input_ids=ids)
 
 

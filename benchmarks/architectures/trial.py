@@ -48,6 +48,7 @@ SMALL = (
     "rollout.prompts_per_iteration=2",
     "rollout.completions_per_prompt=4",
     "rollout.max_new_tokens=8",
+    "data.max_prompt_tokens=64",
     "rollout.old_logprobs=recomputed",
     "evaluation.prompts=0",
     "benchmark.samples=2",

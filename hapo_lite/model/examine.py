@@ -35,7 +35,7 @@ def reads_changed_states(policy: Policy, settings: ModelSettings) -> bool:
     was_training = policy.model.training
     policy.model.eval()
     try:
-        with own_errors(settings.name), policy.base_alone(), policy.autocast():
+        with own_errors(settings.name, settings.quantization == "nf4"), policy.base_alone(), policy.autocast():
             seen = _Seen(base)
     finally:
         policy.model.train(was_training)

@@ -19,8 +19,6 @@ MODEL_CODE = re.compile(r"[/\\]transformers[/\\]|transformers_modules")
 LIBRARY = re.compile(r"(site|dist)-packages|[/\\]lib[/\\]python|^<")
 """In the path of a file of a library, or of Python's own."""
 OURS = Path(__file__).parents[1]
-PACKED = re.compile(r"unsigned char|uint8|Byte")
-"""In the message of an error that comes from calculating with a packed weight."""
 
 
 def known_problem(settings: ModelSettings, error: Exception) -> str | None:
@@ -61,10 +59,10 @@ def no_cache(name: str, model: nn.Module) -> str:
 
 
 @contextlib.contextmanager
-def own_errors(name: str) -> Iterator[None]:
-    """A context that turns an error of a model's own code into a UserError. name: model.name.
+def own_errors(name: str, packed: bool) -> Iterator[None]:
+    """A context that turns an error of a model's own code into a UserError.
 
-    Other errors pass, a shortage of memory among them.
+    name: model.name; packed: whether the base is in 4 bits. Other errors pass, a shortage of memory among them.
     """
     try:
         yield
@@ -74,9 +72,11 @@ def own_errors(name: str) -> Iterator[None]:
         place = place_in_model(error)
         if place is None or is_out_of_memory(error):
             raise
-        advice = "its code calculates with packed weights, so set model.quantization=none"
-        if not PACKED.search(str(error)):
-            advice = "choose another model or another version of transformers"
+        advice = "choose another model or another version of transformers"
+        if packed:
+            advice = (
+                f"if its code multiplies by packed weights itself, model.quantization=none helps, otherwise {advice}"
+            )
         raise UserError(
             f"model.name = {name} was loaded, and its own code fails when it runs ({place}: {type(error).__name__}: "
             f"{first_line(error)}); {advice}"

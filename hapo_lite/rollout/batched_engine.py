@@ -64,7 +64,7 @@ class BatchedEngine(Engine):
                 self.writing.part(len(part), min(len(part), self.batch_size))
                 draws = draws_of(part, draw_key, longest)
                 # A model that has written a batch can run; an error after that is a fault to be traced.
-                with contextlib.nullcontext() if self.has_run else own_errors(str(self.policy.base.name_or_path)):
+                with contextlib.nullcontext() if self.has_run else self._first_run():
                     written = self._sample_part(part, processor, put(draws, self.policy.device))
                 self.has_run = True
                 self.writing.part_ended(sum(c.length for c in written))
@@ -76,6 +76,9 @@ class BatchedEngine(Engine):
         """A context within which the engine can sample."""
         with self.policy.unpacked():
             yield
+
+    def _first_run(self) -> contextlib.AbstractContextManager[None]:
+        return own_errors(str(self.policy.base.name_or_path), self.policy.dense is not None)
 
     @abstractmethod
     def _sample_part(

@@ -133,7 +133,7 @@ def check_engine(
     prompts: None in place of those that are too long. The adapter is the same afterwards, to the last bit. Raises
     UserError with the numbers if the engine is not right; if it is wrong in one process, it is raised in all.
     """
-    with own_errors(str(policy.base.name_or_path)):
+    with own_errors(str(policy.base.name_or_path), policy.dense is not None):
         found = compare(engine, policy, prompts, settings, seed)
     wrong = torch.tensor(float(not found.right), device=accelerator.device)
     if accelerator.reduce(wrong, "sum") > 0:

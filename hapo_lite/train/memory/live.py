@@ -11,18 +11,27 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+MOST_OPERATORS = 200_000
+"""Operators of a stage, at most. A model of 80 layers has half as many."""
+
+
+class TooManyOperators(RuntimeError):
+    """A stage has more operators than layers explain."""
+
 
 class LiveBytes(TorchDispatchMode):
     """A context that counts the bytes of the tensors made inside it. now: those alive; peak: the maximum so far.
 
     known: tensors from before, such as weights. Their storages and views of them do not count. Tensors without data
-    count as well. Memory that an operator allocates and frees internally is not seen.
+    count as well. Memory that an operator allocates and frees internally is not seen. An operator beyond MOST_OPERATORS
+    raises TooManyOperators.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = 0
         self.peak = 0
+        self._operators = 0
         self._seen: dict[int, weakref.ref | torch.UntypedStorage] = {}
         for tensor in known:
             storage = tensor.untyped_storage()
@@ -32,6 +41,9 @@ class LiveBytes(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operator, and count the storages of its results."""
+        self._operators += 1
+        if self._operators > MOST_OPERATORS:
+            raise TooManyOperators(f"more than {MOST_OPERATORS:,} operators, as a loop over tokens has")
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):

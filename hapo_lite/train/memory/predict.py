@@ -71,10 +71,12 @@ def predicting(name: str) -> Iterator[None]:
         place = place_in_model(error, through_ours=True)  # tensors are counted by code of ours
         if place is None:
             raise
+        advice = "start the run where the card is, which halves its batches if memory runs out"
+        if "uint8" in str(error):
+            advice = "its code multiplies by packed weights itself, so set model.quantization=none"
         raise Unpredictable(
-            f"the memory of model.name = {name} cannot be predicted: its code fails on tensors without numbers "
-            f"({place}: {type(error).__name__}: {first_line(error)}); start the run where the card is, which halves "
-            "its batches if memory runs out"
+            f"the memory of model.name = {name} cannot be predicted: its code does not run on tensors without numbers "
+            f"({place}: {type(error).__name__}: {first_line(error)}); {advice}"
         ) from error
     finally:
         torchs.setLevel(before)
