@@ -112,7 +112,7 @@ def test_async_functions_are_awaited_together_and_keep_their_loop(tmp_path):
 @pytest.mark.parametrize(
     ("body", "complaint"),
     [
-        ("return [1.0]", r"returned 1 rewards for 2 completions"),
+        ("return [1.0]", r"returned 1 reward for 2 completions"),
         ("return [1.0, 'x']", r"returned 'x' for completion 1"),
         ("return None", r"returned NoneType"),
         ("return [1 / 0]", r"raised ZeroDivisionError: division by zero at .*judges\.py:3"),

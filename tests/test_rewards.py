@@ -87,7 +87,7 @@ def test_nan_and_inf_are_left_to_the_loop_which_skips_them(tmp_path):
 @pytest.mark.parametrize(
     ("body", "complaint"),
     [
-        ("return [1.0]", r"mine\.py:reward returned 1 rewards for 2 completions"),
+        ("return [1.0]", r"mine\.py:reward returned 1 reward for 2 completions"),
         ("return ['1', 2]", r"returned '1' for completion 0"),
         ("return [None, 2]", r"returned None for completion 0"),
         ("return [10**400, 2]", r"for completion 0"),

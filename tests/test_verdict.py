@@ -7,10 +7,12 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from hapo_lite.cli import run_command
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.train.__main__ import main
+from hapo_lite.train.curves import PANELS, draw_curves
 from hapo_lite.train.verdict import judge_run
 from tests.conftest import ROOT, TINY
 
@@ -232,3 +234,20 @@ def test_real_runs(tmp_path, capsys, overrides, word, says):
     assert summary["sentence"] in printed and all(f"- {reason}" in printed for reason in summary["because"])
     for part in says:
         assert part in printed
+
+
+def test_no_legend_lies_over_the_curves(tmp_path, monkeypatch):
+    drawn = []
+    save = Figure.savefig
+
+    def keep(figure, *rest, **more):
+        drawn.append(figure)
+        save(figure, *rest, **more)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    keys = [key for _, series in PANELS for key in series]
+    draw_curves([{"iteration": i, **dict.fromkeys(keys, 1.0)} for i in range(20)], tmp_path / "curves.png", "run")
+    panels = drawn[0].axes
+    assert len(panels) == len(PANELS)
+    for axes in panels:
+        assert not any(axes.get_legend().get_window_extent().overlaps(other.get_window_extent()) for other in panels)

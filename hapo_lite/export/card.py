@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from hapo_lite.errors import counted
 from hapo_lite.export.gguf import COMMAND, QUANTISE
 from hapo_lite.export.parity import Drift, QuantisationGap
 from hapo_lite.export.source import Source
@@ -72,6 +73,7 @@ def is_hub_name(name: str) -> bool:
 def how_to_load(source: Source, record: dict[str, Any], output: Path) -> str:
     """Python lines that load the export, how to prompt it, and for llama.cpp the commands that convert it."""
     lines = _load_adapter(source) if record["kind"] == "adapter" else LOAD_MERGED
+    lines += "\n\n" + _ask(source)
     text = [f"Run this in the folder, or replace the dot by its path:\n\n```python\n{lines}\n```", how_to_ask(source)]
     if record["kind"] == "gguf-ready":
         names = {"folder": output, "name": source.recipe.name}
@@ -81,6 +83,24 @@ def how_to_load(source: Source, record: dict[str, Any], output: Path) -> str:
             "The converter recognises a tokenizer by how it splits a test text, and refuses one that it does not know."
         )
     return "\n\n".join(text)
+
+
+def _ask(source: Source) -> str:
+    """Python lines that ask the loaded model one question, as it was asked in training."""
+    recipe = source.recipe
+    system, options = recipe.data.system_prompt, source.model.chat_template_options
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": "9*7+4=?"})
+    temperature = recipe.evaluation.temperature
+    draw = f"do_sample=True, temperature={temperature:g}" if temperature > 0 else "do_sample=False"
+    more = "".join(f", {name}={value!r}" for name, value in options.items())
+    return (
+        f"messages = {messages!r}\n"
+        "ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, "
+        f'return_tensors="pt"{more})\n'
+        f"completion = model.generate(**ids, max_new_tokens={recipe.rollout.max_new_tokens}, {draw})\n"
+        'print(tokenizer.decode(completion[0, ids["input_ids"].shape[1] :]))'
+    )
 
 
 def _load_adapter(source: Source) -> str:
@@ -120,7 +140,8 @@ def facts(source: Source, record: dict[str, Any]) -> str:
     }
     if summary:
         rows["training"] = (
-            f"{summary['iterations']:,} iterations, {summary['updates']:,} updates, {_tokens(summary)}, "
+            f"{counted(summary['iterations'], 'iteration')}, {counted(summary['updates'], 'update')}, "
+            f"{_tokens(summary)}, "
             f"{summary['training_seconds'] / 3600:.2f} hours on {summary['machine']['device']}"
         )
         rows["trained with"] = _versions(summary["versions"])
@@ -160,7 +181,7 @@ def before_and_after(source: Source) -> str:
     said = "\n".join([verdict["sentence"], *(f"- {reason}" for reason in verdict["because"])])
     if not ends:
         return said
-    asked = f"{evaluation['prompts']} held-out prompts, {evaluation['samples']} samples each."
+    asked = f"{counted(evaluation['prompts'], 'held-out prompt')}, {counted(evaluation['samples'], 'sample')} each."
     return f"{asked}\n\n```\n{closing_table(ends, evaluation['samples'])}\n```\n\n{said}"
 
 

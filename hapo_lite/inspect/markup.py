@@ -13,6 +13,7 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+from hapo_lite.errors import counted
 from hapo_lite.inspect.colour import STEPS, Colouring, colour_values, span_of
 from hapo_lite.inspect.tokens import QUANTITIES, TokenTable, show_number, treated_tokens, visible
 from hapo_lite.runs.trace import Trace
@@ -140,7 +141,7 @@ def summary(trace: Trace, table: TokenTable) -> str:
         for role, content in trace.messages
     )
     entropy = table.numbers["entropy"]
-    facts = [f"{len(table):,} tokens", f"mean entropy {show_number(sum(entropy) / len(entropy))} nats"]
+    facts = [counted(len(table), "token"), f"mean entropy {show_number(sum(entropy) / len(entropy))} nats"]
     if trace.gold:
         facts.append(f"gold answer {_cut(trace.gold, 80)}")
     if trace.outcome:

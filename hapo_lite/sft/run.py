@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from hapo_lite.errors import counted
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.template import text_of
 from hapo_lite.recipe import Recipe
@@ -60,10 +61,11 @@ class WarmRun(Run):
         recipe = self.recipe
         kept = cast(WorkedPrompts, prompts).kept
         adapter = sum(p.numel() for p in policy.trainable().values())
+        updates = counted(recipe.updates(len(prompts)), "update")
         yield (
             f"{recipe.name}: supervised warm start of {recipe.model.name}, base {recipe.model.quantization}, adapter "
             f"{adapter / 1e6:.2f} M; {len(prompts):,} worked solutions, {len(kept)} kept aside, "
-            f"{len(held_out)} prompts held out; {recipe.updates(len(prompts)):,} updates of {recipe.sft.batch_size}; "
+            f"{counted(len(held_out), 'prompt')} held out; {updates} of {recipe.sft.batch_size}; "
             f"{self.accelerator.num_processes} x {self.accelerator.device}"
         )
         if policy.started_from:
@@ -88,4 +90,4 @@ def first_solution(prompts: LazyPrompts, policy: Policy) -> Iterator[str]:
     if first is not None:
         ids = Encoder(policy).solution(first).ids.tolist()
         text = shown(text_of(policy.tokenizer, ids, hidden=()))
-        yield f"its solution, {len(ids)} tokens:\n{textwrap.indent(text, '  | ', lambda line: True)}"
+        yield f"its solution, {counted(len(ids), 'token')}:\n{textwrap.indent(text, '  | ', lambda line: True)}"

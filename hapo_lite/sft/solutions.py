@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hapo_lite.errors import UserError
+from hapo_lite.errors import UserError, counted
 from hapo_lite.model.policy import Policy
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.runs.progress import Progress
@@ -117,7 +117,7 @@ def fit(prompts: Sequence[Prompt], encoder: Encoder, recipe: WarmRecipe, progres
             "sft.max_solution_tokens or data.max_prompt_tokens, or set data.solution_column"
         )
     for reason, count in left_out.items():
-        say(f"data: {count:,} prompts left out: {reason}")
+        say(f"data: {counted(count, 'prompt')} left out: {reason}")
     return Selection(prompts, places)
 
 

@@ -136,8 +136,8 @@ def split_held_out(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[Se
     """
     if count >= len(prompts):
         raise UserError(
-            f"{count} prompts are to be held out and there are only {len(prompts)}: lower evaluation.prompts, or give "
-            "evaluation.data"
+            f"{counted(count, 'prompt')} {'is' if count == 1 else 'are'} to be held out and there are only "
+            f"{len(prompts)}: lower evaluation.prompts, or give evaluation.data"
         )
     chosen = set(random.Random(seed).sample(range(len(prompts)), count))
     rest = Selection(prompts, [i for i in range(len(prompts)) if i not in chosen])

@@ -10,7 +10,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from hapo_lite.errors import UserError
+from hapo_lite.errors import UserError, counted
 from hapo_lite.recipe import NamedReward, RewardSettings
 from hapo_lite.records import Prompt
 from hapo_lite.tasks.data import ARGUMENTS, Column
@@ -252,10 +252,13 @@ def as_rewards(values: Any, count: int, label: str) -> list[float]:
     """
     if not isinstance(values, list):
         raise UserError(
-            f"{label} returned {type(values).__name__}: it must return a list of {count} numbers, one per completion"
+            f"{label} returned {type(values).__name__}: it must return a list of {counted(count, 'number')}, one per "
+            "completion"
         )
     if len(values) != count:
-        raise UserError(f"{label} returned {len(values)} rewards for {count} completions: return one for each")
+        raise UserError(
+            f"{label} returned {counted(len(values), 'reward')} for {counted(count, 'completion')}: return one for each"
+        )
     rewards = []
     for i, value in enumerate(values):
         reward = _number(value)

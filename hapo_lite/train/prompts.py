@@ -87,7 +87,8 @@ def first_prompt(prompts: Iterable[EncodedPrompt | None], policy: Policy) -> Ite
     if first is None:
         return
     text = text_of(policy.tokenizer, first.ids, hidden=())
-    yield f"first prompt, {len(first.ids)} tokens:\n{textwrap.indent(shown(text), '  | ', lambda line: True)}"
+    tokens = counted(len(first.ids), "token")
+    yield f"first prompt, {tokens}:\n{textwrap.indent(shown(text), '  | ', lambda line: True)}"
     for role, content in first.prompt.messages:
         if role == "system" and content.strip() and content.strip() not in text:
             yield (

@@ -15,7 +15,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from hapo_lite.errors import UserError
+from hapo_lite.errors import UserError, counted
 from hapo_lite.model.experts import notes_on_experts
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
@@ -283,8 +283,8 @@ def first_evaluation(recipe: Recipe, prompts: int) -> str:
     """The sentence that announces how long the first evaluation takes, with {} for the time."""
     samples = recipe.evaluation.samples
     return (
-        f"first evaluation: {prompts * samples:,} completions, {{}} ({prompts} held-out prompts x {samples} samples; "
-        "a lower evaluation.samples or evaluation.prompts shortens it)"
+        f"first evaluation: {counted(prompts * samples, 'completion')}, {{}} ({counted(prompts, 'held-out prompt')} x "
+        f"{counted(samples, 'sample')}; a lower evaluation.samples or evaluation.prompts shortens it)"
     )
 
 
@@ -299,6 +299,6 @@ def describe(
     adapter = sum(p.numel() for p in policy.trainable().values())
     return (
         f"{recipe.name}: {recipe.method.preset} on {recipe.model.name}, base {recipe.model.quantization}, "
-        f"adapter {adapter / 1e6:.2f} M; {len(prompts):,} prompts, {len(held_out)} held out; "
+        f"adapter {adapter / 1e6:.2f} M; {counted(len(prompts), 'prompt')}, {len(held_out)} held out; "
         f"{accelerator.num_processes} x {accelerator.device}"
     )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hapo_lite.errors import counted
 from hapo_lite.recipe import Recipe
 from hapo_lite.train.intervals import Interval, mean_interval, paired_interval, pass_at_k, unpaired_interval
 
@@ -76,8 +77,8 @@ def judge(before: Mapping[str, Interval], change: Mapping[str, Interval], n: int
     solved_before = before[f"pass@{n}"].value
     if solved_before >= CEILING:
         why = (
-            f"{percent(solved_before)} of them were solved in {n} attempts before, so there was hardly anything new to "
-            "find"
+            f"{percent(solved_before)} of them were solved in {counted(n, 'attempt')} before, so there was hardly "
+            "anything new to find"
         )
     return Verdict(
         "sharpened", f"sharpened: avg@{n} rose by {_plain(avg)} on {on}, pass@{n} did not ({signed(best)}): {why}"
@@ -100,7 +101,7 @@ def judge_run(lines: Lines, recipe: Recipe) -> Verdict:
     warmup = recipe.training.warmup_updates
     if verdict.word == "no difference" and (count < SHORT_RUN or updates <= warmup):
         changed = verdict.sentence.removeprefix("no difference: ").split(";")[0]
-        told = f"{count} iterations ({updates} updates, {min(updates, warmup)} of them warm-up)"
+        told = f"{counted(count, 'iteration')} ({counted(updates, 'update')}, {min(updates, warmup)} of them warm-up)"
         verdict = Verdict("too short", f"too few iterations to tell: {changed} in {told}: raise training.iterations")
     elif verdict.word == "worse" and not causes:
         causes = [f"nothing else is amiss: lower training.learning_rate ({recipe.training.learning_rate:g})"]
