@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hapo_lite.runs.summary import RunSummary
 
 
 class _Callable(ModuleType):
     """A package that can be called, since `hapo_lite.train` is both this package and the function `train`."""
 
-    def __call__(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+    def __call__(self, *arguments: Any, **options: Any) -> RunSummary:
         """Call `hapo_lite.train.run.train`."""
         from hapo_lite.train.run import train
 
