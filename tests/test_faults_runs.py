@@ -62,19 +62,6 @@ def test_a_run_that_is_not_there_is_named_in_the_first_line(tmp_path, capsys):
         )
 
 
-def test_the_readme_runs_beside_the_first_run(tmp_path):
-    """With another seed under the same name it would be refused: `make train` has made runs/tiny_cpu."""
-    small = ("training.iterations=1", "evaluation.prompts=2", "evaluation.samples=1", "reward.workers=1")
-    assert train_here(tmp_path, *small) == 0
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    [settings] = re.findall(r"load_recipe\((.*?)\]\)", code)
-    more = ", ".join(repr(setting) for setting in (f"output_dir={tmp_path}", *small))
-    names: dict = {}
-    exec(code.replace(settings, f"{settings}, {more}").replace("recipes/tiny_cpu.yaml", str(TINY)), names)
-    assert names["recipe"].run_dir != tmp_path / "tiny_cpu" and (names["recipe"].run_dir / "summary.json").is_file()
-    assert names["completion"].text
-
-
 def test_a_folder_named_wandb_is_no_tracker(make_recipe, tmp_path, monkeypatch):
     if "wandb" in importlib.metadata.packages_distributions():
         pytest.skip("wandb is installed")

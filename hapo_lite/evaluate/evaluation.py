@@ -13,7 +13,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm.auto import tqdm
 
@@ -36,6 +36,7 @@ from hapo_lite.runs.folder import RunFolder, check_place, nearest_run, with_date
 from hapo_lite.runs.interrupt import Interrupted, Interrupts
 from hapo_lite.runs.progress import Progress
 from hapo_lite.runs.status import Status
+from hapo_lite.runs.summary import SuiteSummary
 from hapo_lite.tasks.rewards import Scorer
 from hapo_lite.train.accelerator import make_accelerator, someone_wants_to_stop
 from hapo_lite.train.collect import Collector
@@ -61,7 +62,7 @@ class Work:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
-def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
+def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, SuiteSummary]:
     """Evaluate, and return the summaries by suite. adapter: a folder; None: `own_adapter`.
 
     Raises UserError for a mistake that the user can mend, and Interrupted for a signal; the samples are kept.
@@ -97,7 +98,8 @@ def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
             with display.progress.within(f"rollout.engine = {recipe.rollout.engine}"):
                 engine = make_engine(recipe, policy, limit)
             collector = Collector(engine, scorer, accelerator, display.progress)
-            return Evaluation(recipe, policy, adapter, suites, collector, display).run()
+            summaries = Evaluation(recipe, policy, adapter, suites, collector, display).run()
+            return cast(dict[str, SuiteSummary], summaries)
 
 
 def other_prompts(folder: RunFolder, recipe: Recipe) -> str | None:

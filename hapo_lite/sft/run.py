@@ -5,13 +5,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from hapo_lite.errors import counted
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.template import text_of
 from hapo_lite.recipe import Recipe
 from hapo_lite.records import EncodedPrompt
+from hapo_lite.runs.summary import WarmSummary
 from hapo_lite.sft.loop import WarmLoop
 from hapo_lite.sft.recipe import WarmRecipe
 from hapo_lite.sft.recorder import WarmRecorder
@@ -25,13 +26,13 @@ from hapo_lite.train.recorder import Recorder
 from hapo_lite.train.run import Run, run_in_folder
 
 
-def sft(recipe: Recipe) -> dict[str, Any]:
+def sft(recipe: Recipe) -> WarmSummary:
     """Train an adapter on the worked solutions of `recipe`'s data, and return the summary.
 
     It goes on from the newest checkpoint if there is one. Raises UserError for a problem that the user can mend. After
     a signal it writes a checkpoint and raises Interrupted.
     """
-    return run_in_folder(WarmRecipe.of(recipe), WarmRun)
+    return cast(WarmSummary, run_in_folder(WarmRecipe.of(recipe), WarmRun))
 
 
 @dataclass(frozen=True)

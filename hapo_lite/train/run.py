@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 
@@ -33,6 +33,7 @@ from hapo_lite.runs.interrupt import Interrupted, Interrupts
 from hapo_lite.runs.progress import Progress
 from hapo_lite.runs.skipped import SkippedStep
 from hapo_lite.runs.status import Status
+from hapo_lite.runs.summary import RunSummary
 from hapo_lite.tasks.data import Column
 from hapo_lite.tasks.rewards import Scorer, notes_on_code
 from hapo_lite.tasks.stream import LazyPrompts, PromptStream
@@ -46,12 +47,12 @@ from hapo_lite.train.recorder import Recorder
 from hapo_lite.train.resume import resume
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
+def train(recipe: Recipe) -> RunSummary:
     """Run `recipe` to its end, from its newest checkpoint if there is one, and return the summary.
 
     Raises UserError for a problem that the user can mend. After a signal it writes a checkpoint and raises Interrupted.
     """
-    return run_in_folder(recipe, Run)
+    return cast(RunSummary, run_in_folder(recipe, Run))
 
 
 def run_in_folder(recipe: Recipe, kind: type[Run]) -> dict[str, Any]:
