@@ -8,7 +8,7 @@ export HAPO_REAL_MODELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/hapo_lite/mode
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
-# A CUDA build of torch, for tests that need one and no GPU.
+# An environment with a CUDA build of torch, for tests that need one and no GPU.
 GPU := .venv-gpu
 
 .PHONY: train test test-all test-qwen pretend-gpu smollm2 qwen lint lock clean
@@ -50,11 +50,13 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(PY) -m pip install -q -r requirements-dev.txt
 	touch $@
 
-# === leaves out builds whose version has a suffix, such as +cpu. On Linux the build without one is CUDA's.
-$(GPU)/.installed: requirements.txt requirements-dev.txt
+# === leaves out builds whose version has a suffix, such as +cpu. On Linux the build without one is CUDA's. All other
+# packages are those of the first environment, which a path file puts behind what is installed here.
+PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
+$(GPU)/.installed: $(VENV)/.installed-dev
 	$(PYTHON) -m venv $(GPU)
-	$(GPU)/bin/python -m pip install -q -r requirements.txt "torch===$$(sed -n 's/^torch==//p' requirements.txt)" \
-		$$(grep '^pytest' requirements-dev.txt)
+	$(GPU)/bin/python -m pip install -q "torch===$$(sed -n 's/^torch==//p' requirements.txt)"
+	$(PY) -c '$(PACKAGES)' > "$$($(GPU)/bin/python -c '$(PACKAGES)')/packages.pth"
 	touch $@
 
 clean:
