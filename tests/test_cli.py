@@ -125,7 +125,7 @@ def test_mistakes_and_help_wait_for_no_library():
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said.pop("quiet") == [True, False, True, True]
-    assert len(said) == len(wrong) + len(helps) and len(helps) == 8
+    assert len(said) == len(wrong) + len(helps) and len(helps) == 9
     for line, (code, printed, imported) in said.items():
         assert imported == [], line
         message = "usage: " if line.endswith("--help") else SOON[line.split()[0]][1]

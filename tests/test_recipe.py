@@ -104,7 +104,7 @@ def test_a_preset_may_be_named_or_altered(write_recipe, name):
         ("rollout.temprature=1", r"rollout\.temprature is not a field; did you mean rollout\.temperature\?"),
         ("model.lora.rnk=1", r"did you mean model\.lora\.rank\?"),
         ("method.adaptive_clipp=true", r"did you mean method\.adaptive_clip\?"),
-        ("learning_rate=1", r"did you mean training\.learning_rate\?"),
+        ("learning_rate=1", r"did you mean training\.learning_rate or sft\.learning_rate\?"),
         ("rollout.temperature=hot", r"rollout\.temperature = 'hot': input should be a valid number"),
         ("training.iterations=1.5", r"training\.iterations = 1\.5"),
         ("training.iterations=0", r"training\.iterations = 0: input should be greater than or equal to 1"),
