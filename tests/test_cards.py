@@ -139,7 +139,7 @@ class Watch:
             print({k: v for k, v in os.environ.items() if k.endswith("ALLOC_CONF")})
 
 sys.meta_path.insert(0, Watch())
-run_command(lambda argv: None)
+run_command(lambda argv: __import__("torch"))
 """
     clean = {name: value for name, value in os.environ.items() if name not in ALLOCATOR_SETTINGS}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=clean | own)
