@@ -75,8 +75,10 @@ def tried(family, tmp_path) -> Report:
 def test_a_family_trains_and_its_sampler_computes_what_its_trainer_computes(family, tmp_path):
     report = tried(family, tmp_path)
     settings, cache = TRAINS[family]
-    assert set(report.results.values()) == {"ran"}, report.sentences
-    assert list(report.results) == ["train", "preflight", "evaluate", "export"]
+    # OPT's code asks for the values of a mask, which a prediction has not.
+    preflight = "refused" if family == "opt" else "ran"
+    wanted = {"train": "ran", "preflight": preflight, "evaluate": "ran", "export": "ran"}
+    assert report.results == wanted, report.sentences
     assert (report.settings, report.facts["cache"]) == (settings, cache)
     assert report.trains and 0 < report.facts["gap"] <= CLOSE
     assert report.facts["packed"] and not report.facts["unmoved"]
@@ -154,6 +156,7 @@ def test_a_base_whose_memory_cannot_be_predicted_stays_packed_on_a_gpu(tmp_path,
         Predictor(recipe, "cpu").stages()
 
 
+@pytest.mark.slow
 def test_a_loop_over_tokens_is_not_predicted(tmp_path, make_recipe, monkeypatch):
     """Its operators grow with the tokens, so that a prediction would take hours."""
     save_small_model("mamba", tmp_path / "m")
