@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,8 +29,8 @@ SAME, SLACK = 0.02, 0.1
 def reads_changed_states(policy: Policy, settings: ModelSettings) -> bool:
     """Whether the model's head reads something else than the decoder's output.
 
-    Raises UserError if the model fails when it runs, if a state depends on a later token, or if the logits are not what
-    the head's weight and `head_options` give.
+    Raises UserError if the model fails when it runs or cannot run in 4 bits, if a state depends on a later token, or if
+    the logits are not what the head's weight and `head_options` give.
     """
     base = policy.base
     was_training = policy.model.training
@@ -88,6 +89,7 @@ class _Seen:
         ids = (torch.arange(3, 3 + LENGTH, device=base.device) % rows).repeat(2, 1)
         ids[1, -1] = (ids[1, -1] + 1) % rows
         hooks = [
+            *(m.register_forward_pre_hook(_check_packed) for m in base.modules() if isinstance(m, Linear4bit)),
             base.get_output_embeddings().register_forward_pre_hook(self._note_head),
             decoder_of(base).register_forward_hook(self._note_decoder),
         ]
@@ -103,6 +105,15 @@ class _Seen:
     def _note_decoder(self, decoder: nn.Module, arguments: object, output: object) -> None:
         state = getattr(output, "last_hidden_state", None)
         self.decoder_output = state if isinstance(state, Tensor) else None
+
+
+def _check_packed(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    """Raise UserError if a model has cast what a 4-bit layer reads to the dtype of its packed weight."""
+    if not arguments[0].is_floating_point():
+        raise UserError(
+            "the model's own code casts what a layer reads to the dtype of the layer's weight, and in 4 bits that "
+            "leaves nothing of it: set model.quantization=none"
+        )
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from hapo_lite.errors import UserError, first_line
 from hapo_lite.head import tile_shape
 from hapo_lite.model.attention import takes_grouped_keys
-from hapo_lite.model.decoder import cache_name, call, decoder_of
+from hapo_lite.model.decoder import cache_name, decoder_of, head_input
 from hapo_lite.model.load import resolve_dtype
 from hapo_lite.model.lora import held_factors
 from hapo_lite.model.policy import trainers_head
@@ -319,7 +319,8 @@ class Predictor:
         with computing_in(self.dtype, self.device):
             ids = torch.empty(sizes.batch, sizes.width, dtype=torch.long)
             with self._keeping():
-                hidden = call(decoder_of(self.base), input_ids=ids, use_cache=False).last_hidden_state
+                # A few classes are their own decoder.
+                hidden = head_input(self.base, decoder_of(self.base) is self.base, input_ids=ids, use_cache=False)
             decoder_peak = live.peak
             live.peak = live.now
             states = hidden[:, sizes.prompt - 1 : -1].reshape(-1, hidden.shape[-1])
