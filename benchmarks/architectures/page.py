@@ -27,7 +27,7 @@ small model has its family's layers, but says nothing about memory, speed or lea
     make architectures                                    # all families, half an hour to an hour; writes this page
     python -m benchmarks.architectures llama mamba2       # some of them
 
-Machine: one thread of a {machine}, torch {torch}, transformers {transformers}, peft {peft}, bitsandbytes
+Machine: one thread of {machine}, torch {torch}, transformers {transformers}, peft {peft}, bitsandbytes
 {bitsandbytes}. A command that ends in a traceback would be in this page as such: there is {tracebacks}.
 """
 TRAINS = """\

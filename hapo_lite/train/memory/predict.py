@@ -35,7 +35,7 @@ from hapo_lite.rollout.cache import FixedCache
 from hapo_lite.rollout.forward import FixedForward, GrowingForward, read_prompts
 from hapo_lite.rollout.sampling import AdaptiveTemperature, draw
 from hapo_lite.rollout.transcript import Transcript
-from hapo_lite.train.memory.live import LiveBytes, tensors_of, total_bytes
+from hapo_lite.train.memory.live import LiveBytes, TooManyOperators, tensors_of, total_bytes
 from hapo_lite.train.memory.shapes import FUSED, build, computing_in, load_config
 
 PARTS = (
@@ -69,6 +69,8 @@ def predicting(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         place = place_in_model(error, through_ours=True)  # tensors are counted by code of ours
+        if isinstance(error, TooManyOperators):
+            place = place or "its backward pass"  # which runs no line of the model's code
         if place is None:
             raise
         advice = "start the run where the card is, which halves its batches if memory runs out"
@@ -193,7 +195,6 @@ class Predictor:
             rollout = rollout.beside(self.unpacked)
             if self.device == "cpu":  # On a GPU scoring uses the packed kernels, as the update does.
                 scoring = scoring.beside(self.unpacked)
-        update = self.update(sizes)
         if self.unpacks_in_update(recipe, room):
             update = update.beside(self.unpacked)
         return [rollout, scoring, update]
