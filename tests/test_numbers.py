@@ -63,9 +63,7 @@ class Poison:
     """While it lasts, the gradient (or the output) of one layer is nan in the calls that are counted in `calls`."""
 
     def __init__(self, loop: Loop, calls: set[int], backward: bool) -> None:
-        self.name = next(
-            n for n, m in loop.policy.model.named_modules() if n.endswith("layers.1.mlp.down_proj.lora_B.default")
-        )
+        self.name = next(n for n, m in loop.policy.model.named_modules() if n.endswith("layers.1.mlp.down_proj"))
         self.calls, self.backward, self.seen = calls, backward, 0
         self.handle = loop.policy.model.get_submodule(self.name).register_forward_hook(self.hook)
 

@@ -80,7 +80,7 @@ def test_the_divergence_is_from_the_base_without_any_adapter(adapter, make_recip
     loop = make_loop(make_recipe("method=archer", f"model.adapter={adapter}", "model.quantization=none"))
     collected = loop.sample(run_steps(loop, 0)[0])
     base = logprobs_of(load_policy(PLAIN, 5, "cpu"), collected.completions)
-    for row, found in enumerate(score(loop, collected, 1).experience.base_logp):
+    for row, found in enumerate(score(loop, collected, 1).experience.reference_logp):
         torch.testing.assert_close(found, base[row, : len(found)], atol=1e-5, rtol=0)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from hapo_lite.errors import UserError
@@ -177,9 +178,12 @@ class NonFiniteLayers:
 def watching(model: nn.Module) -> Iterator[NonFiniteLayers]:
     """A context that finds the first layers of `model` with non-finite outputs or gradients."""
     layers = NonFiniteLayers()
-    # Only layers without layers inside are watched, so that the innermost one is named.
-    innermost = [(name, m) for name, m in model.named_modules() if next(m.children(), None) is None]
-    handles = [m.register_forward_hook(partial(layers.check_output, name)) for name, m in innermost]
+    # Only layers without layers inside are watched, so that the innermost one is named, and adapted layers, which do
+    # not call the two factors inside (`model/lora.py`).
+    watched = [
+        (name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer) or next(m.children(), None) is None
+    ]
+    handles = [m.register_forward_hook(partial(layers.check_output, name)) for name, m in watched]
     try:
         yield layers
     finally:
