@@ -8,16 +8,22 @@ export HAPO_REAL_MODELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/hapo_lite/mode
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: train test test-all test-qwen architectures smollm2 qwen lint lock clean
+# An environment with a CUDA build of torch, for tests that need one and no GPU.
+GPU := .venv-gpu
+
+.PHONY: train test test-all test-qwen architectures pretend-gpu smollm2 qwen lint lock clean
 
 train: $(VENV)/.installed ## train the bundled model with recipes/tiny_cpu.yaml
 	$(PY) -m hapo_lite.train recipes/tiny_cpu.yaml
 
 test: $(VENV)/.installed-dev ## run the tests but for the slow ones
-	$(PYTEST) -m "not slow and not by_hand"
+	$(PYTEST) -m "not slow and not by_hand and not pretend_gpu"
 
 test-all: $(VENV)/.installed-dev ## run all tests but for those on 1.5 billion weights
 	$(PYTEST)
+
+pretend-gpu: $(GPU)/.installed ## run every stage on a pretended GPU, and print what each waits for
+	$(GPU)/bin/python -m pytest tests/pretend_gpu -m pretend_gpu -n $(WORKERS) --dist worksteal
 
 smollm2 qwen: $(VENV)/.installed-dev ## real weights for tests/real: 93 MB or 1.1 GB to download
 	$(PY) ../shared/models/make_real_models.py "$(HAPO_REAL_MODELS)" $@
@@ -47,5 +53,14 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(PY) -m pip install -q -r requirements-dev.txt
 	touch $@
 
+# === leaves out builds whose version has a suffix, such as +cpu. On Linux the build without one is CUDA's. All other
+# packages are those of the first environment, which a path file puts behind what is installed here.
+PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
+$(GPU)/.installed: $(VENV)/.installed-dev
+	$(PYTHON) -m venv $(GPU)
+	$(GPU)/bin/python -m pip install -q "torch===$$(sed -n 's/^torch==//p' requirements.txt)"
+	$(PY) -c '$(PACKAGES)' > "$$($(GPU)/bin/python -c '$(PACKAGES)')/packages.pth"
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(GPU)

@@ -29,7 +29,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -51,6 +51,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward  # n
 
 from hapo_lite.algo.signal import EntropySignal  # noqa: E402
 from hapo_lite.head.product import Product  # noqa: E402
+from hapo_lite.model.lora import TwoProducts, held_factors, use_two_products  # noqa: E402
 from hapo_lite.model.origins import TINY_MODEL  # noqa: E402
 from hapo_lite.model.policy import Policy, trainers_head  # noqa: E402
 from hapo_lite.recipe import LoraSettings, ModelSettings  # noqa: E402
@@ -60,7 +61,6 @@ from hapo_lite.rollout.cache import FixedCache  # noqa: E402
 from hapo_lite.rollout.decoding import LOOK_EVERY, Decoder, Writing  # noqa: E402
 from hapo_lite.rollout.draws import DrawKey, Stage  # noqa: E402
 from hapo_lite.rollout.forward import FixedForward, Forward, GrowingForward, read_prompts  # noqa: E402
-from hapo_lite.rollout.lora import two_products  # noqa: E402
 from hapo_lite.rollout.sampling import AdaptiveTemperature  # noqa: E402
 from hapo_lite.rollout.transformers_engine import TransformersEngine  # noqa: E402
 from hapo_lite.train.memory.shapes import build, computing_in  # noqa: E402
@@ -200,6 +200,7 @@ def small_policy(dtype: torch.dtype, rank: int = 8) -> Policy:
     torch.manual_seed(0)
     base = Qwen2ForCausalLM(SMALL.config()).to(dtype)
     model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0))
+    use_two_products(model)
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL, padding_side="left")
     return Policy(model, tokenizer, (SMALL.vocabulary - 1,), 4096, dtype)
 
@@ -247,7 +248,9 @@ def shape_cost(shape: Shape, grows: bool = False, traffic: Traffic | None = None
     settings = ModelSettings(name="", quantization="none", lora=LoraSettings(rank=RANK, alpha=2 * RANK))
     model = build(settings, shape.config(), torch.bfloat16, mode).eval()
     base = model.get_base_model()
-    adapter = contextlib.nullcontext() if grows else two_products(model, torch.bfloat16)
+    if grows:
+        keep_pefts_forward(model)
+    adapter = held_factors(model, torch.bfloat16)
     head = mock.patch.object(Product, "of", product_of_a_gpu)
     with mode, torch.no_grad(), computing_in(torch.bfloat16, "cuda"), trainers_head(base), head, adapter:
         rows = torch.zeros(ROWS, dtype=torch.long)
@@ -275,6 +278,13 @@ def shape_cost(shape: Shape, grows: bool = False, traffic: Traffic | None = None
             with traffic:
                 decoder.choose(ROWS, forward.logits(decoder.rows.tokens, decoder.rows.position))
     return Cost(traffic.operators, traffic.bytes, traffic.waits + 1 / LOOK_EVERY)
+
+
+def keep_pefts_forward(model: nn.Module) -> None:
+    """Undo `use_two_products`."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), TwoProducts):
+            del vars(module)["forward"]
 
 
 def _repeated(module, query, key, value, attention_mask, **options):

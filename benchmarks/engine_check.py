@@ -1,10 +1,11 @@
 """How often the check before training is right about the default engine and about engines with a fault.
 
     python benchmarks/engine_check.py MODEL --data FILE [--dtype bf16] [--quantization none] [--seeds 200]
-        [--fault-seeds 20] [section.key=value ...]
+        [--fault-seeds 20] [--out checks.jsonl] [section.key=value ...]
 
-MODEL is a folder or a hub name. Each seed takes other prompts, other random numbers and another perturbation. The
-output has the mean distances over the seeds, the largest fraction of the allowed distance that the right engine
+MODEL is a folder or a hub name. Each seed takes other prompts, other random numbers and another perturbation. Each
+check adds a line to the file of `--out`; the same command, started again, makes only the checks that are not there yet.
+The output has the mean distances over the seeds, the largest fraction of the allowed distance that the right engine
 reached, and, for each fault, how many of the fault seeds caught it and the smallest multiple of the allowed distance.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import statistics
 import sys
 import time
@@ -32,11 +34,55 @@ from hapo_lite.recipe import Recipe, load_recipe  # noqa: E402
 from hapo_lite.records import Completion, EncodedPrompt, Prompt  # noqa: E402
 from hapo_lite.rollout import canary  # noqa: E402
 from hapo_lite.rollout.engine import Engine, make_engine  # noqa: E402
+from hapo_lite.runs.lines import MetricsFile  # noqa: E402
 from hapo_lite.tasks.data import load_prompts  # noqa: E402
 from hapo_lite.train.accelerator import make_accelerator  # noqa: E402
 
 PROMPTS = 16
 """Prompts that each seed offers to the check."""
+RIGHT = "right"
+"""What the engine without a fault is called in the file of checks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One check of one engine. engine: its fault, or RIGHT. seconds: how long the check took."""
+
+    engine: str
+    seed: int
+    found: canary.Canary
+    seconds: float
+
+
+class Checks:
+    """The checks of one setup, kept in a file of lines. path: the file; None keeps them in memory alone.
+
+    setup: the arguments that decide what a check finds. Lines of another setup are passed over.
+    """
+
+    def __init__(self, path: Path | None, setup: str) -> None:
+        self.file = MetricsFile(path) if path else None
+        self.setup = setup
+        self.made: dict[tuple[str, int], Check] = {}
+        for line in self.file.read() if self.file else []:
+            if line["setup"] == setup:
+                distances = {key: canary.Distance(**line[key]) for key in ("at_rest", "perturbed")}
+                found = canary.Canary(**distances, moved=line["moved"], followed=line["followed"])
+                self.add(Check(line["engine"], line["seed"], found, line["seconds"]))
+
+    def add(self, check: Check) -> None:
+        self.made[check.engine, check.seed] = check
+
+    def get(self, name: str, seed: int, make: Callable[[], canary.Canary]) -> Check:
+        """The check of that engine and seed, made by `make` if it is not there yet."""
+        if (name, seed) not in self.made:
+            started = time.perf_counter()
+            check = Check(name, seed, make(), time.perf_counter() - started)
+            self.add(check)
+            if self.file:
+                found = dataclasses.asdict(check.found)
+                self.file.append({"setup": self.setup, "engine": name, "seed": seed, **found, "seconds": check.seconds})
+        return self.made[name, seed]
 
 
 class FaultyEngine:
@@ -146,8 +192,9 @@ def prompts_for(seed: int, prompts: Sequence[Prompt], policy: Policy) -> list[En
     return [EncodedPrompt(i, prompt, tuple(policy.encode(prompt.chat()))) for i, prompt in enumerate(chosen)]
 
 
-def report_right(found: Sequence[canary.Canary], seconds: float) -> None:
-    """Print the distances of the right engine. seconds: those of one check."""
+def report_right(checks: Sequence[Check]) -> None:
+    """Print the distances of the right engine."""
+    found = [check.found for check in checks]
     rows = {
         "engine to trainer, at rest": [f.at_rest.engine for f in found],
         "rounding alone, at rest": [f.at_rest.floor for f in found],
@@ -158,6 +205,7 @@ def report_right(found: Sequence[canary.Canary], seconds: float) -> None:
     }
     for name, values in rows.items():
         print(f"{name:<32}mean {statistics.fmean(values):.3g}, {min(values):.3g} to {max(values):.3g}")
+    seconds = statistics.fmean(check.seconds for check in checks)
     print(f"false alarms {sum(not f.right for f in found)} of {len(found)}; {seconds:.1f} s a check")
     print(f"most that a right engine took of what is allowed: {max(max(f.shares) for f in found):.2f}", flush=True)
 
@@ -171,6 +219,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--fault-seeds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the checks, one line each")
     parser.add_argument("overrides", nargs="*")
     return parser.parse_args()
 
@@ -188,17 +237,20 @@ def main() -> None:
     prompts = load_prompts(recipe.data).prompts
     print(f"{arguments.model}, {arguments.quantization}, {arguments.dtype}, torch {torch.__version__}", flush=True)
 
-    def check(engine: Engine, seed: int) -> canary.Canary:
-        return canary.compare(engine, policy, prompts_for(seed, prompts, policy), recipe.rollout, seed)
+    setup = f"{arguments.model} {arguments.quantization} {arguments.dtype} {' '.join(arguments.overrides)}".strip()
+    checks = Checks(arguments.out, setup)
 
-    started = time.perf_counter()
-    found = []
+    def check(name: str, engine: Engine, seed: int) -> Check:
+        asked = prompts_for(seed, prompts, policy)
+        return checks.get(name, seed, lambda: canary.compare(engine, policy, asked, recipe.rollout, seed))
+
+    right = []
     for seed in range(arguments.seeds):
-        found.append(check(make_engine(recipe, policy), seed))
-        if not found[-1].right:
-            print(f"seed {seed}: a right engine is accused: {found[-1]}", flush=True)
-    if found:
-        report_right(found, (time.perf_counter() - started) / len(found))
+        right.append(check(RIGHT, make_engine(recipe, policy), seed))
+        if not right[-1].found.right:
+            print(f"seed {seed}: a right engine is accused: {right[-1].found}", flush=True)
+    if right:
+        report_right(right)
     if not arguments.fault_seeds:
         return
     swapped = {"none": "nf4", "nf4": "none"}[arguments.quantization]
@@ -206,7 +258,7 @@ def main() -> None:
     shares: dict[str, list[float]] = {}
     for seed in range(arguments.fault_seeds):
         for name, engine in faulty_engines(recipe, policy, other, seed).items():
-            shares.setdefault(name, []).append(max(check(engine, seed).shares))
+            shares.setdefault(name, []).append(max(check(name, engine, seed).found.shares))
     for name, values in shares.items():
         caught = sum(value > 1.0 for value in values)
         print(f"{name:<34}caught {caught} of {len(values)}; at least {min(values):.1f} times what is allowed")

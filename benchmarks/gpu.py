@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import engines, head, memory  # noqa: E402
-from hapo_lite.cli import keep_freed_memory, quiet_libraries  # noqa: E402
+from hapo_lite.cli import keep_freed_memory, quiet_libraries, use_expandable_segments  # noqa: E402
 from hapo_lite.errors import UserError, first_line  # noqa: E402
 from hapo_lite.head.tiles import fold_kernel  # noqa: E402
 from hapo_lite.model.load import load_policy  # noqa: E402
@@ -310,6 +310,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="most that all parts may take together")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    use_expandable_segments()  # for the parts, which are processes of their own
     place = Place(args.shapes, args.folder.absolute() / args.shapes if args.part is None else args.folder)
     about = machine()
     if args.part:

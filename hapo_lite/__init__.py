@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hapo_lite.records import Request as Request
     from hapo_lite.rollout.engine import make_engine as make_engine
     from hapo_lite.rollout.sampling import AdaptiveTemperature as AdaptiveTemperature
+    from hapo_lite.sft.run import sft as sft
     from hapo_lite.tasks.verify import GraderPool as GraderPool
     from hapo_lite.tasks.verify import grade as grade
     from hapo_lite.train.run import train as train
@@ -41,10 +42,11 @@ _ROOMS = {
     "load_policy": "model.load",
     "load_recipe": "recipe",
     "make_engine": "rollout.engine",
+    "sft": "sft",
     "token_logprobs": "head",
     "train": "train",
 }
-"""By public name: the module that has it. `train` and `evaluate` are rooms that can be called."""
+"""By public name: the module that has it. `train`, `sft` and `evaluate` are rooms that can be called."""
 
 __all__ = ["__version__", *_ROOMS]
 

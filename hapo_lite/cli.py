@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Environment variables that torch reads the settings of its allocator on GPUs from."""
+
 # Only what loads at once: Ctrl-C during the imports that take long then ends in a sentence (see `run_command`).
 if TYPE_CHECKING:
     from hapo_lite.recipe import Recipe
@@ -95,6 +98,7 @@ def _run(command: Callable[[list[str] | None], object], argv: list[str] | None) 
     from hapo_lite.errors import UserError, first_line
     from hapo_lite.runs.interrupt import Interrupted
 
+    use_expandable_segments()
     keep_freed_memory()
     quiet_libraries()
     try:
@@ -120,17 +124,43 @@ def _run(command: Callable[[list[str] | None], object], argv: list[str] | None) 
         return 2
 
 
-def quiet_libraries() -> None:
-    """Keep the progress bars and hints of libraries off the terminal. Their errors still appear."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import datasets
-    import transformers
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+"""Variables that libraries read when they are imported. A value that the user has set stays."""
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+
+def quiet_libraries() -> None:
+    """Keep the progress bars and hints of libraries off the terminal. Their errors still appear.
+
+    No library is imported, which takes seconds, so that a mistake in a recipe is reported at once. A library that is
+    imported already has read its variables, and is told by its own functions.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers, datasets = sys.modules.get("transformers"), sys.modules.get("datasets")
+    if transformers is not None:
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+    if datasets is not None:
+        datasets.utils.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
+
+
+def use_expandable_segments() -> None:
+    """Let torch's allocator on GPUs grow its segments, unless the environment has settings of it.
+
+    Batches of other shapes otherwise leave gaps in segments of a fixed size, which no larger tensor fits into. torch
+    reads the variable when it is loaded, so call this function before that. vLLM reads the variable of this name too,
+    and switches the setting off around its own pool of memory.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def keep_freed_memory() -> None:

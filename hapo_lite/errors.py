@@ -1,4 +1,4 @@
-"""Errors whose message is meant for the user."""
+"""Errors whose message is meant for the user, and helpers for the sentences that users read."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ def page(name: str) -> str:
     if (package.parent / "docs").is_dir() and (package.parent / "pyproject.toml").is_file():
         return f"docs/{name}"
     return str(package / "docs" / name)
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun in the right number, such as 1 row, 2 rows or 12,000 rows. noun: with a regular plural."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def first_line(error: BaseException) -> str:

@@ -6,7 +6,8 @@ Axes: B completions, T completion tokens (padded on the right), L prompt and com
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,11 +20,17 @@ from hapo_lite.algo.tokens import TokenSignals, trained_tokens
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem. messages: the chat before the answer, as pairs (role, content). answer: the gold answer."""
+    """One problem. messages: the chat before the answer, as pairs (role, content). answer: the gold answer.
+
+    solution: a worked solution that ends in the answer; "" unless the data were read with their solutions. columns:
+    further columns of the data row, by name: those that a reward function asks for, and no others.
+    """
 
     id: str
     messages: tuple[tuple[str, str], ...]
     answer: str
+    solution: str = ""
+    columns: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def chat(self) -> list[dict[str, str]]:
         """The messages as a chat template takes them."""
@@ -75,6 +82,17 @@ class Completion:
         return self.ids.shape[0]
 
 
+class Written(Protocol):
+    """A prompt and the tokens that follow it, [T] of them: a completion, or a worked solution."""
+
+    @property
+    def prompt(self) -> EncodedPrompt: ...
+    @property
+    def ids(self) -> Tensor: ...
+    @property
+    def length(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Sequences:
     """A micro-batch, padded on the right.
@@ -89,29 +107,39 @@ class Sequences:
     mask: Tensor
 
     @classmethod
-    def of(cls, completions: Sequence[Completion], device: torch.device | str = "cpu") -> Sequences:
+    def of(cls, completions: Sequence[Written], device: torch.device | str = "cpu") -> Sequences:
         """The micro-batch of these completions with their prompts, on `device`."""
         rows = [torch.cat([torch.tensor(c.prompt.ids, dtype=torch.long), c.ids]) for c in completions]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([c.length for c in completions])
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
         prompt_lengths = torch.tensor([len(c.prompt.ids) for c in completions])
-        return cls(ids.to(device), prompt_lengths.to(device), lengths.to(device), mask.to(device))
+        return cls(*(put(t, device) for t in (ids, prompt_lengths, lengths, mask)))
+
+
+def put(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the CPU on `device`.
+
+    The host does not wait until a GPU is done with what it does: CUDA keeps a copy of ordinary memory until then.
+    """
+    return tensor.to(device, non_blocking=True)
 
 
 def pad(rows: Sequence[Tensor], device: torch.device | str = "cpu") -> Tensor:
-    """[T_i] tensors -> [B, T], zeros on the right."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)
+    """[T_i] tensors of the CPU -> [B, T] on `device`, zeros on the right."""
+    return put(torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True), device)
 
 
 @dataclass(frozen=True)
 class Score:
-    """The grade of one completion. reward: what training learns from. The other fields are as in tasks.verify.Grade."""
+    """The grade of one completion. reward: what training learns from. rewards: its parts by name, before their weights;
+    empty without `reward.functions`. The other fields are as in tasks.verify.Grade."""
 
     reward: float
     correct: bool
     outcome: str
     answer: str | None
+    rewards: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -129,6 +157,10 @@ class Graded:
         """[B], fp64."""
         return torch.tensor([score.reward for score in self.scores], dtype=torch.float64)
 
+    def rewards_of(self, name: str) -> Tensor:
+        """[B], fp64: one of the named rewards."""
+        return torch.tensor([score.rewards[name] for score in self.scores], dtype=torch.float64)
+
     @property
     def sequence_lengths(self) -> list[int]:
         """The number of tokens of each sequence, prompt included, B numbers."""
@@ -145,8 +177,8 @@ class Experience(Graded):
 
     advantage: [B], fp32. old_logp, entropy (nats), h, uncertain (bool): one [T] per completion, from the policy before
     the first update, at the base temperature. signal: the signal fitted to all entropies. scale: [B], EDGE-GRPO's
-    factor on the advantage. base_logp: one [T] per completion, log-probabilities of the base model; None unless the
-    method needs them.
+    factor on the advantage. reference_logp: one [T] per completion, log-probabilities of the base model; None unless
+    the method needs them.
     """
 
     advantage: Tensor
@@ -156,11 +188,12 @@ class Experience(Graded):
     h: list[Tensor]
     uncertain: list[Tensor]
     scale: Tensor
-    base_logp: list[Tensor] | None
+    reference_logp: list[Tensor] | None
 
     def trained(self, method: Method) -> list[Tensor]:
         """Which tokens count in the loss: one bool [T] per completion."""
-        return [trained_tokens(method, u) for u in self.uncertain]
+        pairs = zip(self.completions, self.uncertain, strict=True)
+        return [trained_tokens(method, uncertain, completion.truncated) for completion, uncertain in pairs]
 
     def select(self, rows: Sequence[int]) -> Experience:
         """The rows of the experience at these places, in this order. The signal stays that of the whole iteration."""
@@ -175,21 +208,21 @@ class Experience(Graded):
             h=[self.h[i] for i in rows],
             uncertain=[self.uncertain[i] for i in rows],
             scale=self.scale[list(rows)],
-            base_logp=None if self.base_logp is None else [self.base_logp[i] for i in rows],
+            reference_logp=None if self.reference_logp is None else [self.reference_logp[i] for i in rows],
         )
 
     def padded(self, method: Method, device: torch.device | str = "cpu") -> LossInputs:
-        """All completions as one micro-batch, right-padded."""
-        mask = pad([torch.ones(c.length, dtype=torch.bool) for c in self.completions], device)
+        """All completions as one micro-batch, right-padded. One that the method leaves out has weight 0 everywhere."""
+        mask = pad([torch.full((c.length,), not method.leaves_out(c.truncated)) for c in self.completions], device)
         return LossInputs(
             old_logp=pad(self.old_logp, device),
-            advantage=self.advantage.to(device),
+            advantage=put(self.advantage, device),
             tokens=TokenSignals(
-                pad(self.h, device), pad(self.entropy, device), pad(self.uncertain, device), self.scale.to(device)
+                pad(self.h, device), pad(self.entropy, device), pad(self.uncertain, device), put(self.scale, device)
             ),
             weights=loss_weights(mask, method.loss_average, pad(self.trained(method), device)),
             sampling_logp=pad([c.sampling_logp for c in self.completions], device),
-            base_logp=None if self.base_logp is None else pad(self.base_logp, device),
+            reference_logp=None if self.reference_logp is None else pad(self.reference_logp, device),
         )
 
 

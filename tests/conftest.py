@@ -22,6 +22,7 @@ from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.rollout.canary import perturbed_adapter
 from hapo_lite.rollout.engine import make_engine
+from hapo_lite.tasks.data import Column
 from hapo_lite.tasks.rewards import Scorer
 from hapo_lite.tasks.stream import PromptStream
 from hapo_lite.train.accelerator import make_accelerator
@@ -68,10 +69,10 @@ def data_of():
     """data_of(recipe): `load_data`, once for all loops on the same data; it takes longer than the rest of a loop."""
     known = {}
 
-    def load(recipe: Recipe):
-        key = recipe.model_dump_json(include={"data", "evaluation", "seed"})
+    def load(recipe: Recipe, columns: Sequence[Column] = ()):
+        key = recipe.model_dump_json(include={"data", "evaluation", "seed"}) + str(columns)
         if key not in known:
-            known[key] = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None)
+            known[key] = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None, columns)
         return known[key]
 
     return load
@@ -84,11 +85,11 @@ def make_loop(data_of):
 
         def make(recipe: Recipe) -> Loop:
             accelerator = make_accelerator(recipe)
-            data = data_of(recipe)
-            policy = load_policy(recipe.model, recipe.seed, accelerator.device)
             limit = recipe.rollout.max_new_tokens
-            encoded = encode_prompts(data.training[:256], policy, recipe.data, limit, say=lambda text: None)
             scorer = stack.enter_context(Scorer(recipe.reward, limit))
+            data = data_of(recipe, scorer.columns)
+            policy = load_policy(recipe.model, recipe.seed, accelerator.device)
+            encoded = encode_prompts(data.training[:256], policy, recipe.data, limit, say=lambda text: None)
             return Loop(
                 recipe,
                 policy,
@@ -102,7 +103,7 @@ def make_loop(data_of):
 
 def score(loop: Loop, collected: Collected, iteration: int, traced: Sequence[int] = ()) -> Scored:
     """The plan and the experience of an iteration, as `Loop.learn` makes them."""
-    advantage = advantages(collected.graded, loop.recipe.method)
+    advantage = advantages(collected.graded, loop.recipe.method, loop.recipe.reward.normalised)
     plan = loop.plan(collected.graded, loop.active(advantage.tolist(), traced), iteration)
     return loop.scoring.score(collected.graded, advantage, plan)
 

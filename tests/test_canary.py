@@ -138,8 +138,9 @@ def test_a_run_stops_before_its_first_iteration(recipe, tmp_path, monkeypatch):
     assert not (tmp_path / recipe.name / "metrics.jsonl").read_text()
 
 
-def test_top_p_in_training_samples_from_the_nucleus(make_loop):
-    small = ["rollout.prompts_per_iteration=4", "rollout.top_p=0.6", "method.importance=truncated"]
+@pytest.mark.parametrize("truncation", ["rollout.top_p=0.6", "rollout.min_p=0.8"])
+def test_truncation_in_training_samples_from_what_is_kept(make_loop, truncation):
+    small = ["rollout.prompts_per_iteration=4", truncation, "method.importance=truncated"]
     completions = make_loop(load_recipe(TINY, small)).sample(TrainState(iteration=1)).completions
     lifted = torch.cat([c.sampling_logp - c.base_logp for c in completions])
     assert (lifted > -1e-4).all() and (lifted > 0.1).float().mean() > 0.05

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, Qwen2Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from hapo_lite.cli import ALLOCATOR_SETTINGS
 from hapo_lite.errors import UserError
 from hapo_lite.model import load
 from hapo_lite.model.attention import attend_with_repeated_keys
@@ -123,6 +125,26 @@ def test_a_gpu_that_torch_does_not_see_is_named(monkeypatch):
     assert "built for CUDA 13.0, sees no GPU, so the CPU computes" in unseen_gpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert unseen_gpu() is None
+
+
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}])
+def test_a_command_sets_the_allocator_before_torch_is_loaded(own):
+    program = """
+import os, sys
+from hapo_lite.cli import run_command
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print({k: v for k, v in os.environ.items() if k.endswith("ALLOC_CONF")})
+
+sys.meta_path.insert(0, Watch())
+run_command(lambda argv: __import__("torch"))
+"""
+    clean = {name: value for name, value in os.environ.items() if name not in ALLOCATOR_SETTINGS}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=clean | own)
+    expected = own or {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert set(done.stdout.splitlines()) == {str(expected)}, done.stderr
 
 
 def test_colab_keeps_its_torch_and_loses_its_torchao():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-from hapo_lite.cli import run_command
+from hapo_lite.cli import QUIET, run_command
 from hapo_lite.train.__main__ import main
 from tests.conftest import ROOT, TINY
 
@@ -70,6 +71,65 @@ def test_metrics_reach_a_tracker(tmp_path):
     [reward] = accumulated.Scalars("reward/mean")
     line = json.loads((tmp_path / "tiny_cpu" / "metrics.jsonl").read_text().splitlines()[-1])
     assert reward.step == 1 and reward.value == pytest.approx(line["reward/mean"])
+
+
+SOON = {
+    "train": ([str(TINY), "training.learning_rate=x"], "training.learning_rate = 'x': input should be a valid number"),
+    "evaluate": ([str(TINY), "benchmark.samples=0"], "benchmark.samples = 0"),
+    "preflight": (["tiny_cpu", "method=happo"], "did you mean hapo?"),
+    "compare": (["compare_tiny", "tokens=0"], "tokens = 0"),
+    "verify_resume": (["tiny_cpu", "sead=1"], "sead is not a field"),
+}
+"""By command: a command line with a mistake in its settings, and words of the sentence about it."""
+
+IN_A_FRESH_PROCESS = """
+import contextlib, importlib, io, json, sys
+
+commands, heavy = json.loads(sys.argv[1]), ("torch", "transformers", "datasets", "numpy", "accelerate", "gradio")
+said = {}
+for name, arguments in commands:
+    sys.argv = [name, *arguments]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            code = importlib.import_module(f"hapo_lite.{name}.__main__").command()
+        except SystemExit as stop:
+            code = stop.code
+    said[" ".join([name, *arguments])] = [code, printed.getvalue(), [m for m in heavy if m in sys.modules]]
+
+import datasets
+import transformers
+
+said["quiet"] = [
+    transformers.logging.get_verbosity() == transformers.logging.ERROR,
+    transformers.logging.is_progress_bar_enabled(),
+    datasets.logging.get_verbosity() == datasets.logging.ERROR,
+    datasets.are_progress_bars_disabled(),
+]
+print(json.dumps(said))
+"""
+
+
+def test_mistakes_and_help_wait_for_no_library():
+    """The sentence appears before torch is imported, which takes seconds. Later, libraries are quiet all the same."""
+    helps = [[path.parent.name, ["--help"]] for path in sorted((ROOT / "hapo_lite").glob("*/__main__.py"))]
+    wrong = [[name, arguments] for name, (arguments, _) in SOON.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_FRESH_PROCESS, json.dumps(wrong + helps)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        env={name: value for name, value in os.environ.items() if name not in QUIET},
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said.pop("quiet") == [True, False, True, True]
+    assert len(said) == len(wrong) + len(helps) and len(helps) == 9
+    for line, (code, printed, imported) in said.items():
+        assert imported == [], line
+        message = "usage: " if line.endswith("--help") else SOON[line.split()[0]][1]
+        assert (code, message in printed) == (0 if line.endswith("--help") else 2, True), (line, printed)
 
 
 def test_help_needs_no_model_and_lists_the_fields():

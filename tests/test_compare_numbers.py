@@ -10,7 +10,7 @@ import pytest
 from hapo_lite.compare import pace
 from hapo_lite.compare.numbers import Numbers, clipped_share, run_numbers
 from hapo_lite.compare.plan import load_comparison, planned_runs
-from hapo_lite.compare.report import difference_rows, table_rows
+from hapo_lite.compare.report import difference_rows, table_rows, text_table
 from hapo_lite.compare.words import caveats, findings, shown, verdict
 from hapo_lite.runs.lines import MetricsFile
 from tests.comparisons import write_comparison
@@ -80,8 +80,9 @@ def test_clipping_counts_every_bound():
     assert clipped_share(line) == 0.75
 
 
-def numbers_of(folder: Path, lines: dict[tuple[str, int], list[dict]]) -> Numbers:
-    comparison = load_comparison(write_comparison(folder, seeds=sorted({seed for _, seed in lines}), tokens=100))
+def numbers_of(folder: Path, lines: dict[tuple[str, int], list[dict]], **changes) -> Numbers:
+    seeds = sorted({seed for _, seed in lines})
+    comparison = load_comparison(write_comparison(folder, seeds=seeds, tokens=100, **changes))
     return Numbers(comparison, {key: run_numbers(its, GRID, 0.5) for key, its in lines.items()}, GRID, 0.5)
 
 
@@ -96,8 +97,8 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert verdict(numbers, "hapo", "final") == "better" and verdict(numbers, "hapo", "length") == ""
     table = {row["arm"]: row for row in table_rows(numbers)}
     assert table["dapo"]["final"] == pytest.approx(0.5) and table["hapo"]["final"] == pytest.approx(0.6)
-    # Of 27 equally likely draws of three seeds one is all 0.3, 1/27 > 2.5 %: the interval goes down to the least.
-    assert (table["dapo"]["final_low"], table["dapo"]["final_high"]) == pytest.approx((0.3, 0.7))
+    # By Student's t with two degrees of freedom: 0.5 +- 4.3027 * 0.2 / sqrt(3).
+    assert (table["dapo"]["final_low"], table["dapo"]["final_high"]) == pytest.approx((0.00317, 0.99683), abs=1e-4)
     [row] = [row for row in difference_rows(numbers) if row["measure"] == "final"]
     assert (row["difference"], row["pairs"], row["excludes_zero"]) == (pytest.approx(0.1), 3, True)
     assert "By final accuracy, better than dapo: hapo (+0.100)." in findings(numbers)
@@ -112,6 +113,34 @@ def test_a_seed_that_one_arm_lacks_is_left_out_of_the_pairs(tmp_path):
     assert numbers.difference("hapo", "final").value == pytest.approx(0.2)
     assert numbers.mean("hapo", "final").value == pytest.approx(0.7)
     assert "One seed has no interval" in caveats(numbers)[0]
+    [row] = [row for row in difference_rows(numbers) if row["measure"] == "final"]
+    assert (row["low"], row["high"], row["excludes_zero"]) == (None, None, False)
+    assert "0.300" in text_table(numbers) and "inf" not in text_table(numbers)
+
+
+def test_one_seed_has_no_interval_and_nothing_is_said_of_one(tmp_path):
+    lines = {("dapo", 0): lines_of([0.2, 0.2, 0.3]), ("hapo", 0): lines_of([0.2, 0.2, 0.5])}
+    numbers = numbers_of(tmp_path, lines)
+    assert "By final accuracy, less dapo, from one seed, which has no interval: hapo (+0.200)." in findings(numbers)
+    assert text_table(numbers).endswith("\none seed has no interval: repeat with three or more")
+    assert not any("no difference seen" in sentence for sentence in findings(numbers))
+
+
+def test_marks_are_counted_and_held_against_all_comparisons_together(tmp_path):
+    """Three seeds, so t = 4.303 alone and 7.649 where three comparisons are held to 95 % together.
+
+    hapo is 0.11 +- 0.025 above dapo alone, and +- 0.044 together; archer 0.04 with the same ends, so it loses its mark;
+    grpo is 0.04 +- 0.050, never marked.
+    """
+    gains = {"hapo": (0.10, 0.11, 0.12), "archer": (0.03, 0.04, 0.05), "grpo": (0.02, 0.04, 0.06), "dapo": (0, 0, 0)}
+    lines = {(arm, s): lines_of([0.2, 0.2, 0.3 + gain]) for arm, all in gains.items() for s, gain in enumerate(all)}
+    numbers = numbers_of(tmp_path, lines, arms={arm: {"method": arm} for arm in gains}, reference="dapo")
+    assert [verdict(numbers, arm, "final") for arm in numbers.others] == ["better", "better", ""]
+    said = caveats(numbers)[0]
+    assert said.startswith(
+        "3 comparisons were made in each measure; of so many equal methods about 0.15 would be marked"
+    )
+    assert said.endswith("what stays marked is: hapo (final accuracy), hapo (area).")
 
 
 def test_a_number_that_rounds_to_nothing_has_no_sign():

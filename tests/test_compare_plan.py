@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import shutil
 
 import pytest
 import yaml
 
+from hapo_lite.compare.arms import on_one_day
 from hapo_lite.compare.plan import load_comparison, planned_runs
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import load_recipe
-from tests.comparisons import write_comparison
+from hapo_lite.runs.folder import with_date
+from tests.comparisons import ABOUT, write_comparison
 from tests.conftest import TINY
 
 
@@ -40,6 +43,47 @@ def test_overrides_reach_the_comparison_its_arms_and_the_recipe(tmp_path):
     recipes = [run.recipe for run in planned_runs(comparison)]
     assert [r.training.learning_rate for r in recipes] == [1e-4, 1e-4]
     assert [(r.seed, r.training.iterations) for r in recipes] == [(7, 9), (7, 9)]
+
+
+def test_a_setting_for_all_arms_holds_in_an_arm_that_names_a_preset(tmp_path):
+    """`method: hapo` of an arm says where the arm starts. It undoes no `method.floor` that is set for all of them."""
+    comparison = load_comparison(write_comparison(tmp_path), ["method.floor=1e-6", "method.tau=0.25"])
+    dapo, hapo = (run.recipe.method for run in planned_runs(comparison)[:2])
+    assert (dapo.preset, dapo.floor, dapo.tau) == ("dapo", 1e-6, 0.25)
+    assert (hapo.preset, hapo.floor, hapo.tau) == ("hapo", 1e-6, 0.5)  # The arm's own tau is the last word.
+
+
+def test_runs_on_both_sides_of_midnight_ask_on_the_same_day(tmp_path):
+    """The day is that of the run's own folder, else of the first run that has written one down."""
+    runs = planned_runs(load_comparison(write_comparison(tmp_path)))
+
+    def write_day(run, day):
+        run.recipe.run_dir.mkdir(parents=True)
+        dated = with_date(run.recipe, day and datetime.date.fromisoformat(day))
+        (run.recipe.run_dir / "recipe.yaml").write_text(dated.to_yaml())
+
+    assert on_one_day(runs[0], runs) == runs[0].recipe
+    write_day(runs[0], None)  # Its template reads no date.
+    assert on_one_day(runs[1], runs) == runs[1].recipe
+    write_day(runs[1], "2020-02-29")
+    write_day(runs[2], "2020-03-01")
+    days = [on_one_day(run, runs).model.chat_template_date for run in runs]
+    assert [str(day) for day in days] == ["2020-02-29", "2020-02-29", "2020-03-01", "2020-02-29"]
+
+
+@pytest.mark.parametrize(
+    ("override", "kept"),
+    [
+        ("arms={a: {method: dapo}, b: {method: hapo}}", ""),
+        ("arms.hapo.method.tau=0.1", ""),
+        ("tokens=500", ABOUT),
+        ("seeds=[3]", ABOUT),
+    ],
+)
+def test_what_the_file_says_of_its_arms_is_not_said_of_others(tmp_path, override, kept):
+    file = write_comparison(tmp_path)
+    assert load_comparison(file, [override]).about == kept
+    assert load_comparison(file, [override, "about=Mine."]).about == "Mine."
 
 
 @pytest.mark.parametrize(

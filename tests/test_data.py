@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -13,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from hapo_lite.errors import UserError
+from hapo_lite.recipe import DataSettings
 from hapo_lite.records import Prompt
-from hapo_lite.tasks.data import split_held_out
+from hapo_lite.tasks.data import Column, load_prompts, split_held_out
 from tests.rows import jsonl, load
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -150,11 +152,56 @@ def test_columns_may_be_named(tmp_path):
     assert prompt == Prompt("rows-0", (("user", "yes"),), "1")
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_csv_file_may_be_separated_by_commas_semicolons_or_tabs(tmp_path, separator):
+    rows = [["problem", "answer"], ["1;2,3\t4", "5"], ["6", "1,000"]]
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    found = load(tmp_path / "rows.csv").prompts
+    assert [(p.messages[-1][1], p.answer) for p in found] == [("1;2,3\t4", "5"), ("6", "1,000")]
+
+
+def test_columns_are_found_whatever_their_case_and_outer_spaces(tmp_path):
+    (tmp_path / "rows.csv").write_text("Problem, Answer, LEVEL\n1+1=?, 2, easy\n")
+    row = {"Problem": "1+1=?", " Answer": " 2", " LEVEL": " easy"}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    jsonl(tmp_path, row)
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    asked = [Column("level", "the reward f", required=True)]
+    for suffix in ("csv", "json", "jsonl", "parquet"):
+        for named in ({}, {"problem_column": "PROBLEM ", "answer_column": "answer"}):
+            data = DataSettings(source=str(tmp_path / f"rows.{suffix}"), system_prompt=None, **named)
+            [found] = load_prompts(data, asked).prompts
+            assert found == Prompt("rows-0", (("user", "1+1=?"),), "2", columns={"level": " easy"})
+    # A message names the columns as the file has them.
+    with pytest.raises(UserError, match=r"no column 'riddle'.* it has Problem,  Answer,  LEVEL"):
+        load(tmp_path / "rows.csv", problem_column="riddle")
+
+
+def test_a_column_that_is_spelled_exactly_comes_first(tmp_path):
+    path = jsonl(tmp_path, {"Prompt": "no", "PROBLEM": "no", "problem": "yes", "Answer": "0", "answer": "1"})
+    prompt = load(path, system_prompt=None).prompts[0]
+    assert prompt == Prompt("rows-0", (("user", "yes"),), "1")
+
+
+def test_rows_that_are_left_out_are_counted_and_the_first_is_named(tmp_path):
+    (tmp_path / "rows.csv").write_text("problem,answer\n1,1\n2,\n1,1\n3,\n")
+    assert load(tmp_path / "rows.csv").left_out() == [
+        "2 rows left out: no answer (first in row 2 below the header)",
+        "1 row left out: the same problem as an earlier row (row 3 below the header)",
+    ]
+    path = jsonl(tmp_path, {"problem": "1", "answer": "1"}, {"problem": "", "answer": "1"})
+    assert load(path).left_out() == ["1 row left out: no problem (row 2)"]
+
+
 def test_messages_to_the_user(tmp_path):
     good = jsonl(tmp_path, {"problem": "p", "meta": {"gold": "1"}})
     for name, content in {
         "empty.jsonl": b"",
         "header.csv": b"problem,answer\n",
+        "headless.csv": b"12+7=?,19\n1+1=?,2\n",
+        "comma.csv": b"problem,answer\n1+1=?,2\n999+235=?,1,234\n",
+        "utf16.csv": "problem,answer\n1+1=?,2\n".encode("utf-16"),
         "binary.jsonl": b"\xff\xfe\x00",
         "broken.jsonl": b'{"problem": "p", "answer": "1"}\n{"problem": \n',
         "list.json": b"[1, 2]",
@@ -179,6 +226,13 @@ def test_messages_to_the_user(tmp_path):
         (good, {"answer_column": "meta"}, r"no usable row .*neither text nor a number: 1"),
         (tmp_path / "empty.jsonl", {}, "has no rows"),
         (tmp_path / "header.csv", {}, "has no rows"),
+        (
+            tmp_path / "headless.csv",
+            {},
+            r"its first line was taken as their names: .*set data\.problem_column to one of 12\+7=\?, 19",
+        ),
+        (tmp_path / "comma.csv", {}, "line 3 has 3 fields and the first line 2: a field that contains ','"),
+        (tmp_path / "utf16.csv", {}, r"cannot be read \('utf-8' codec .*: save it as UTF-8 text"),
         (tmp_path / "binary.jsonl", {}, r"binary\.jsonl cannot be read"),
         (tmp_path / "broken.jsonl", {}, r"cannot be read \(line 2: "),
         (tmp_path / "list.json", {}, r"cannot be read \(entry 1 is not an object"),

@@ -11,7 +11,7 @@ from benchmarks.decode_cost import LARGE, RANK, ROWS, SMALL, TOKENS, least_bytes
 from hapo_lite.rollout.decoding import LOOK_EVERY
 
 
-@pytest.mark.parametrize(("dtype", "operators", "share"), [("float32", 302, 2.1), ("bfloat16", 398, 3.3)])
+@pytest.mark.parametrize(("dtype", "operators", "share"), [("float32", 302, 2.1), ("bfloat16", 370, 3.3)])
 def test_a_step_of_the_small_model(dtype, operators, share):
     dtype = getattr(torch, dtype)
     cost = run_cost(small_policy(dtype))
@@ -20,13 +20,13 @@ def test_a_step_of_the_small_model(dtype, operators, share):
     assert cost.waits == 1 / LOOK_EVERY
 
 
-@pytest.mark.parametrize(("name", "share"), [("1.5B", 1.5), ("7B", 1.27), ("8B", 1.21)])
+@pytest.mark.parametrize(("name", "share"), [("1.5B", 1.45), ("7B", 1.25), ("8B", 1.2)])
 def test_a_step_of_a_large_model(name, share):
     """With 2 and 4 layers, from which the whole model follows."""
     shape = LARGE[name]
     two, four = (shape_cost(replace(shape, layers=layers)) for layers in (2, 4))
     layer = (four.operators - two.operators) / 2
-    assert layer <= 61 and two.operators - 2 * layer <= 118
+    assert layer <= 54 and two.operators - 2 * layer <= 118
     moved = two.bytes + (four.bytes - two.bytes) / 2 * (shape.layers - 2)
     assert moved <= share * least_bytes(shape, ROWS, TOKENS, 2, RANK)
     assert two.waits == 1 / LOOK_EVERY

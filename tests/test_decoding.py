@@ -168,7 +168,7 @@ class _Cloning:
         return keys.clone(), values
 
 
-@pytest.mark.parametrize("truncation", [{"top_k": 12}, {"top_p": 0.8}])
+@pytest.mark.parametrize("truncation", [{"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.1}])
 def test_truncated_sampling_is_the_same(requests, truncation):
     policy = policy_of("Qwen2")
     ours = written(TransformersEngine(policy, 16, 24), requests, **truncation)

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -146,7 +147,7 @@ def arms(base: list[list[int]], adapter: list[list[int]]):
             [[0, 0]] * 20,
             [[1, 1]] + [[0, 0]] * 19,
             "no difference",
-            "on 20 prompts; less than about 0.100 would not show",
+            "on 20 prompts; less than about 0.105 would not show",
         ),
         ([[0, 0]] * 20, [[0, 0]] * 20, "no difference", "on 20 prompts; as many were right on each"),
         ([[0]] * 20, [[1]] * 20, "learned", "avg@1 rose by 1.000 [1.000, 1.000] on 20 prompts"),
@@ -347,6 +348,22 @@ def test_held_out_prompts_are_those_of_training(make_recipe, make_loop):
     recipe = make_recipe("evaluation.prompts=6", "benchmark.suites=held_out", "benchmark.limit=5")
     held_out = [e.prompt for e in make_loop(recipe).held_out]
     assert list(read_problems(chosen(recipe)[0], recipe).prompts) == held_out[:5]
+
+
+def test_a_suite_out_of_reach_says_which_setting_chose_it(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline")))
+    recipe = load_recipe(TINY, ["data.source=mine.csv"])
+    with pytest.raises(UserError) as caught:
+        read_problems(chosen(recipe)[0], recipe)
+    said = str(caught.value)
+    assert said.startswith("suite aime24: the hub data set 'HuggingFaceH4/aime_2024', split 'train', cannot be loaded")
+    assert "neither --suite nor benchmark.suites names a suite" in said and "data.source" not in said
+    assert "--suite held_out asks the run's own held-out prompts, and --suite aime24=FILE" in said
+    for suites, advice in (("aime24", ": without the hub"), ("[{name: own, source: a/b}]", "source, config and split")):
+        recipe = load_recipe(TINY, [f"benchmark.suites={suites}"])
+        with pytest.raises(UserError, match=advice) as caught:
+            read_problems(chosen(recipe)[0], recipe)
+        assert "neither --suite" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

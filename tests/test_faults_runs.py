@@ -50,6 +50,18 @@ def test_an_evaluation_of_an_unfinished_run_names_its_checkpoint(tmp_path, capsy
     assert f"tiny alone, since the run is not finished (--adapter {checkpoint} evaluates" in capsys.readouterr().out
 
 
+def test_a_run_that_is_not_there_is_named_in_the_first_line(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.yaml").write_text("name: mine\n")
+    small = ["benchmark.limit=1", "benchmark.samples=1", "benchmark.max_new_tokens=2", "--suite", "tiny"]
+    for name, hint in (("mine2", " (did you mean name=mine?)"), ("another", "")):
+        assert run_command(evaluate, [str(TINY), f"output_dir={tmp_path}", f"name={name}", *small]) == 0
+        first = capsys.readouterr().out.splitlines()[0]
+        assert first.startswith(
+            f"{name}: there is no run in {tmp_path / name}{hint}, so tiny alone on tiny; 1 sample at"
+        )
+
+
 def test_a_folder_named_wandb_is_no_tracker(make_recipe, tmp_path, monkeypatch):
     if "wandb" in importlib.metadata.packages_distributions():
         pytest.skip("wandb is installed")

@@ -13,12 +13,11 @@ from hapo_lite import cli
 from hapo_lite.cli import CommandParser, run_command
 from hapo_lite.errors import UserError
 from hapo_lite.preflight.__main__ import main as preflight
-from hapo_lite.recipe import Recipe, load_recipe, parse_recipe
+from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.recipe.elsewhere import OURS, answer_for
 from hapo_lite.recipe.fields import leaves
 from hapo_lite.train.__main__ import main as train
 from tests.conftest import ROOT, TINY
-from tests.recipes import SHIPPED
 
 FIELDS = {field.name for field in leaves(Recipe)}
 SECTIONS = {name.split(".")[0] for name in FIELDS if "." in name}
@@ -74,6 +73,26 @@ def test_half_a_name_is_answered_with_the_whole(override, meant):
 
 
 @pytest.mark.parametrize(
+    ("override", "blamed"),
+    [
+        ("num_generations=8", "the command line: num_generations is not"),
+        ("lora.rank=8", "the command line: lora.rank is not"),
+        ("rollout={temperature: -1}", "the command line: rollout.temperature = -1"),
+        ("method=hopo", "the command line: method"),
+        ("training.iterations=5", "{file}: rollout.bogus is not"),
+        ("rollout.temperature=0.5", "{file}: rollout.bogus is not"),
+    ],
+)
+def test_a_wrong_setting_is_blamed_on_the_file_or_on_the_command_line(tmp_path, override, blamed):
+    file = tmp_path / "mine.yaml"
+    text = TINY.read_text()
+    file.write_text(text.replace("\nrollout:\n", "\nrollout:\n  bogus: 1\n") if "{file}" in blamed else text)
+    with pytest.raises(UserError) as caught:
+        load_recipe(file, [override])
+    assert str(caught.value).startswith(blamed.format(file=file))
+
+
+@pytest.mark.parametrize(
     ("option", "answer"),
     [
         ("--num_generations=8", "--num_generations is not an option; here it is rollout.completions_per_prompt"),
@@ -87,26 +106,6 @@ def test_a_setting_written_as_an_option_is_answered(option, answer, capsys):
         train([str(TINY), option])
     assert stop.value.code == 2
     assert answer in capsys.readouterr().err
-
-
-def switches():
-    """For every shipped recipe, each setting that it can switch off, and how."""
-    for path in SHIPPED:
-        recipe = load_recipe(path)
-        for name in sorted(FIELDS - {"data.problem_column", "data.answer_column"}):
-            value = recipe
-            for part in name.split("."):
-                value = getattr(value, part, None)
-            if value is True:
-                yield pytest.param(path, f"{name}=false", id=f"{path.stem}-{name}")
-            elif value is not None and "null" in next(f.kind for f in leaves(Recipe) if f.name == name):
-                yield pytest.param(path, f"{name}=null", id=f"{path.stem}-{name}")
-
-
-@pytest.mark.parametrize(("path", "override"), list(switches()))
-def test_switching_an_option_off_needs_no_second_setting(path, override):
-    recipe = load_recipe(path, [override])
-    assert recipe == parse_recipe(recipe.model_dump())
 
 
 def test_activations_are_not_moved_without_checkpointing():

@@ -48,6 +48,46 @@ def test_gradient_does_not_depend_on_micro_batches(make_recipe, make_loop, metho
         assert float((cut - whole).norm() / whole.norm()) < 2e-5
 
 
+@pytest.mark.parametrize("method", ["{preset: archer, kl_uncertain: 0.1, truncated: mask}", "{truncated: mask}"])
+def test_a_completion_that_was_cut_off_teaches_nothing(make_recipe, make_loop, method):
+    """The gradient is that of the others alone, with advantages from the whole group, whatever the micro-batches."""
+    loop = make_loop(make_recipe(f"method={method}", "rollout.prompts_per_iteration=8", "rollout.max_new_tokens=24"))
+    run_steps(loop, 1)
+    collected = loop.sample(TrainState(signal=SIGNAL, iteration=2))
+    cut_off = [c.truncated for c in collected.completions]
+    assert 4 < sum(cut_off) < len(cut_off) - 4
+    masked, kept = loop.recipe.method, replace(loop.recipe.method, truncated="keep")
+    advantage, without = advantages(collected.graded, masked), advantages(collected.graded, kept)
+    assert any(without[i] != 0.0 for i, cut in enumerate(cut_off) if cut)
+    assert [float(a) for a in advantage] == [0.0 if cut else float(a) for a, cut in zip(without, cut_off, strict=True)]
+
+    # By hand: the completions that ended, under the method that keeps all, over their own tokens.
+    plan, experience = score(loop, collected, iteration=1)
+    rows = [i for i in plan.members[0] if not cut_off[i]]
+    assert 0 < len(rows) < len(plan.members[0])
+    tokens = float(sum(experience.completions[i].length for i in rows))
+    replace(loop.update, method=kept).micro_batch(experience.select(rows), tokens).loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in loop.learner.parameters])
+    for budget in (100_000, 150):
+        found, _ = gradient_of_first_update(loop, collected, budget)
+        assert float((found - expected).norm() / expected.norm()) < 2e-5
+
+
+def test_what_a_mask_leaves_out_is_traced_without_credit(make_recipe, make_loop):
+    small = ["rollout.max_new_tokens=24", "logging.traces_per_iteration=9"]
+    small += ["training.warmup_updates=0", "training.learning_rate=1e-3"]
+    loop = make_loop(make_recipe("method={truncated: mask}", *small))
+    _, _, traces = loop.step(TrainState())
+    cut_off = [trace for trace in traces if trace.truncated]
+    assert cut_off and any(any(trace.tokens["credit"]) for trace in traces if not trace.truncated)
+    for trace in cut_off:
+        assert not any(trace.tokens["credit"]) and not any(trace.tokens["advantage"])
+        change = torch.tensor(trace.tokens["logp_new"]) - torch.tensor(trace.tokens["logp_old"])
+        assert torch.allclose(torch.tensor(trace.tokens["ratio"]), change.exp(), atol=1e-4)
+    # What the first of the two updates did to a completion of the second is shown.
+    assert any(abs(ratio - 1.0) > 1e-3 for trace in cut_off for ratio in trace.tokens["ratio"])
+
+
 def test_a_whole_update_does_not_depend_on_micro_batches(make_recipe, make_loop):
     def first_update(budget):
         _, [line] = run_steps(make_loop(make_recipe(f"training.micro_batch_tokens={budget}")), 1)
@@ -165,7 +205,7 @@ def test_an_iteration_without_any_signal_is_survived(make_recipe, make_loop):
 class _EqualScorer:
     """A task on which every completion is worth the same."""
 
-    def score(self, prompts, completions, lengths, truncated):
+    def score(self, prompts, completions, lengths, truncated, iteration=None):
         from hapo_lite.records import Score
 
         return [Score(reward=0.5, correct=False, outcome="wrong", answer=None) for _ in prompts]

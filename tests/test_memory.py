@@ -16,6 +16,8 @@ from hapo_lite.model.load import load_policy
 from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.preflight import __main__ as preflight
 from hapo_lite.preflight.advise import Advice, write_back
+from hapo_lite.preflight.measure import prepare
+from hapo_lite.preflight.table import suggestion
 from hapo_lite.recipe import load_recipe
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.train.memory.predict import Predictor, worst_case
@@ -143,6 +145,26 @@ def test_shape_only_fits_a_card_and_writes_it_into_the_recipe(tmp_path, capsys):
     assert rollout.total > room and (update.total > room or tokens == 1536 * 128 * 8 // 4)
 
 
+def test_nothing_is_written_that_does_not_load(tmp_path, capsys):
+    """Shorter completions that fit the card may lie below the ramp of the overlong penalty."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"model: {{name: {write_config(tmp_path, '1.5b', layers=2)}, gradient_checkpointing: true}}\n"
+        "data: {source: tiny, max_prompt_tokens: 512}\n"
+        "rollout: {max_new_tokens: 32000}\n"
+        "training: {iterations: 5}\n"
+        "reward: {overlong_buffer: 31000}\n"
+    )
+    text = file.read_text()
+    command = [str(file), "--shape-only", "--card", "1.5", "--write"]
+    assert run_command(preflight.main, command) == 2
+    assert "reward.overlong_buffer = 31000 must be smaller than that: lower it" in capsys.readouterr().err
+    assert file.read_text() == text
+    file.write_text(text.replace("31000", "500"))
+    assert run_command(preflight.main, command) == 0
+    assert 500 < load_recipe(file).rollout.max_new_tokens < 31000
+
+
 def test_overrides_are_not_written(tmp_path, capsys):
     file = tmp_path / "recipe.yaml"
     file.write_text(TINY.read_text())
@@ -169,7 +191,7 @@ def test_every_recipe_is_the_same_again_once_its_own_settings_are_put_back(tmp_p
     for recipe in recipes:
         file, before = tmp_path / recipe.name, load_recipe(recipe)
         file.write_text(recipe.read_text())
-        settings = dict.fromkeys(Advice(7, 7, 7, 7).settings(), 7)
+        settings = dict.fromkeys(Advice(7, 7, 7, 7, 7).settings(), 7)
         write_back(file, settings)
         after = load_recipe(file)
         assert (after.training.micro_batch_tokens, after.rollout.batch_size, after.rollout.max_new_tokens) == (7, 7, 7)
@@ -222,6 +244,29 @@ def test_nothing_of_the_cache_is_alive_when_scoring_begins(make_recipe, make_loo
     finally:
         gc.enable()
     assert len(caches) > 100 and {stage: alive[stage] for stage in ("scoring", "update")} == {"scoring": 0, "update": 0}
+
+
+def test_a_worst_iteration_has_a_gradient_whatever_the_recipe_rewards(make_recipe):
+    """Every completion is cut off in it, and the recipe's rewards are not asked."""
+    rewards = ["reward.functions=[correct, nowhere:judge]", "reward.combine=normalise_each"]
+    loop = prepare(make_recipe("method.truncated=mask", *rewards, "data.max_prompt_tokens=64")).loop
+    metrics = loop.step(TrainState()).metrics
+    assert metrics["length/truncated_share"] == 1.0 and metrics["update/grad_norm"] > 0.0
+
+
+def test_the_advice_agrees_with_a_recipe_that_fits():
+    """A batch larger than an iteration fits as well, and a completion that fills the context cannot be longer."""
+    recipe = load_recipe(TINY)  # 128 completions an iteration, batches of up to 512, completions of up to 32 tokens
+    said = suggestion(Advice(8192, 128, 32, 32, 32), recipe).splitlines()
+    assert said[2].endswith("128    (the recipe has 512, which fits too: an iteration samples 128 completions in all)")
+    assert said[-1] == "completions cannot be longer: the model's context leaves 32 tokens after the longest prompt"
+    said = suggestion(Advice(8192, 64, 32, 40, 900), recipe).splitlines()
+    assert said[2].endswith("batch_size=64    (the recipe has 512)")
+    assert said[-1].endswith("one group sampled at once, completions of 40 tokens would fit")
+    said = suggestion(Advice(8192, 64, 32, 900, 900), recipe)
+    assert said.endswith(
+        "completions of 900 tokens would fit, all that the model's context leaves after the longest prompt"
+    )
 
 
 def test_a_worst_iteration_for_real(capsys):

@@ -98,7 +98,7 @@ def test_divergence_from_the_base_by_hand():
         row(0.8, 0.8),
         row(1.2, 1.2),
         denominator=2.0,
-        base_logp=row(-1.0 + ln2, -1.0 - ln2),
+        reference_logp=row(-1.0 + ln2, -1.0 - ln2),
         kl_weight=row(0.1, 0.4),
     )
     out.loss.backward()
@@ -113,7 +113,7 @@ def test_archer_holds_certain_tokens_to_the_base_and_no_others():
     logp = torch.zeros(1, 5, dtype=torch.float64, requires_grad=True)
     base = torch.full((1, 5), math.log(2.0), dtype=torch.float64)
     ones = torch.ones(1, 5)
-    out, _ = method_loss(method, logp, LossInputs(0 * base, torch.zeros(1), tokens, ones, base_logp=base), 5.0)
+    out, _ = method_loss(method, logp, LossInputs(0 * base, torch.zeros(1), tokens, ones, reference_logp=base), 5.0)
     out.loss.backward()
     # Slope of the divergence -1, weight 0.001 on the four certain tokens, mean over five.
     assert logp.grad[0].tolist() == pytest.approx([-0.0002] * 4 + [0.0])
@@ -156,8 +156,8 @@ def test_the_base_is_the_same_model_without_its_adapter(make_recipe, make_loop):
         for p in loop.learner.parameters:
             p.zero_()
     zeroed = loop.scoring.score(collected.graded, scored.advantage, plan).experience
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(scored.base_logp, zeroed.old_logp, strict=True))
-    assert not all(torch.allclose(a, b, atol=1e-3) for a, b in zip(scored.base_logp, scored.old_logp, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(scored.reference_logp, zeroed.old_logp, strict=True))
+    assert not all(torch.allclose(a, b, atol=1e-3) for a, b in zip(scored.reference_logp, scored.old_logp, strict=True))
 
 
 def test_with_a_divergence_completions_without_advantage_take_part(make_recipe, make_loop):

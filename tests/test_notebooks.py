@@ -57,10 +57,13 @@ def test_notebooks_are_kept_without_outputs(path: Path):
 
 
 def test_the_quickstart_trains_and_shows(tmp_path, monkeypatch):
-    done = run_notebook("quickstart.ipynb", monkeypatch, OVERRIDES=[f"output_dir={tmp_path}", *SMALL])
+    done = run_notebook(
+        "quickstart.ipynb", monkeypatch, OVERRIDES=[f"output_dir={tmp_path}", *SMALL, "benchmark.limit=2"]
+    )
     printed = shown(done, "train(recipe)")
     assert "hapo on tiny" in printed and re.search(r"held-out accuracy, avg@2 +0\.\d+ +[01]\.\d+", printed)
     assert shown(done, "curves.png", "image/png")
+    assert re.search(r"avg@8 .* on 2 prompts", shown(done, "evaluate(few)"))
     for view in ("inline.completion(run)", "inline.right_against_wrong("):
         html = shown(done, view, "text/html")
         assert "iframe srcdoc" in html and "hapo-tokens" in html

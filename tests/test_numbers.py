@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from safetensors.torch import load_file
 
 from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
@@ -62,9 +63,7 @@ class Poison:
     """While it lasts, the gradient (or the output) of one layer is nan in the calls that are counted in `calls`."""
 
     def __init__(self, loop: Loop, calls: set[int], backward: bool) -> None:
-        self.name = next(
-            n for n, m in loop.policy.model.named_modules() if n.endswith("layers.1.mlp.down_proj.lora_B.default")
-        )
+        self.name = next(n for n, m in loop.policy.model.named_modules() if n.endswith("layers.1.mlp.down_proj"))
         self.calls, self.backward, self.seen = calls, backward, 0
         self.handle = loop.policy.model.get_submodule(self.name).register_forward_hook(self.hook)
 
@@ -117,6 +116,18 @@ def test_replay_names_the_layer(prepared, monkeypatch, backward):
     begins = replay(files[0])
     assert begins.startswith("backward, in the gradient of" if backward else "forward, in the output of")
     assert "layers.1.mlp.down_proj" in begins
+
+
+def test_a_file_calls_the_base_models_log_probabilities_what_it_always_has(prepared):
+    """Files of older versions load: the name on the disk is base_logp, for two things."""
+    loop, state, files = prepared("method=archer", "training.micro_batch_tokens=100000")
+    Poison(loop, {1}, backward=True)
+    loop.step(state)
+    written, experience = load_file(files[0]), load_step(files[0]).step.experience
+    assert torch.equal(torch.cat(experience.reference_logp), written["scored.base_logp"])
+    at_base_temperature = torch.cat([c.base_logp for c in experience.completions])
+    assert torch.equal(at_base_temperature, written["sampled.base_logp"])
+    assert not torch.allclose(written["scored.base_logp"], written["sampled.base_logp"], atol=1e-3)
 
 
 def test_replay_finds_a_weight_that_is_not_finite(prepared):

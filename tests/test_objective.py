@@ -67,7 +67,7 @@ def batch(seed=0, rows=6, columns=7):
         "logp": old + 0.3 * noise(rows, columns),
         "old_logp": old,
         "advantage": noise(rows),
-        "base_logp": old + 0.3 * noise(rows, columns),
+        "reference_logp": old + 0.3 * noise(rows, columns),
         "tokens": TokenSignals(
             h=(h := noise(rows, columns).clamp(-1, 1)),
             entropy=noise(rows, columns).abs(),
@@ -101,7 +101,7 @@ def gradient(method, data, rows, denominator, width=None):
             own,
             loss_weights(mask, method.loss_average, trained),
             sampling_logp=data["old_logp"][rows, :width] - 0.01,
-            base_logp=data["base_logp"][rows, :width],
+            reference_logp=data["reference_logp"][rows, :width],
         ),
         denominator,
     )

@@ -55,14 +55,13 @@ def state(policy):
     return policy.model.training, base.config._attn_implementation, "_get_logits_processor" in vars(base), threads
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.7])
-def test_it_writes_what_the_default_engine_writes(loop, requests, top_p):
+@pytest.mark.parametrize("truncation", [{}, {"top_p": 0.7}, {"min_p": 0.1}])
+def test_it_writes_what_the_default_engine_writes(loop, requests, truncation):
     """With fewer rows than requests, an adapter that does something, stop tokens and completions that are cut off."""
     with noisy_adapter(loop.policy, 0.05, 3):
-        theirs = sample(
-            TransformersEngine(loop.policy, 64, LIMIT), requests, AdaptiveTemperature(SIGNAL, 1.1, top_p=top_p)
-        )
-        ours = sample(paged(loop), requests, AdaptiveTemperature(SIGNAL, 1.1, top_p=top_p))
+        processor = AdaptiveTemperature(SIGNAL, 1.1, **truncation)
+        theirs = sample(TransformersEngine(loop.policy, 64, LIMIT), requests, processor)
+        ours = sample(paged(loop), requests, processor)
     for a, b in zip(ours, theirs, strict=True):
         assert (a.prompt, a.sample, a.text, a.truncated) == (b.prompt, b.sample, b.text, b.truncated)
         assert torch.equal(a.ids, b.ids)

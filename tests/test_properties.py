@@ -70,7 +70,7 @@ def steps(draw) -> tuple[list[dict[str, Tensor]], Tensor]:
     for length in lengths:
         old = -3.0 * noise(length).abs()
         entropy = torch.tensor(draw(st.lists(entropies, min_size=length, max_size=length)), dtype=torch.float64)
-        near = {name: old + spread * noise(length) for name in ("logp", "sampling_logp", "base_logp")}
+        near = {name: old + spread * noise(length) for name in ("logp", "sampling_logp", "reference_logp")}
         completions.append({"old_logp": old, "entropy": entropy, **near})
     chosen = st.sampled_from([0.0, 1.0, -1.0, 0.3, -4.0])
     return completions, torch.tensor([draw(chosen) for _ in lengths], dtype=torch.float64)
@@ -130,7 +130,7 @@ def in_micro_batches(
                 tokens,
                 loss_weights(mask, method.loss_average, trained),
                 padded(completions, "sampling_logp"),
-                padded(completions, "base_logp"),
+                padded(completions, "reference_logp"),
             ),
             denominator,
         )
@@ -169,7 +169,7 @@ def one_token(m: Method, a: float, h: float, entropy: float, uncertain: bool, c:
         weight = min(math.exp(c["old_logp"] - c["sampling_logp"]), m.importance_cap)
         gain, slope = gain * weight, slope * weight
     kl = m.kl_uncertain if uncertain else m.kl_certain
-    x = c["base_logp"] - c["logp"]
+    x = c["reference_logp"] - c["logp"]
     return -(gain - kl * (math.exp(x) - x - 1)), -(slope - kl * (1 - math.exp(x)))
 
 
@@ -178,7 +178,7 @@ def in_plain_python(method: Method, completions: list[dict[str, Tensor]], advant
     losses, slopes, counts = [], [], []
     for c, k, a in zip(completions, known, advantage.tolist(), strict=True):
         a *= float(k["scale"]) if method.entropy_scale else 1.0
-        names = ("logp", "old_logp", "sampling_logp", "base_logp")
+        names = ("logp", "old_logp", "sampling_logp", "reference_logp")
         tokens = [
             one_token(method, a, h, e, u, {name: float(c[name][t]) for name in names})
             for t, (h, e, u) in enumerate(
@@ -231,31 +231,46 @@ def test_a_step_does_not_depend_on_its_cut_its_order_or_its_padding(method, step
 
 
 @OFTEN
-@given(group=groups, level=st.sampled_from(["token", "sequence"]), order=st.randoms(use_true_random=False))
-def test_advantages_of_any_groups(group, level, order):
+@given(
+    group=groups,
+    level=st.sampled_from(["token", "sequence"]),
+    scale=st.sampled_from(["group", "batch", "none"]),
+    order=st.randoms(use_true_random=False),
+)
+def test_advantages_of_any_groups(group, level, scale, order):
     def advantage(rows: list[tuple]) -> list[float]:
         values, lengths, ids = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
-        return group_advantage(values, lengths, ids, level).tolist()
+        return group_advantage(values, lengths, ids, level, scale).tolist()
+
+    def spread(rows: list[tuple], weights: list[float], lost: int) -> float:
+        """The standard deviation of the rewards in rows, about their weighted mean; lost: degrees of freedom."""
+        mean = sum(w * row[0] for w, row in zip(weights, rows, strict=True)) / sum(weights)
+        squares = sum(w * (row[0] - mean) ** 2 for w, row in zip(weights, rows, strict=True))
+        return math.sqrt(squares / (sum(weights) - lost)) + STD_FLOOR
 
     found = advantage(group)
     for group_id in {row[2] for row in group}:
         members = [(r, n, a) for (r, n, g), a in zip(group, found, strict=True) if g == group_id]
         values, lengths, a = zip(*members, strict=True)
-        # Another group's rewards have nothing to say.
-        assert a == tuple(advantage([row for row in group if row[2] == group_id]))
+        rows = [row for row in group if row[2] == group_id]
+        if scale != "batch":
+            # Another group's rewards have nothing to say.
+            assert a == tuple(advantage(rows))
         if len(set(values)) == 1:
             assert set(a) == {0.0}
             continue
         # Better than the mean is up, worse is down, and a better one is never below a worse one.
         ranked = [own for _, own in sorted(zip(values, a, strict=True))]
         assert ranked == sorted(ranked)
-        plain = [(r - sum(values) / len(values)) for r in values]
-        std = math.sqrt(sum(p * p for p in plain) / (len(values) - 1))
-        by_sequence = [p / (std + STD_FLOOR) for p in plain]
+        measured = rows if scale == "group" else group
+        stds = 1.0, 1.0
+        if scale != "none":
+            stds = spread(measured, [1.0] * len(measured), 1), spread(measured, [row[1] for row in measured], 0)
+        by_sequence = [(r - sum(values) / len(values)) / stds[0] for r in values]
         mean = sum(r * n for r, n in zip(values, lengths, strict=True)) / sum(lengths)
-        variance = sum(n * (r - mean) ** 2 for r, n in zip(values, lengths, strict=True)) / sum(lengths)
-        by_token = [(r - mean) / (math.sqrt(variance) + STD_FLOOR) for r in values]
-        fell_back = level == "sequence" or max(map(abs, by_token)) >= FALLBACK_LIMIT
+        by_token = [(r - mean) / stds[1] for r in values]
+        extreme = scale != "none" and max(map(abs, by_token)) >= FALLBACK_LIMIT
+        fell_back = level == "sequence" or extreme
         assert a == pytest.approx(by_sequence if fell_back else by_token, rel=1e-6, abs=1e-6)
     shuffled = list(enumerate(group))
     order.shuffle(shuffled)

@@ -78,6 +78,17 @@ def test_overrides_reach_every_depth(write_recipe):
     assert recipe.training.learning_rate == 1e-4
 
 
+def test_held_out_prompts_are_worded_as_the_training_prompts_are(write_recipe):
+    path = write_recipe(MINIMAL)
+    other = ["evaluation.data.source=held_out.csv"]
+    assert load_recipe(path, [*other, "data.system_prompt=null"]).evaluation.data.system_prompt is None
+    assert load_recipe(path, [*other, "data.system_prompt=Add."]).evaluation.data.system_prompt == "Add."
+    own = load_recipe(path, [*other, "data.system_prompt=Add.", "evaluation.data.system_prompt=null"])
+    assert own.evaluation.data.system_prompt is None and own.data.system_prompt == "Add."
+    default = load_recipe(path, other)
+    assert default.evaluation.data.system_prompt == default.data.system_prompt
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_may_be_named_or_altered(write_recipe, name):
     path = write_recipe({**MINIMAL, "method": name})
@@ -93,7 +104,7 @@ def test_a_preset_may_be_named_or_altered(write_recipe, name):
         ("rollout.temprature=1", r"rollout\.temprature is not a field; did you mean rollout\.temperature\?"),
         ("model.lora.rnk=1", r"did you mean model\.lora\.rank\?"),
         ("method.adaptive_clipp=true", r"did you mean method\.adaptive_clip\?"),
-        ("learning_rate=1", r"did you mean training\.learning_rate\?"),
+        ("learning_rate=1", r"did you mean training\.learning_rate or sft\.learning_rate\?"),
         ("rollout.temperature=hot", r"rollout\.temperature = 'hot': input should be a valid number"),
         ("training.iterations=1.5", r"training\.iterations = 1\.5"),
         ("training.iterations=0", r"training\.iterations = 0: input should be greater than or equal to 1"),
@@ -178,6 +189,37 @@ ERRORS = [
     ),
     (rules.a_correct_answer_earns_more, ["reward.correct=0"], "wrong answers are what is learned"),
     (
+        rules.a_correct_answer_earns_more,
+        ["reward.functions=[correct, boxed]", "reward.wrong=2"],
+        "wrong answers are what is learned",
+    ),
+    (
+        rules.one_reward_or_a_list,
+        ["reward.functions=[correct]", "reward.function=mine.py:score"],
+        "put the one function into the list too",
+    ),
+    (
+        rules.a_list_names_the_overlong_penalty,
+        ["reward.functions=[correct]", "reward.overlong_buffer=8"],
+        "add `overlong` to the list",
+    ),
+    (
+        rules.a_list_names_the_overlong_penalty,
+        ["reward.functions=[correct, overlong]"],
+        "0 for every completion without a reward.overlong_buffer",
+    ),
+    (
+        rules.some_reward_has_a_weight,
+        ["reward.functions=[{function: correct, weight: 0}]"],
+        "nothing would be learned",
+    ),
+    (rules.normalising_each_needs_a_list, ["reward.combine=normalise_each"], "needs reward.functions"),
+    (
+        rules.normalising_each_is_by_group,
+        ["reward.combine=normalise_each", "reward.functions=[correct, boxed]", "method.scale=batch"],
+        "leave method.scale at group",
+    ),
+    (
         rules.truncated_sampling_needs_its_weight,
         ["rollout.top_p=0.9"],
         "needs method.importance=truncated: .* without that weight the gradient is biased",
@@ -186,6 +228,11 @@ ERRORS = [
         rules.truncated_sampling_needs_its_weight,
         ["rollout.top_k=20"],
         "a rollout.top_k needs method.importance=truncated",
+    ),
+    (
+        rules.truncated_sampling_needs_its_weight,
+        ["rollout.min_p=0.05"],
+        "rollout.min_p above 0 needs method.importance=truncated",
     ),
     (
         rules.a_limit_of_tokens_needs_a_constant_schedule,
@@ -201,6 +248,22 @@ DOUBTS = [
         rules.token_budget_needs_dynamic_sampling,
         ["rollout.token_budget=5"],
         "no effect without rollout.dynamic_sampling",
+    ),
+    (
+        rules.unpacked_base_needs_a_packed_one,
+        ["rollout.unpacked_base=always", "model.quantization=none"],
+        "no effect with model.quantization=none",
+    ),
+    (
+        rules.held_out_data_is_other_data,
+        ["data.source=a.csv", "evaluation.data.source=a.csv"],
+        "leave evaluation.data out, and evaluation.prompts of them are held out",
+    ),
+    (rules.none_is_a_word, ["data.system_prompt=none"], "data.system_prompt is the word 'none': write null"),
+    (
+        rules.a_preset_brings_its_pieces,
+        [f"method={yaml.safe_dump(vars(PRESETS['hapo']), default_flow_style=True, width=9999)}", "method.preset=dapo"],
+        "every piece is that of hapo: write method=dapo",
     ),
     (rules.one_update_disables_hapo, ["training.updates_per_iteration=1"], "every ratio is 1"),
     (

@@ -11,7 +11,9 @@ import pytest
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import RewardSettings
 from hapo_lite.records import Prompt, Score
-from hapo_lite.tasks.rewards import Scorer, code_of, load_function, soft_overlong_penalty
+from hapo_lite.tasks.functions import soft_overlong_penalty
+from hapo_lite.tasks.own_code import code_of, load_function
+from hapo_lite.tasks.rewards import Scorer
 from hapo_lite.train import run
 
 PROMPT = Prompt("p", (("system", "Be brief."), ("user", "1+1=?")), "2")
@@ -85,7 +87,7 @@ def test_nan_and_inf_are_left_to_the_loop_which_skips_them(tmp_path):
 @pytest.mark.parametrize(
     ("body", "complaint"),
     [
-        ("return [1.0]", r"mine\.py:reward returned 1 rewards for 2 completions"),
+        ("return [1.0]", r"mine\.py:reward returned 1 reward for 2 completions"),
         ("return ['1', 2]", r"returned '1' for completion 0"),
         ("return [None, 2]", r"returned None for completion 0"),
         ("return [10**400, 2]", r"for completion 0"),
@@ -96,6 +98,8 @@ def test_nan_and_inf_are_left_to_the_loop_which_skips_them(tmp_path):
         ("import json; return json.loads('{')", r"raised JSONDecodeError: .* at .*mine\.py:2"),
         ("raise SystemExit(0)", r"raised SystemExit: 0 at .*mine\.py:2"),
         ("raise ValueError('one\\ntwo')", r"raised ValueError: one two at .*mine\.py:2"),
+        ("return [p + 1 for p in prompts]", r"raised TypeError: can only concatenate str .* at .*mine\.py:2"),
+        ("return grade(prompts)\n\ndef grade():\n    ...", r"raised TypeError: grade\(\) takes 0 .* at .*mine\.py:2"),
         ("return reward(prompts, completions, answers)", r"raised RecursionError: .* at .*mine\.py:2"),
     ],
 )
@@ -126,6 +130,36 @@ def test_functions_that_cannot_be_loaded(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=complaint):
             load_function(name)
     assert load_function("fine:brevity")([], ["a"], []) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("definition", "complaint"),
+    [
+        ("def judge(prompts, completions)", r"takes \(prompts, completions\), and it is handed .*too many positional"),
+        ("def judge(prompts, completions, answers, level)", r"missing a required argument: 'level'\)"),
+        ("def judge(prompts, *, completions, answers)", r"too many positional"),
+        ("def judge(completions, answers, prompts)", r"so prompts as completions: change it, or name it in"),
+        ("def judge(prompts, completions, truncated)", r"so answers as truncated: "),
+        ("async def judge(p, c, a)", r"is async, and only reward\.functions awaits"),
+    ],
+)
+def test_a_wrong_signature_is_refused_before_the_data_are_read(tmp_path, make_recipe, definition, complaint):
+    path = tmp_path / "judges.py"
+    path.write_text(f"{definition}:\n    ...\n")
+    recipe = make_recipe(f"reward.function={path}:judge", "data.source=nowhere.jsonl")
+    with pytest.raises(UserError, match=complaint) as caught:
+        run.train(recipe)
+    assert f"reward.function {path}:judge" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "definition",
+    ["def judge(p, c, a)", "def judge(*lists)", "def judge(p, c, a, level=1)", "def judge(p, *rest, **more)"],
+)
+def test_a_function_that_takes_three_lists_by_place_is_called(tmp_path, definition):
+    path = tmp_path / "judges.py"
+    path.write_text(f"{definition}:\n    return [1.0, 2.0]\n")
+    assert [s.reward for s in score(RewardSettings(function=f"{path}:judge"), *BOXES)] == [1.0, 2.0]
 
 
 def test_the_example_of_the_guide_works(tmp_path, monkeypatch):

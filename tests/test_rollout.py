@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.temperature import adaptive_temperature
@@ -38,10 +44,10 @@ def prompts(policy):
     ]
 
 
-def sample(policy, requests, batch_size=64, signal=SIGNAL, base=1.0, top_p=1.0, limit=24, seed=0, iteration=1):
+def sample(policy, requests, batch_size=64, signal=SIGNAL, base=1.0, limit=24, seed=0, iteration=1, **truncation):
     engine = TransformersEngine(policy, batch_size, limit)
     key = DrawKey(seed, Stage.TRAINING, iteration)
-    return engine.sample(requests, AdaptiveTemperature(signal, base, top_p=top_p), key)
+    return engine.sample(requests, AdaptiveTemperature(signal, base, **truncation), key)
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +203,53 @@ def test_a_sampler_that_does_not_take_the_forced_token_is_caught(policy, request
 
     with pytest.raises(RuntimeError, match="returned other tokens than were drawn"):
         Headstrong(policy, 64, 24).sample(requests[:2], AdaptiveTemperature(None), DrawKey(0, Stage.TRAINING, 1))
+
+
+@pytest.mark.parametrize(
+    ("min_p", "top_p", "kept"),
+    [
+        # Probabilities .5, .25, .15, .1: at least a fifth of .5 is .1, at least half of it .25.
+        (0.19, 1.0, 4),
+        (0.21, 1.0, 3),
+        (0.49, 1.0, 2),
+        (1.0, 1.0, 1),
+        # Within the nucleus of the first two, whose ratio stays a half.
+        (0.1, 0.7, 2),
+        (0.6, 0.7, 1),
+    ],
+)
+def test_min_p_keeps_what_is_likely_beside_the_likeliest_by_hand(min_p, top_p, kept):
+    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
+    scores = AdaptiveTemperature(None, top_p=top_p, min_p=min_p)(None, logits)
+    assert scores[0, [1, 3, 2, 0]].isfinite().tolist() == [i < kept for i in range(4)]
+
+
+def test_min_p_is_that_of_transformers_at_each_tokens_own_temperature():
+    logits = torch.randn(50, 3000, generator=torch.Generator().manual_seed(0)) * 4
+    theirs = LogitsProcessorList([TemperatureLogitsWarper(0.5), TopPLogitsWarper(0.9), MinPLogitsWarper(0.1)])
+    ours = AdaptiveTemperature(None, 0.5, top_p=0.9, min_p=0.1)(None, logits)
+    assert torch.equal(ours, theirs(None, logits))
+    # With a signal the threshold follows the temperature: it is that of the distribution that is drawn from.
+    adapted = AdaptiveTemperature(SIGNAL, 0.9, tau=0.5, min_p=0.1).adapted(logits)
+    assert float(adapted.temperature.max() - adapted.temperature.min()) > 0.1
+    for row, temperature, scores in zip(logits, adapted.temperature, adapted.scores, strict=True):
+        probability = (row / temperature).softmax(-1)
+        near = (probability / probability.max() - 0.1).abs() < 1e-5
+        assert torch.equal(scores.isfinite() | near, (probability >= 0.1 * probability.max()) | near)
+
+
+def test_min_p_records_the_log_probability_among_the_kept(policy, requests):
+    completions = sample(policy, requests, signal=None, base=0.8, min_p=0.2)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(0.8), MinPLogitsWarper(0.2)])
+    grown = 0
+    for c in completions:
+        ids = torch.tensor([*c.prompt.ids, *c.ids.tolist()])[None]
+        with torch.no_grad():
+            logits = policy.model(ids).logits[0, len(c.prompt.ids) - 1 : -1].float()
+        logp = warpers(None, logits).log_softmax(-1).gather(1, c.ids[:, None]).squeeze(1)
+        assert torch.allclose(c.sampling_logp, logp, atol=1e-4)
+        grown += int((c.sampling_logp > c.base_logp + 1e-3).sum())
+    assert grown > 20
 
 
 def test_top_p_records_the_log_probability_in_the_nucleus(policy, requests):

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import json
 import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
 
+import gradio as gr
 import pytest
 import torch
 import yaml
 from transformers import AutoTokenizer
 
+from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
+from hapo_lite.evaluate.__main__ import main as evaluate
+from hapo_lite.evaluate.suites import fit
+from hapo_lite.export.merge import _load as load_unquantised
+from hapo_lite.export.probes import gather_probes
+from hapo_lite.export.source import open_source
+from hapo_lite.inspect.tabs.controls import LimitBoxes, ModelBoxes
+from hapo_lite.inspect.tabs.state import AppState
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.model.template import encode_open
@@ -19,8 +33,9 @@ from hapo_lite.recipe import ModelSettings, first_incompatible_setting, load_rec
 from hapo_lite.records import Completion, EncodedPrompt, Prompt, Sequences
 from hapo_lite.runs.folder import RunFolder, with_date_of
 from hapo_lite.train.prompts import first_prompt
-from tests.conftest import ROOT
-from tests.test_run import train_here
+from tests.commands import ENVIRONMENT, SMALL
+from tests.conftest import ROOT, TINY
+from tests.test_run import accelerate, train_here
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 OPEN = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -28,25 +43,26 @@ DATED = "{{ strftime_now('%d %b %Y') }} " + TURNS + OPEN
 THINKS = "{% if enable_thinking is not defined or enable_thinking %}/think {% endif %}" + TURNS + OPEN
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TURNS
 DROPS_SYSTEM = TURNS.replace("in messages", "in messages if m.role != 'system'") + OPEN
+DATED_AND_THINKS = "{{ strftime_now('%d %b %Y') }} " + THINKS
 FORGETS_THOUGHTS = TURNS.replace("m.content", "m.content.split('</think>')[-1]") + OPEN
 CHAT = [{"role": "user", "content": "1+2=?"}]
 
 
+def write_model(folder: Path, template: str | None, **config) -> str:
+    """The folder of the bundled model with another chat template; None: with none. config: of its tokenizer."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(TINY_MODEL, folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    path = folder / "tokenizer_config.json"
+    known = {k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}
+    path.write_text(json.dumps(known | ({"chat_template": template} if template else {}) | config))
+    return str(folder)
+
+
 @pytest.fixture
 def model(tmp_path):
-    """model(template): the folder of the bundled model with another chat template; None: with none."""
-
-    def make(template: str | None, **config):
-        folder = tmp_path / "model"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(TINY_MODEL, folder)
-        (folder / "chat_template.jinja").unlink(missing_ok=True)
-        path = folder / "tokenizer_config.json"
-        known = {k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}
-        path.write_text(json.dumps(known | ({"chat_template": template} if template else {}) | config))
-        return str(folder)
-
-    return make
+    """model(template): the folder of `write_model`."""
+    return partial(write_model, tmp_path / "model")
 
 
 def loaded(name, **settings):
@@ -84,6 +100,131 @@ def test_a_run_with_a_dated_template_is_resumed_the_next_day(model, tmp_path, mo
     assert "after iteration 2" in capsys.readouterr().out
     assert train_here(tmp_path, name, "training.iterations=4", "model.chat_template_date=2021-01-01") == 2
     assert "model.chat_template_date = 2020-02-29" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def thinking_run(tmp_path_factory):
+    """The folder of a run on 29 Feb 2020, its first prompt as it was printed, and the overrides that made it."""
+    folder = tmp_path_factory.mktemp("thinking")
+    overrides = [
+        f"model.name={write_model(folder / 'model', DATED_AND_THINKS)}",
+        "model.chat_template_options={enable_thinking: false}",
+        'data.system_prompt="Add, then\\nmultiply. "',
+        "training.iterations=1",
+        "evaluation.prompts=0",
+    ]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr("hapo_lite.model.load.today", lambda: datetime.date(2020, 2, 29))
+        assert train_here(folder, *overrides) == 0
+    first = "\n".join(line[4:] for line in printed.getvalue().splitlines() if line.startswith("  | "))
+    assert first.startswith("29 Feb 2020 <|im_start|>system\nAdd, then\nmultiply. <|im_end|>")
+    return folder / "tiny_cpu", first, overrides
+
+
+def problem_in(rendered: str) -> str:
+    return rendered.partition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
+
+
+def test_the_inspector_renders_a_prompt_as_the_run_did(thinking_run):
+    folder, first, _ = thinking_run
+    app = AppState("", "", folder)
+    with gr.Blocks():
+        limits = LimitBoxes(app, "generate")
+        boxes = ModelBoxes(app, "generate", limits)
+    values = {box: box.value for box in boxes.inputs | limits.inputs}
+    assert values[boxes.run] == "tiny_cpu"
+
+    def rendered():
+        settings = boxes.settings(values, problem_in(first), limits)
+        return written(boxes.policy(values), [{"role": role, "content": text} for role, text in settings.messages])
+
+    assert rendered().rstrip("\n") == first
+    values[boxes.run] = ""
+    assert "/think <|im_start|>system" in rendered() and "29 Feb 2020" not in rendered()
+
+
+def test_an_export_asks_as_the_run_did(thinking_run):
+    folder, first, _ = thinking_run
+    source = open_source(folder, None)
+    policy = load_unquantised(source, source.base, torch.device("cpu"), torch.float32, source.adapter)
+    probes = gather_probes(source, policy, print)
+    head = first.partition("<|im_start|>user")[0]
+    asked = [policy.tokenizer.decode(ids, skip_special_tokens=False) for ids, _ in probes.texts]
+    asked += [policy.tokenizer.decode(ids, skip_special_tokens=False) for ids in probes.prompts]
+    assert len(asked) > len(probes.texts) > 0 and all(text.startswith(head) for text in asked)
+
+
+@pytest.mark.parametrize("as_trained", [True, False])
+def test_an_evaluation_asks_as_the_run_did_or_says_that_it_does_not(thinking_run, monkeypatch, capsys, as_trained):
+    folder, first, overrides = thinking_run
+    asked = []
+
+    def fitted(problems, policy, *rest):
+        suite = fit(problems, policy, *rest)
+        asked.append(policy.tokenizer.decode(suite.prompts[0].ids, skip_special_tokens=False))
+        return suite
+
+    monkeypatch.setattr("hapo_lite.evaluate.evaluation.fit", fitted)
+    few = [
+        "--suite",
+        "tiny",
+        "benchmark.limit=1",
+        "benchmark.samples=1",
+        "reward.workers=1",
+        f"output_dir={folder.parent}",
+    ]
+    given = overrides if as_trained else [o for o in overrides if "options" not in o]
+    assert run_command(evaluate, [str(TINY), *given, *few]) == 0
+    head = first.partition("<|im_start|>")[0]
+    assert asked[0].startswith(head if as_trained else head + "/think ")
+    note = 'was trained with model.chat_template_options={"enable_thinking": false}'
+    assert (note in capsys.readouterr().out) == (not as_trained)
+
+
+CLOCKS_APART = """
+import datetime, os, sys
+from pathlib import Path
+
+from hapo_lite.model import load
+from hapo_lite.train import run
+from hapo_lite.train.__main__ import command
+
+rank, folder, day = int(os.environ["RANK"]), Path(sys.argv.pop(1)), datetime.date.fromisoformat(sys.argv.pop(1))
+# Process 0 reads its clock before midnight, and process 1 after it.
+load.today = lambda: day + datetime.timedelta(days=rank)
+load_policy = run.load_policy
+
+def load_and_write(*arguments, **options):
+    policy = load_policy(*arguments, **options)
+    ids = policy.encode([{"role": "user", "content": "1+2=?"}])
+    (folder / f"{day}-{rank}").write_text(policy.tokenizer.decode(ids, skip_special_tokens=False))
+    return policy
+
+run.load_policy = load_and_write
+sys.exit(command())
+"""
+
+
+@pytest.mark.slow
+def test_processes_on_both_sides_of_midnight_ask_the_same(model, tmp_path):
+    """The first process decides, and the run's folder keeps what it has decided for later days."""
+    program = tmp_path / "clocks_apart.py"
+    program.write_text(CLOCKS_APART)
+    for day, iterations in (("2020-02-29", 1), ("2020-03-07", 2)):
+        settings = [f"model.name={model(DATED)}", f"training.iterations={iterations}", "evaluation.prompts=0"]
+        start = [*accelerate("ddp"), str(program), str(tmp_path), day]
+        arguments = [str(TINY), f"output_dir={tmp_path}", *SMALL, *settings]
+        done = subprocess.run(
+            [*start, *arguments], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+        assert "2 x cpu" in done.stdout
+        both = [(tmp_path / f"{day}-{rank}").read_text() for rank in range(2)]
+        assert both[0].startswith("29 Feb 2020 <|im_start|>user") and both[0] == both[1]
+    assert "resuming" in done.stdout and "after iteration 1" in done.stdout
+    recipe = yaml.safe_load((tmp_path / "tiny_cpu" / "recipe.yaml").read_text())
+    assert recipe["model"]["chat_template_date"] == "2020-02-29"
 
 
 def test_the_date_of_a_run_is_taken_from_its_folder(make_recipe):

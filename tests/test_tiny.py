@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hapo_lite.model.load import load_policy
@@ -18,7 +19,7 @@ from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.tiny import build
-from hapo_lite.tiny.task import Habits, Problem, all_problems, problems, write_solution
+from hapo_lite.tiny.task import Habits, Problem, all_problems, problems, worked_out, write_solution
 
 
 def boxed(text: str) -> str | None:
@@ -80,6 +81,15 @@ def test_the_tokenizer_writes_any_text():
     assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
         "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n1+2*3=?<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_the_tokenizer_is_read_as_it_was_saved():
+    """By the type of the model transformers would take it for Qwen2's, which splits ` 7` and cuts up `\\boxed{`."""
+    saved = Tokenizer.from_file(str(TINY_MODEL / "tokenizer.json"))
+    policy = load_policy(ModelSettings(name="tiny", quantization="none", lora=LoraSettings(rank=4)), 0, "cpu")
+    for problem in problems("train")[:50]:
+        text = worked_out(problem)
+        assert policy.encode_answer(text, policy.end_of_turn)[:-1] == saved.encode(text).ids
 
 
 def test_the_script_that_makes_the_model_runs(tmp_path, monkeypatch, capsys):

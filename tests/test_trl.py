@@ -165,6 +165,7 @@ def test_it_trains(tmp_path):
         ({"loss_type": "cispo"}, "loss_type = cispo: use dapo"),
         ({"method": PRESETS["hapo"]}, "adaptive_temperature=False"),
         ({"method": PRESETS["archer"]}, "archer: TRL has no place for eps_uncertain"),
+        ({"method": replace(WITHOUT_A, truncated="mask")}, "TRL has no place for truncated .* mask_truncated"),
     ],
 )
 def test_what_would_not_be_obeyed_is_refused(tmp_path, options, message):

@@ -7,10 +7,12 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from hapo_lite.cli import run_command
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.train.__main__ import main
+from hapo_lite.train.curves import PANELS, draw_curves
 from hapo_lite.train.verdict import judge_run
 from tests.conftest import ROOT, TINY
 
@@ -52,9 +54,9 @@ MORE_OF_THEM = [4, 1] * 20
 @pytest.mark.parametrize(
     ("after", "series", "word", "says"),
     [
-        (MORE_OF_THEM, {}, "learned", ["avg@4 rose by 0.375 [0.338, 0.412], pass@4 by 0.500 [0.350, 0.650]"]),
+        (MORE_OF_THEM, {}, "learned", ["avg@4 rose by 0.375 [0.335, 0.415], pass@4 by 0.500 [0.338, 0.662]"]),
         (MORE_OFTEN, {}, "sharpened", ["rose by 0.250", "pass@4 did not (+0.000 [+0.000, +0.000])"]),
-        ([1, 0] * 20, {}, "worse", ["fell by 0.125 [0.087, 0.163]", "lower training.learning_rate (0.0005)"]),
+        ([1, 0] * 20, {}, "worse", ["fell by 0.125 [0.085, 0.165]", "lower training.learning_rate (0.0005)"]),
         # One prompt in forty: from 0 to 1 of 4 attempts.
         ([2, 1] + [2, 0] * 19, {}, "no difference", ["would not show", "evaluation.prompts (64)"]),
         (HALF, {}, "no difference", ["as many were right on each", "raise training.iterations (40)"]),
@@ -113,6 +115,12 @@ MORE_OF_THEM = [4, 1] * 20
             {"ratio/kl_old": lambda i: 2.5 if i == 7 else 1e-3},
             "worse",
             ["jumped 2.5 nats away from itself within iteration 7"],
+        ),
+        (
+            HALF,
+            {"updates": 0, "update/skipped": 4},
+            "no difference",
+            ["nothing was trained: all 160 updates were skipped"],
         ),
         (HALF, {"ratio/kl_old": 1e-12}, "no difference", ["hardly moved", "raise training.learning_rate (0.0005)"]),
         (
@@ -226,3 +234,20 @@ def test_real_runs(tmp_path, capsys, overrides, word, says):
     assert summary["sentence"] in printed and all(f"- {reason}" in printed for reason in summary["because"])
     for part in says:
         assert part in printed
+
+
+def test_no_legend_lies_over_the_curves(tmp_path, monkeypatch):
+    drawn = []
+    save = Figure.savefig
+
+    def keep(figure, *rest, **more):
+        drawn.append(figure)
+        save(figure, *rest, **more)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    keys = [key for _, series in PANELS for key in series]
+    draw_curves([{"iteration": i, **dict.fromkeys(keys, 1.0)} for i in range(20)], tmp_path / "curves.png", "run")
+    panels = drawn[0].axes
+    assert len(panels) == len(PANELS)
+    for axes in panels:
+        assert not any(axes.get_legend().get_window_extent().overlaps(other.get_window_extent()) for other in panels)

@@ -27,6 +27,7 @@ OFF = {
 METHODS = {
     **{name: PRESETS[name] for name in ("hapo", "hapo_public_code", "dapo", "grpo")},
     **{f"hapo without {pieces}": replace(PRESETS["hapo"], **off) for pieces, off in OFF.items()},
+    **{f"dapo, scale {scale}": replace(PRESETS["dapo"], scale=scale) for scale in ("batch", "none")},
 }
 
 
@@ -38,7 +39,7 @@ def in_the_loop(method, batch, rows):
     """The same by the functions that the loop calls, on the whole optimiser step."""
     logp = batch.logp.clone().requires_grad_()
     rewards, lengths, groups = torch.tensor(REWARDS).double(), torch.tensor(LENGTHS), torch.tensor(GROUPS)
-    advantage = group_advantage(rewards, lengths, groups, method.advantage_level)
+    advantage = group_advantage(rewards, lengths, groups, method.advantage_level, method.scale)
     mask = batch.mask[rows].bool()
     loss, _ = method_loss(
         method,

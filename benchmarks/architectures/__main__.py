@@ -34,14 +34,15 @@ DEADLINE_S = 120.0
 
 
 def read(path: Path) -> dict[str, Report]:
-    """What has been found so far, by family. A line that was cut off does not count."""
+    """What has been found so far, by family. A line that was cut off, or is an older version's, does not count."""
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             report = Report(**json.loads(line))
         except (ValueError, TypeError):
             continue
-        found[report.family] = report
+        if not report.facts or "unpacked" in report.facts or report.results.get("train") != "ran":
+            found[report.family] = report
     return found
 
 

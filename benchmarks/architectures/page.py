@@ -29,8 +29,9 @@ small model has its family's layers, but says nothing about memory, speed or lea
     make architectures                                    # all families, half an hour to an hour; writes this page
     python -m benchmarks.architectures llama mamba2       # some of them
 
-Machine: one thread of a virtual machine ({machine}), torch {torch}, transformers {transformers}, peft {peft},
-bitsandbytes {bitsandbytes}. A command that ends in a traceback would be on this page as such: there is {tracebacks}.
+Machine: one thread of {machine}, torch {torch}, transformers {transformers}, peft {peft} and
+bitsandbytes {bitsandbytes}.
+A command that ends in a traceback would be on this page as such: there is {tracebacks}.
 """
 TRAINS = """\
 ## Families that train

@@ -5,6 +5,7 @@ Axes: B completions, T completion tokens. A group is the set of completions of o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,17 +18,28 @@ FALLBACK_LIMIT = 5.0
 
 
 def group_advantage(
-    rewards: Tensor, lengths: Tensor, group_ids: Tensor, level: Literal["token", "sequence"] = "token"
+    rewards: Tensor,
+    lengths: Tensor,
+    group_ids: Tensor,
+    level: Literal["token", "sequence"] = "token",
+    scale: Literal["group", "batch", "none"] = "group",
 ) -> Tensor:
     """The advantage of each completion within its group. rewards, lengths, group_ids: [B] -> [B], dtype of `rewards`.
 
     level "sequence": (r - mean) / (sample std + 1e-6) over the group's completions. level "token": the mean and the
     population std are taken over all tokens of the group, so a long completion weighs more and the group's advantages
     sum to zero over its tokens. A group in which any |A| reaches 5 falls back to "sequence". A group whose rewards are
-    all equal has A = 0. Raises ValueError for an unknown level, unequal shapes or a non-finite reward.
+    all equal has A = 0.
+
+    scale says whose standard deviation divides. "group": the group's. "batch": that of all B rewards about their own
+    mean (Lite PPO, arXiv 2508.08221), over tokens or over completions as `level` says. "none": r - mean is not divided
+    (Dr. GRPO, arXiv 2503.20783), and no group falls back, since the limit is in units of a standard deviation.
+    Raises ValueError for an unknown level or scale, unequal shapes or a non-finite reward.
     """
     if level not in ("token", "sequence"):
         raise ValueError(f"level must be 'token' or 'sequence', not {level!r}")
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale must be 'group', 'batch' or 'none', not {scale!r}")
     if not rewards.shape == lengths.shape == group_ids.shape or rewards.dim() != 1:
         raise ValueError(
             f"rewards, lengths and group_ids must share one shape [B]; they have {tuple(rewards.shape)}, "
@@ -36,22 +48,70 @@ def group_advantage(
     if not bool(torch.isfinite(rewards).all()):
         raise ValueError("rewards must be finite")
     advantage = torch.zeros_like(rewards)
+    lengths = lengths.to(rewards.dtype)
+    batch = _Rewards(rewards, lengths)
     for group in group_ids.unique():
         members = group_ids == group
-        advantage[members] = _one_group(rewards[members], lengths[members].to(rewards.dtype), level)
+        own = _Rewards(rewards[members], lengths[members])
+        if bool((own.values == own.values[0]).all()):
+            continue
+        if scale == "none":
+            advantage[members] = own.centred(level)
+        else:
+            advantage[members] = _scaled(own, batch if scale == "batch" else own, level)
     return advantage
 
 
-def _one_group(rewards: Tensor, lengths: Tensor, level: str) -> Tensor:
-    if bool((rewards == rewards[0]).all()):
-        return torch.zeros_like(rewards)
+def decoupled_advantage(
+    rewards: Tensor, weights: Tensor, lengths: Tensor, group_ids: Tensor, level: Literal["token", "sequence"] = "token"
+) -> Tensor:
+    """GDPO's advantage of K rewards (arXiv 2601.05242, Eq. 4-6). rewards: [K, B]; weights: [K]; others: [B] -> [B].
+
+    The advantages of the rewards, each within its group, are summed with their weights and divided by the standard
+    deviation of the sum over the batch, + 1e-6. The mean over the batch, which Eq. 6 subtracts, is 0 since that of
+    every group is: nothing is subtracted, so a group without a difference has A = 0. level "sequence": the sample
+    standard deviation over completions, as in the paper. level "token": Eq. 9 in each group, and the root mean square
+    over all tokens; their mean is 0 but for groups that fell back. Raises ValueError as `group_advantage` does.
+    """
+    apart = torch.stack([group_advantage(reward, lengths, group_ids, level) for reward in rewards])
+    total = weights.to(rewards.dtype) @ apart
+    by_token = level == "token"
+    counts, count = (lengths, lengths.sum()) if by_token else (torch.ones_like(total), max(len(total) - 1, 1))
+    return total / (((counts * total.square()).sum() / count).sqrt() + STD_FLOOR)
+
+
+@dataclass(frozen=True)
+class _Rewards:
+    """Rewards of completions and their lengths in tokens, [B] each. level: as in `group_advantage`."""
+
+    values: Tensor
+    lengths: Tensor
+
+    def centred(self, level: str) -> Tensor:
+        """The rewards less their mean, over tokens or over completions: [B]."""
+        if level == "sequence":
+            return self.values - self.values.mean()
+        return self.values - (self._weights * self.values).sum()
+
+    def std(self, level: str) -> Tensor:
+        """The population standard deviation over tokens, or the sample one over completions: a scalar."""
+        if level == "sequence":
+            return self.values.std()
+        return (self._weights * self.centred("token").square()).sum().sqrt()
+
+    @property
+    def _weights(self) -> Tensor:
+        """The share of each completion in the tokens."""
+        return self.lengths / self.lengths.sum()
+
+
+def _scaled(group: _Rewards, measured: _Rewards, level: str) -> Tensor:
+    """The group's centred rewards over the standard deviation of `measured`, by sequence where Eq. 9 is extreme."""
     if level == "token":
-        weights = lengths / lengths.sum()
-        centred = rewards - (weights * rewards).sum()
-        advantage = centred / ((weights * centred.square()).sum().sqrt() + STD_FLOOR)
+        advantage = group.centred("token") / (measured.std("token") + STD_FLOOR)
         if float(advantage.abs().max()) < FALLBACK_LIMIT:
             return advantage
-    return (rewards - rewards.mean()) / (rewards.std() + STD_FLOOR)
+    return group.centred("sequence") / (measured.std("sequence") + STD_FLOOR)
 
 
 def redistribute(

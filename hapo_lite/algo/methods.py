@@ -30,6 +30,12 @@ class Method:
     token_level_advantage: bool = _option(
         True, "B: group mean and std over tokens (Eq. 9), else over completions (Eq. 1)"
     )
+    scale: Literal["group", "batch", "none"] = _option(
+        "group", "Divide advantages by the standard deviation of the group, of the iteration, or not (Dr. GRPO)"
+    )
+    truncated: Literal["keep", "mask"] = _option(
+        "keep", "mask: a completion cut off at the limit leaves the loss and its denominator, not its group's mean"
+    )
     redistribution: bool = _option(True, "C: amplify moving decision points, suppress settled tokens (Eq. 10-11)")
     adaptive_clip: bool = _option(True, "D: clip bounds that follow each token's entropy (Eq. 12-13)")
     tau: float = _option(0.05, "How far the temperature moves: T = base * (1 + tau * h)")
@@ -69,33 +75,44 @@ class Method:
     importance_cap: float = _option(2.0, "Largest importance weight")
 
     def __post_init__(self) -> None:
+        within = (self.eps_uncertain is None or 0.0 < self.eps_uncertain < 1.0, "above 0 and below 1, or null")
         bounds = {
-            "tau": 0.0 <= self.tau < 1.0,
-            "quantile": 0.0 <= self.quantile <= 1.0,
-            "floor": self.floor > 0.0,
-            "eps_low": 0.0 < self.eps_low < 1.0,
-            "eps_high": self.eps_high > 0.0,
-            "eps_uncertain": self.eps_uncertain is None or 0.0 < self.eps_uncertain < 1.0,
-            "dual_clip": self.dual_clip is None or self.dual_clip > 1.0,
-            "entropy_bonus": self.entropy_bonus >= 0.0,
-            "entropy_bonus_limit": self.entropy_bonus_limit > 1.0,
-            "kl_certain": self.kl_certain >= 0.0,
-            "kl_uncertain": self.kl_uncertain >= 0.0,
-            "importance_cap": self.importance_cap > 0.0,
+            "tau": (0.0 <= self.tau < 1.0, "0 or more, and below 1"),
+            "quantile": (0.0 <= self.quantile <= 1.0, "0 to 1"),
+            "floor": (self.floor > 0.0, "above 0"),
+            "eps_low": (0.0 < self.eps_low < 1.0, "above 0 and below 1"),
+            "eps_high": (self.eps_high > 0.0, "above 0"),
+            "eps_uncertain": within,
+            "dual_clip": (self.dual_clip is None or self.dual_clip > 1.0, "above 1, or null"),
+            "entropy_bonus": (self.entropy_bonus >= 0.0, "0 or more"),
+            "entropy_bonus_limit": (self.entropy_bonus_limit > 1.0, "above 1"),
+            "kl_certain": (self.kl_certain >= 0.0, "0 or more"),
+            "kl_uncertain": (self.kl_uncertain >= 0.0, "0 or more"),
+            "importance_cap": (self.importance_cap > 0.0, "above 0"),
         }
-        for name, holds in bounds.items():
+        for name, (holds, span) in bounds.items():
             value = getattr(self, name)
             if not holds or value == math.inf:
-                raise ValueError(f"{name} = {value} is out of range")
+                raise ValueError(f"{name} = {value} is out of range: it must be a number {span}")
         if self.adaptive_clip and self.low_side == "negative" and self.eps_low >= 0.5:
-            raise ValueError("eps_low must stay below 0.5 with adaptive_clip: the lower bound reaches 1 - 2 * eps_low")
+            raise ValueError(
+                "eps_low must stay below 0.5 with adaptive_clip and low_side=negative: the lower bound reaches "
+                "1 - 2 * eps_low"
+            )
         if self.adaptive_clip and self.eps_uncertain is not None:
-            raise ValueError("adaptive_clip and eps_uncertain both set the bounds on the ratio: use one of them")
+            raise ValueError(
+                "adaptive_clip and eps_uncertain both set the bounds on the ratio: set adaptive_clip=false or "
+                "eps_uncertain=null"
+            )
 
     @property
     def advantage_level(self) -> Literal["token", "sequence"]:
         """The `level` of `advantage.group_advantage`."""
         return "token" if self.token_level_advantage else "sequence"
+
+    def leaves_out(self, truncated: bool) -> bool:
+        """Whether a completion that was cut off, or was not, takes no part in the loss."""
+        return truncated and self.truncated == "mask"
 
     @property
     def needs_base(self) -> bool:

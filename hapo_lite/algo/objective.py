@@ -61,7 +61,7 @@ def policy_loss(
     denominator: Tensor | float,
     dual_clip: float | None = 10.0,
     importance: Tensor | None = None,
-    base_logp: Tensor | None = None,
+    reference_logp: Tensor | None = None,
     kl_weight: Tensor | float = 0.0,
 ) -> PolicyLoss:
     """DAPO's surrogate: -min(r A, clip(r, lower, upper) A), weighted by `mask` and divided by `denominator`.
@@ -71,9 +71,9 @@ def policy_loss(
     micro-batches of the step. The gradient then does not depend on how the step is cut. dual_clip: for A < 0 the loss
     is at most -dual_clip * A (None: no limit). importance: [B, T] weights, treated as constants.
 
-    base_logp: [B, T], log-probabilities of the base model. With them, each token also costs kl_weight (a number or
-    [B, T]) times its divergence from the base. The estimate of the divergence is exp(x) - x - 1 with x = base_logp -
-    logp (Schulman, "Approximating KL divergence", 2020), and the gradient flows through it.
+    reference_logp: [B, T], log-probabilities of the base model. With them, each token also costs kl_weight (a number or
+    [B, T]) times its divergence from the base. The estimate of the divergence is exp(x) - x - 1 with
+    x = reference_logp - logp (Schulman, "Approximating KL divergence", 2020), and the gradient flows through it.
     """
     weights = mask.to(logp.dtype)
     valid = mask != 0
@@ -94,8 +94,8 @@ def policy_loss(
     if importance is not None:
         gain = gain * torch.where(valid, importance.detach(), 0.0)
     kl_base = None
-    if base_logp is not None:
-        to_base = torch.where(valid, base_logp - logp, 0.0)
+    if reference_logp is not None:
+        to_base = torch.where(valid, reference_logp - logp, 0.0)
         kl_base = to_base.expm1() - to_base
         gain = gain - kl_weight * kl_base
         kl_base = kl_base.detach()
@@ -173,7 +173,7 @@ class LossInputs:
 
     old_logp: [B, T]. advantage: [B] or [B, T]. weights: [B, T] from `loss_weights`. sampling_logp: [B, T], the log-prob
     of each token under the distribution that it was drawn from; a method with importance "truncated" needs it.
-    base_logp: [B, T], the log-prob of each token under the base model; a method with a KL weight needs it.
+    reference_logp: [B, T], the log-prob of each token under the base model; a method with a KL weight needs it.
     """
 
     old_logp: Tensor
@@ -181,7 +181,7 @@ class LossInputs:
     tokens: TokenSignals
     weights: Tensor
     sampling_logp: Tensor | None = None
-    base_logp: Tensor | None = None
+    reference_logp: Tensor | None = None
 
 
 def method_loss(
@@ -198,7 +198,7 @@ def method_loss(
         if inputs.sampling_logp is None:
             raise ValueError("importance: truncated needs the sampling log-probabilities")
         importance = (inputs.old_logp - inputs.sampling_logp).exp().clamp_max(method.importance_cap)
-    if method.needs_base and inputs.base_logp is None:
+    if method.needs_base and inputs.reference_logp is None:
         raise ValueError("kl_certain and kl_uncertain need the base model's log-probabilities")
     kl_weight = torch.full_like(logp, method.kl_certain).masked_fill(inputs.tokens.uncertain, method.kl_uncertain)
     loss = policy_loss(
@@ -211,7 +211,7 @@ def method_loss(
         denominator,
         dual_clip=method.dual_clip,
         importance=importance,
-        base_logp=inputs.base_logp if method.needs_base else None,
+        reference_logp=inputs.reference_logp if method.needs_base else None,
         kl_weight=kl_weight,
     )
     return loss, credit

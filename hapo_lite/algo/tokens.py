@@ -53,6 +53,11 @@ def uncertain_tokens(method: Method, signal: EntropySignal, entropy: Tensor) -> 
     return measured_against.above(entropy)
 
 
-def trained_tokens(method: Method, uncertain: Tensor) -> Tensor:
-    """Which tokens have an advantage and count in the loss; bool, shaped like `uncertain`."""
+def trained_tokens(method: Method, uncertain: Tensor, truncated: bool = False) -> Tensor:
+    """Which tokens have an advantage and count in the loss; bool, shaped like `uncertain`.
+
+    truncated: the tokens are of a completion that was cut off, of which a method may train none.
+    """
+    if method.leaves_out(truncated):
+        return torch.zeros_like(uncertain, dtype=torch.bool)
     return uncertain.bool() if method.trained_tokens == "uncertain" else torch.ones_like(uncertain, dtype=torch.bool)

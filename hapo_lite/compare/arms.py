@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 from hapo_lite.compare.pace import Pace
 from hapo_lite.compare.plan import Comparison, PlannedRun
 from hapo_lite.errors import UserError, writing
+from hapo_lite.recipe import Recipe
 from hapo_lite.runs.files import inside
-from hapo_lite.runs.folder import RunFolder, changed_setting, check_place, check_same_run
+from hapo_lite.runs.folder import RunFolder, changed_setting, check_place, check_same_run, with_date_of
 from hapo_lite.runs.interrupt import Interrupted, Interrupts
 
 POLL_S = 0.2
@@ -69,6 +70,7 @@ class Runner:
 
     def __init__(self, comparison: Comparison, runs: Sequence[PlannedRun], lock: int) -> None:
         self.comparison = comparison
+        self.runs = runs
         self.lock = lock
         self.complete = {run.name for run in runs if is_complete(run)}
         self.waiting = [run for run in runs if run.name not in self.complete]
@@ -116,7 +118,7 @@ class Runner:
         pipe = process.stdin
         assert pipe is not None
         with contextlib.suppress(BrokenPipeError):  # The run ended at once; its log says why.
-            pipe.write(json.dumps(run.recipe.model_dump(mode="json")).encode() + b"\n")
+            pipe.write(json.dumps(on_one_day(run, self.runs).model_dump(mode="json")).encode() + b"\n")
             pipe.flush()
         self.pace.begin(run)
         return Child(run, process, pipe, log)
@@ -165,6 +167,17 @@ class Runner:
         for child in self.children:
             child.process.wait()
             child.pipe.close()
+
+
+def on_one_day(run: PlannedRun, runs: Sequence[PlannedRun]) -> Recipe:
+    """The recipe of a run, with the date that its chat template took before or, for a new run, that of another run.
+
+    A comparison goes on over midnight, and its runs are to see the same prompts.
+    """
+    recipe = run.recipe
+    for other in (run, *runs):
+        recipe = with_date_of(RunFolder(other.recipe.run_dir), recipe)
+    return recipe
 
 
 def is_complete(run: PlannedRun) -> bool:

@@ -90,7 +90,10 @@ def drawn(picture: Picture, numbers: Numbers) -> DrawnPicture:
 def pictures(numbers: Numbers) -> list[Picture]:
     """The pictures of the report, in their order."""
     n, base = len(numbers.comparison.seeds), numbers.comparison.base
-    band = f"mean over seeds (up to {n}), with the 95 % bootstrap interval of that mean as a band"
+    band = f"mean over seeds (up to {n}), with the 95 % t interval of that mean as a band"
+    bars = "Bar: 95 % t interval of the mean; filled where it excludes 0."
+    if n == 1:
+        band, bars = "one seed, which has no interval", "One seed has no interval."
     readings = {
         "accuracy": f"Held-out accuracy over completion tokens sampled in training: {band}. "
         "Higher, and sooner, is better.",
@@ -105,15 +108,14 @@ def pictures(numbers: Numbers) -> list[Picture]:
     differences = Picture(
         "differences",
         f"Differences to {base}",
-        f"Each arm less {base}, paired by seed. Small dots: one seed each. Bar: 95 % bootstrap interval of the mean; "
-        "filled where it excludes 0. Right of 0 the arm did better.",
+        f"Each arm less {base}, paired by seed. Small dots: one seed each. {bars} Right of 0 the arm did better.",
         difference_figure,
     )
     each = Picture(
         "arms",
         f"Each arm against {base}",
         f"How much higher the held-out accuracy of an arm is than that of {base} with the same seed, over the tokens: "
-        "mean with its 95 % bootstrap interval, thin lines for the seeds. Above 0 the arm is ahead.",
+        "mean with its 95 % t interval, thin lines for the seeds. Above 0 the arm is ahead.",
         each_figure,
     )
     return [curves[0], differences, each, *curves[1:]]
@@ -183,7 +185,8 @@ def difference_figure(numbers: Numbers, theme: str) -> Figure:
                 if interval is None:
                     continue
                 colour = look[arm].colour
-                axes.plot([interval.low, interval.high], [row, row], color=colour, linewidth=2.2)
+                if interval.known:
+                    axes.plot([interval.low, interval.high], [row, row], color=colour, linewidth=2.2)
                 before, after = numbers.pairs(arm, measure)
                 seeds = [b - a for a, b in zip(before, after, strict=True)]
                 axes.plot(seeds, [row + 0.26] * len(seeds), ".", color=colour, alpha=0.7, markersize=4)

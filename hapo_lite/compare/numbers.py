@@ -15,13 +15,11 @@ from numpy.typing import NDArray
 from hapo_lite.compare.arms import is_complete
 from hapo_lite.compare.plan import Comparison, PlannedRun
 from hapo_lite.runs.folder import RunFolder
-from hapo_lite.train.intervals import Interval, bootstrap_interval, paired_interval
+from hapo_lite.train.intervals import LEVEL, Interval, mean_interval, paired_interval
 
 Lines = Sequence[dict[str, Any]]
 
 POINTS = 101
-BAND_RESAMPLES = 1000
-"""Resamples of the bootstrap at each point of a curve; the tables take the default."""
 LATE = 0.9
 """Fraction of the tokens behind which the training entropy is averaged."""
 
@@ -74,7 +72,7 @@ class RunNumbers:
 
 @dataclass(frozen=True)
 class Band:
-    """The mean over seeds and the interval around the mean, each [K]."""
+    """The mean over seeds and the interval around the mean, each [K]. One seed has a band without width."""
 
     mean: NDArray[np.float64]
     low: NDArray[np.float64]
@@ -122,10 +120,10 @@ class Numbers:
             [self.runs[arm, seed].measures[measure] for seed in seeds],
         )
 
-    def difference(self, arm: str, measure: str) -> Interval | None:
-        """The arm less the reference, paired by seed; None where there is no pair."""
+    def difference(self, arm: str, measure: str, level: float = LEVEL) -> Interval | None:
+        """The arm less the reference, paired by seed; None where there is no pair. level: as of `paired_interval`."""
         before, after = self.pairs(arm, measure)
-        return paired_interval(before, after) if before and np.isfinite(before + after).all() else None
+        return paired_interval(before, after, level) if before and np.isfinite(before + after).all() else None
 
     def reached(self, arm: str) -> int:
         """The number of seeds with which the accuracy reached the threshold."""
@@ -147,11 +145,11 @@ class Numbers:
         key = arm, quantity, less_reference
         if key not in self._bands:
             columns = self.curves(arm, quantity, less_reference).T
-            points = [_interval(column, resamples=BAND_RESAMPLES) for column in columns]
+            points = [_interval(column) for column in columns]
             self._bands[key] = Band(
                 mean=np.array([point.value for point in points]),
-                low=np.array([point.low for point in points]),
-                high=np.array([point.high for point in points]),
+                low=np.array([point.low if point.known else point.value for point in points]),
+                high=np.array([point.high if point.known else point.value for point in points]),
             )
         return self._bands[key]
 
@@ -245,9 +243,9 @@ def half_way(comparison: Comparison, lines: Mapping[tuple[str, int], Lines]) -> 
     return float(np.mean([[found[0], found[-1]] for found in evaluated])) if evaluated else float("nan")
 
 
-def _interval(values: Sequence[float] | NDArray[np.float64], **options: int) -> Interval:
-    """The bootstrap interval of a mean; NaN where a run lacks the number."""
+def _interval(values: Sequence[float] | NDArray[np.float64]) -> Interval:
+    """The t interval of a mean; NaN where a run lacks the number."""
     if np.isfinite(values).all():
-        return bootstrap_interval(values, **options)
+        return mean_interval(values)
     nan = float("nan")
     return Interval(nan, nan, nan)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from hapo_lite.compare.plan import PlannedRun
+from hapo_lite.errors import counted
 from hapo_lite.runs.folder import RunFolder
 from hapo_lite.runs.progress import in_words
 
@@ -100,7 +101,9 @@ class Pace:
         each = self.seconds_per_run()
         several = f", {self.workers} at a time" if self.workers > 1 else ""
         if each is None:
-            return f"{self.count} runs{several}; how long they take is known when the first is a tenth through"
+            return (
+                f"{counted(self.count, 'run')}{several}; how long they take is known when the first is a tenth through"
+            )
         total = in_words(self._seconds_left_at(each))
         return f"{done} of {self.count} runs are complete; the others take about {total}{several}, at the pace of those"
 

@@ -89,12 +89,14 @@ def _final_table(numbers: Numbers) -> Table:
                 cell = Cell(f"≥ {cell.text}", (*cell.below, f"reached by {reached} of {seeds}"))
             cells.append(cell)
         rows.append((arm, cells))
+    over_seeds = "Mean over seeds, below it the 95 % t interval of the mean"
+    if len(numbers.comparison.seeds) == 1:
+        over_seeds = "Values of one seed, which has no interval"
     meanings = "; ".join(f"{m.heading}: {m.meaning}" for m in MEASURES.values())
     return Table(
         ["arm", "seeds", *(m.heading for m in MEASURES.values())],
         rows,
-        f"Mean over seeds, below it the 95 % bootstrap interval of the mean. {meanings}. "
-        f"Threshold: {numbers.threshold:.3f}.",
+        f"{over_seeds}. {meanings}. Threshold: {numbers.threshold:.3f}.",
     )
 
 
@@ -109,9 +111,15 @@ def _difference_table(numbers: Numbers) -> Table:
     return Table(
         ["arm", "pairs", *(MEASURES[name].heading for name in COMPARED)],
         rows,
-        f"Arm less {numbers.comparison.base}, paired by seed: mean, and its 95 % bootstrap interval. "
-        "Marked where the interval excludes 0.",
+        f"Arm less {numbers.comparison.base}, {_paired(numbers)}",
     )
+
+
+def _paired(numbers: Numbers) -> str:
+    """How the differences are made, to follow what is compared."""
+    if len(numbers.comparison.seeds) == 1:
+        return "from one seed, which has no interval."
+    return "paired by seed: mean, and its 95 % t interval. Marked where the interval excludes 0."
 
 
 def _run_table(numbers: Numbers) -> Table:
@@ -129,6 +137,8 @@ def _run_table(numbers: Numbers) -> Table:
 def _interval_cell(interval: Interval | None, unit: str, verdict: str = "") -> Cell:
     if interval is None or math.isnan(interval.value):
         return Cell("-")
+    if not interval.known:
+        return Cell(shown(interval.value, unit), (), verdict)
     ends = f"{shown(interval.low, unit)} to {shown(interval.high, unit)}"
     return Cell(shown(interval.value, unit), (ends,), verdict)
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -126,10 +126,13 @@ def load_comparison(path: str | Path, overrides: list[str] | tuple[str, ...] = (
         raise UserError(f"{path} is the recipe of one run: use python -m hapo_lite.train {path}, or give it arms")
     for override in overrides:
         _override(fields, override)
+    keys = {override.partition("=")[0].partition(".")[0] for override in overrides}
+    if keys & {"arms", "reference"} and "about" not in keys:
+        fields.pop("about", None)  # It describes the file's own arms.
     fields.setdefault("name", path.stem)
     if isinstance(fields.get("recipe"), str):
         fields["recipe"] = read_recipe_file(path.parent / fields["recipe"])
-    return validate(Comparison, fields, str(path))
+    return validate(Comparison, fields, str(path), overrides)
 
 
 def planned_runs(comparison: Comparison) -> list[PlannedRun]:
@@ -164,20 +167,39 @@ def _override(fields: dict[str, Any], override: str) -> None:
 
 def _recipe_of(comparison: Comparison, arm: str, seed: int) -> Recipe:
     settings = copy.deepcopy(comparison.recipe)
-    for where, changes in (("settings", comparison.settings), (f"arms.{arm}", comparison.arms[arm])):
-        for key, value in flat_changes(changes):
-            _check_change(where, key)
-            put(Recipe, settings, key, copy.deepcopy(value), f"{where}: {key}")
+    for change in _changes(comparison, arm):
+        _check_change(change.where, change.key)
+        put(Recipe, settings, change.key, copy.deepcopy(change.value), f"{change.where}: {change.key}")
     settings |= {"name": f"{arm}-seed{seed}", "output_dir": str(comparison.folder), "seed": seed}
     where = f"{comparison.name}, arm {arm}"
     alone = parse_recipe(settings, where)
     if not alone.evaluation.prompts:
-        raise UserError(f"{where}: evaluation.prompts is 0, which leaves nothing to compare by")
+        raise UserError(f"{where}: evaluation.prompts is 0, which leaves nothing to compare by: set it to 1 or more")
     put(Recipe, settings, "training.max_tokens", comparison.tokens, where)
     put(Recipe, settings, "training.iterations", comparison.max_iterations or CAP * alone.training.iterations, where)
     put(Recipe, settings, "checkpoint.resume", "auto", where)
     put(Recipe, settings, "logging.progress", False, where)
     return parse_recipe(settings, where)
+
+
+class Change(NamedTuple):
+    """A changed setting of a run. where: the part of the comparison that changes it, `settings` or `arms.NAME`."""
+
+    where: str
+    key: str
+    value: Any
+
+
+def _changes(comparison: Comparison, arm: str) -> list[Change]:
+    """The changes of the recipe for one arm, in their order: those of all arms, and then the arm's own.
+
+    An arm that names a whole section, such as `method: dapo`, comes before the settings of all arms that are within
+    that section, such as `method.dual_clip`, which it would otherwise undo.
+    """
+    shared = [Change("settings", *change) for change in flat_changes(comparison.settings)]
+    own = [Change(f"arms.{arm}", *change) for change in flat_changes(comparison.arms[arm])]
+    first = [c for c in own if any(other.key.startswith(f"{c.key}.") for other in shared)]
+    return first + shared + [c for c in own if c not in first]
 
 
 def _check_change(where: str, key: str) -> None:

@@ -41,7 +41,8 @@ def table_rows(numbers: Numbers) -> Iterable[dict[str, Any]]:
         row: dict[str, Any] = {"arm": arm, "seeds": len(numbers.seeds(arm)), "reached_threshold": numbers.reached(arm)}
         for measure in MEASURES:
             found = numbers.mean(arm, measure)
-            row |= {measure: found.value, f"{measure}_low": found.low, f"{measure}_high": found.high}
+            ends = found.as_json()
+            row |= {measure: found.value, f"{measure}_low": ends["low"], f"{measure}_high": ends["high"]}
         yield row
 
 
@@ -51,14 +52,15 @@ def difference_rows(numbers: Numbers) -> Iterable[dict[str, Any]]:
         for measure in MEASURES:
             found = numbers.difference(arm, measure)
             if found is not None:
+                ends = found.as_json()
                 yield {
                     "arm": arm,
                     "reference": numbers.comparison.base,
                     "measure": measure,
                     "pairs": len(numbers.pairs(arm, measure)[0]),
                     "difference": found.value,
-                    "low": found.low,
-                    "high": found.high,
+                    "low": ends["low"],
+                    "high": ends["high"],
                     "excludes_zero": found.above_zero or found.below_zero,
                 }
 
@@ -97,7 +99,9 @@ def text_table(numbers: Numbers) -> str:
         rows.append([arm, str(len(numbers.seeds(arm))), *means, *differences])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "[95 % bootstrap interval over seeds]; * the interval excludes 0"])
+    repeated = any(numbers.mean(arm, "final").known for arm in numbers.arms)
+    legend = "[95 % t interval over seeds]; * the interval excludes 0"
+    return "\n".join([*lines, legend if repeated else "one seed has no interval: repeat with three or more"])
 
 
 def _difference_text(numbers: Numbers, arm: str, measure: str) -> str:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 
 from hapo_lite.compare.numbers import MEASURES, Numbers
-from hapo_lite.train.intervals import Interval
-
-FALSE_ALARMS = {2: 0.49, 3: 0.26, 4: 0.19, 5: 0.17, 6: 0.16, 8: 0.12, 10: 0.11, 15: 0.08, 20: 0.06, 30: 0.06}
-"""How often the interval of the difference of two equal methods excludes 0, by seeds (docs/compare.md)."""
+from hapo_lite.train.intervals import LEVEL, Interval
 
 
 def shown(value: float, unit: str) -> str:
@@ -23,6 +20,8 @@ def spread(interval: Interval, unit: str) -> str:
     """An interval as text, such as 0.912 [0.890, 0.931]."""
     if math.isnan(interval.value):
         return "-"
+    if not interval.known:
+        return shown(interval.value, unit)
     return f"{shown(interval.value, unit)} [{shown(interval.low, unit)}, {shown(interval.high, unit)}]"
 
 
@@ -50,14 +49,17 @@ def findings(numbers: Numbers) -> list[str]:
     before = [run.before for run in numbers.runs.values()]
     said = [f"After {comparison.tokens:,} tokens, from {sum(before) / len(before):.3f} before: {ends}."]
     for measure, what in (("final", "final accuracy"), ("area", "area under the learning curve")):
-        sorts: dict[str, list[str]] = {"better": [], "worse": [], "": []}
+        sorts: dict[str, list[str]] = {"better": [], "worse": [], "": [], "one seed": []}
         for arm in numbers.others:
             found = numbers.difference(arm, measure)
             if found is not None:
-                sorts[verdict(numbers, arm, measure)].append(f"{arm} ({shown(found.value, '+.3f')})")
+                kind = verdict(numbers, arm, measure) if found.known else "one seed"
+                sorts[kind].append(f"{arm} ({shown(found.value, '+.3f')})")
         parts = [f"{kind} than {base}: {', '.join(sorts[kind])}" for kind in ("better", "worse") if sorts[kind]]
         if sorts[""]:
             parts.append(f"no difference seen: {', '.join(sorts[''])}")
+        if sorts["one seed"]:
+            parts.append(f"less {base}, from one seed, which has no interval: {', '.join(sorts['one seed'])}")
         if parts:
             said.append(f"By {what}, {'; '.join(parts)}.")
     return said
@@ -66,8 +68,7 @@ def findings(numbers: Numbers) -> list[str]:
 def caveats(numbers: Numbers) -> list[str]:
     """Sentences about the limits of the intervals and of the comparison."""
     comparison = numbers.comparison
-    pairs = [len(numbers.pairs(arm, "final")[0]) for arm in numbers.others]
-    said = [_about_intervals(comparison.base, [count for count in pairs if count])]
+    said = [_about_intervals(numbers)]
     sampled = [run.sampled for run in numbers.runs.values()]
     over = max(sampled) / comparison.tokens - 1.0
     said.append(
@@ -84,17 +85,28 @@ def caveats(numbers: Numbers) -> list[str]:
     return said
 
 
-def _about_intervals(base: str, pairs: list[int]) -> str:
-    """How far the intervals can be believed. pairs: the number of pairs with the reference, by arm."""
-    if not pairs:
+def _about_intervals(numbers: Numbers) -> str:
+    """How far the intervals can be believed, and what is left of the marks when all comparisons are taken together."""
+    base = numbers.comparison.base
+    pairs = {arm: len(numbers.pairs(arm, "final")[0]) for arm in numbers.others}
+    compared = [arm for arm, count in pairs.items() if count > 1]
+    if not compared:
+        if any(pairs.values()):
+            return "One seed has no interval: repeat with three or more to see how far a difference can be believed."
         return f"There is no pair of runs to compare with {base} yet."
-    fewest = min(pairs)
-    if fewest < 2:
-        return "One seed has no interval: repeat with five or more before believing a difference."
-    alarms = FALSE_ALARMS[max(n for n in FALSE_ALARMS if n <= fewest)]
-    expected = alarms * len(pairs)
+    count = len(compared)
+    if count == 1:
+        return f"One comparison was made: the interval of two equal methods excludes 0 in {1 - LEVEL:.0%} of cases."
+    together = 1.0 - (1.0 - LEVEL) / count
+    lasting = [
+        f"{arm} ({MEASURES[measure].heading})"
+        for measure in ("final", "area")
+        for arm in compared
+        if (found := numbers.difference(arm, measure, together)) and (found.above_zero or found.below_zero)
+    ]
+    chance = count * (1.0 - LEVEL)
     return (
-        f"With {fewest} seeds a 95 % bootstrap interval is too narrow: that of two equal methods excludes 0 "
-        f"in about {100 * alarms:.0f} % of cases. Of these {len(pairs)} comparisons about {expected:.1f} would "
-        "do so by chance alone in each measure, so a lone mark is a hint and no proof."
+        f"{count} comparisons were made in each measure; of so many equal methods about {chance:.2g} would be marked "
+        f"in each by chance alone. With intervals that hold for all {count} together (Bonferroni, each "
+        f"{together:.1%}) what stays marked is: {', '.join(lasting) or 'nothing'}."
     )

@@ -13,31 +13,34 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm.auto import tqdm
 
 import hapo_lite
-from hapo_lite.errors import writing
+from hapo_lite.errors import UserError, counted, writing
 from hapo_lite.evaluate.samples import Sample, SampleFile
 from hapo_lite.evaluate.scores import Values, by_prompt, differences, intervals, notes, outcomes, table
 from hapo_lite.evaluate.suites import Suite, chosen, fit, read_problems
 from hapo_lite.model.load import load_policy, resolve_dtype
 from hapo_lite.model.policy import Policy
-from hapo_lite.recipe import Recipe
+from hapo_lite.model.start import adapter_folder
+from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.engine import make_engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.checkpoint import list_checkpoints
 from hapo_lite.runs.display import Display
 from hapo_lite.runs.files import file_hash
-from hapo_lite.runs.folder import RunFolder, check_place, with_date_of
+from hapo_lite.runs.folder import RunFolder, check_place, nearest_run, with_date_of
 from hapo_lite.runs.interrupt import Interrupted, Interrupts
 from hapo_lite.runs.progress import Progress
 from hapo_lite.runs.status import Status
+from hapo_lite.runs.summary import SuiteSummary
 from hapo_lite.tasks.rewards import Scorer
 from hapo_lite.train.accelerator import make_accelerator, someone_wants_to_stop
 from hapo_lite.train.collect import Collector
+from hapo_lite.train.intervals import Interval
 from hapo_lite.train.memory.room import unpacks
 from hapo_lite.train.verdict import judge
 
@@ -59,13 +62,12 @@ class Work:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
-def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
-    """Evaluate, and return the summaries by suite. adapter: a folder; None: the run's own adapter, if it has one.
+def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, SuiteSummary]:
+    """Evaluate, and return the summaries by suite. adapter: a folder; None: `own_adapter`.
 
     Raises UserError for a mistake that the user can mend, and Interrupted for a signal; the samples are kept.
     """
-    if adapter is None and (recipe.run_dir / "adapter").is_dir():
-        adapter = recipe.run_dir / "adapter"
+    adapter = adapter or own_adapter(recipe)
     recipe = with_date_of(RunFolder(recipe.run_dir), recipe)
     # Trackers are for training.
     recipe = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"report_to": "none"})})
@@ -81,21 +83,50 @@ def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, Any]:
             problems = [read_problems(settings, recipe) for settings in chosen(recipe)]
         with display.progress.within(f"loading {recipe.model.name}, base {recipe.model.quantization}"):
             unpacked = unpacks(recipe, accelerator.device)
-            policy = load_policy(
-                recipe.model, recipe.seed, accelerator.device, adapter, recipe.rollout.engine, unpacked
-            )
+            model = recipe.model.without_adapter()
+            policy = load_policy(model, recipe.seed, accelerator.device, adapter, recipe.rollout.engine, unpacked)
         limit = _max_new_tokens(recipe)
         suites = [fit(p, policy, recipe.data.max_prompt_tokens, limit) for p in problems]
+        if note := other_prompts(RunFolder(recipe.run_dir), recipe):
+            display.say(f"note: {note}")
         if main:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             status.claim()
-        reward = recipe.reward.model_copy(update={"function": None, "overlong_buffer": 0})
+        reward = recipe.reward.model_copy(update={"function": None, "functions": (), "overlong_buffer": 0})
         with Scorer(reward, limit) as scorer:
             with display.progress.within(f"rollout.engine = {recipe.rollout.engine}"):
                 engine = make_engine(recipe, policy, limit)
             collector = Collector(engine, scorer, accelerator, display.progress)
-            return Evaluation(recipe, policy, adapter, suites, collector, display).run()
+            summaries = Evaluation(recipe, policy, adapter, suites, collector, display).run()
+            return cast(dict[str, SuiteSummary], summaries)
+
+
+def other_prompts(folder: RunFolder, recipe: Recipe) -> str | None:
+    """A sentence if `recipe` asks in another way than the folder's run did; None if not, or if there is no run."""
+    try:
+        before = load_recipe(folder.recipe)
+    except UserError:
+        return None
+    pairs = {
+        "model.chat_template_options": (before.model.chat_template_options, recipe.model.chat_template_options),
+        "data.system_prompt": (before.data.system_prompt, recipe.data.system_prompt),
+    }
+    for name, (then, now) in pairs.items():
+        if then != now:
+            was = json.dumps(then, ensure_ascii=False)
+            return f"the run in {folder.path} was trained with {name}={was}: give that here too to ask as it was asked"
+    return None
+
+
+def own_adapter(recipe: Recipe) -> Path | None:
+    """The adapter of the recipe's run or, if the run has not begun, the one that it would go on from."""
+    folder = RunFolder(recipe.run_dir)
+    if folder.adapter.is_dir():
+        return folder.adapter
+    if recipe.model.adapter is None or list_checkpoints(folder.checkpoints):
+        return None
+    return adapter_folder(recipe.model.adapter)
 
 
 def _folder(recipe: Recipe) -> Path:
@@ -252,12 +283,14 @@ class Evaluation:
 
     def _report_lines(self, suite: Suite, models: Mapping[str, Work], numbers: Mapping[str, Any]) -> list[str]:
         lines = [
-            f"\n{suite.name}: {len(suite.prompts):,} prompts x {self.settings.samples} from {suite.problems.source}"
+            f"\n{suite.name}: {counted(len(suite.prompts), 'prompt')} x {self.settings.samples} from "
+            f"{suite.problems.source}"
         ]
-        lines += [f"{count} rows left out: {reason}" for reason, count in suite.problems.skipped.items()]
+        lines += suite.problems.left_out
         if suite.too_long:
             named = ", ".join(suite.too_long[:3]) + (", ..." if len(suite.too_long) > 3 else "")
-            lines.append(f"{len(suite.too_long)} prompts left out: longer than {suite.most} tokens ({named})")
+            left_out = counted(len(suite.too_long), "prompt")
+            lines.append(f"{left_out} left out: longer than {counted(suite.most, 'token')} ({named})")
         lines += self.lines(numbers)
         for label, w in models.items():
             kinds = outcomes(w.file.samples)
@@ -265,7 +298,7 @@ class Evaluation:
         for label, w in models.items():
             if w.sampled:
                 pace = sum(w.seconds.values()) / w.sampled
-                lines.append(f"{label}: {pace:.3g} seconds a prompt, over {w.sampled:,} prompts")
+                lines.append(f"{label}: {pace:.3g} seconds a prompt, over {counted(w.sampled, 'prompt')}")
         return lines
 
     def close(self, summaries: Mapping[str, dict[str, Any]], values: Mapping[str, Sequence[Values]]) -> None:
@@ -274,7 +307,7 @@ class Evaluation:
         numbers = self.numbers(values, count)
         self.write(self.folder, {"suites": list(summaries), "prompts": count, **numbers})
         if len(summaries) > 1:
-            text = [f"\nmean of {len(summaries)} suites, {count:,} prompts", *self.lines(numbers)]
+            text = [f"\nmean of {len(summaries)} suites, {counted(count, 'prompt')}", *self.lines(numbers)]
             self.display.say("\n".join(text))
         self.display.say(f"\n{self.folder}: summary.json, and the samples of each suite")
 
@@ -284,7 +317,7 @@ class Evaluation:
         out: dict[str, Any] = {"figures": figures}
         if ADAPTER in values:
             change = differences(values[BASE], values[ADAPTER])
-            verdict = judge(figures[BASE], change, self.settings.samples, f"{prompts:,} prompts")
+            verdict = judge(figures[BASE], change, self.settings.samples, counted(prompts, "prompt"))
             out |= {"difference": change, "verdict": verdict.word, "sentence": verdict.sentence}
         return out | {"notes": notes(figures, self.max_new_tokens)}
 
@@ -304,12 +337,15 @@ class Evaluation:
         whole = {**summary, "settings": settings | {"max_new_tokens": self.max_new_tokens, "seed": self.recipe.seed}}
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({**whole, "model": self.recipe.model.name, **adapter}, indent=1, default=asdict)
+            text = json.dumps({**whole, "model": self.recipe.model.name, **adapter}, indent=1, default=_as_json)
             (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
 
     def _alone(self) -> str:
-        """The base without an adapter, and the checkpoint that an unfinished run has."""
-        name, checkpoints = self.recipe.model.name, list_checkpoints(RunFolder(self.recipe.run_dir).checkpoints)
+        """The base without an adapter, and why: there is no such run, or it is not finished and has a checkpoint."""
+        name, folder = self.recipe.model.name, RunFolder(self.recipe.run_dir)
+        checkpoints = list_checkpoints(folder.checkpoints)
+        if not folder.recipe.is_file():
+            return f"there is no run in {folder.path}{nearest_run(folder)}, so {name} alone"
         if not checkpoints:
             return f"{name} alone"
         return (
@@ -321,8 +357,15 @@ class Evaluation:
         settings = self.settings
         who = f"{self.recipe.model.name} and {self.adapter}" if self.adapter else self._alone()
         done = sum(w.file.done for w in work) * settings.samples
-        before = f"; {done:,} completions are there from before" if done else ""
+        are_there = f"{'is' if done == 1 else 'are'} there from before"
+        before = f"; {counted(done, 'completion')} {are_there}" if done else ""
         return (
-            f"{self.recipe.name}: {who} on {', '.join(s.name for s in self.suites)}; {settings.samples} samples at "
-            f"T = {settings.temperature:g}, top_p = {settings.top_p:g}, at most {self.max_new_tokens:,} tokens{before}"
+            f"{self.recipe.name}: {who} on {', '.join(s.name for s in self.suites)}; "
+            f"{counted(settings.samples, 'sample')} at T = {settings.temperature:g}, top_p = {settings.top_p:g}, at "
+            f"most {counted(self.max_new_tokens, 'token')}{before}"
         )
+
+
+def _as_json(value: Any) -> dict[str, Any]:
+    """What `json` writes for a record."""
+    return value.as_json() if isinstance(value, Interval) else asdict(value)

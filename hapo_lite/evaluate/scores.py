@@ -47,13 +47,18 @@ def outcomes(samples: Sequence[Sample]) -> dict[str, int]:
 
 
 def intervals(suites: Sequence[Values]) -> dict[str, Interval]:
-    """The mean of each number over the suites, with its interval."""
-    return {name: macro_interval([values[name] for values in suites]) for name in suites[0]}
+    """The mean of each number over the suites, with its interval. All but the length are shares."""
+    found = _means(suites)
+    return {name: interval if name == "length" else interval.within(0.0, 1.0) for name, interval in found.items()}
 
 
 def differences(base: Sequence[Values], adapter: Sequence[Values]) -> dict[str, Interval]:
     """The mean of adapter - base on the same prompts over the suites, with its interval."""
-    return intervals([{name: a[name] - b[name] for name in b} for b, a in zip(base, adapter, strict=True)])
+    return _means([{name: a[name] - b[name] for name in b} for b, a in zip(base, adapter, strict=True)])
+
+
+def _means(suites: Sequence[Values]) -> dict[str, Interval]:
+    return {name: macro_interval([values[name] for values in suites]) for name in suites[0]}
 
 
 def notes(arms: Mapping[str, Mapping[str, Interval]], max_new_tokens: int) -> list[str]:
@@ -86,4 +91,6 @@ def table(arms: Mapping[str, Mapping[str, Interval]], change: Mapping[str, Inter
 
 
 def _cell(figure: Interval, digits: int) -> str:
+    if not figure.known:
+        return f"{figure.value:.{digits}f}"
     return f"{figure.value:.{digits}f} [{figure.low:.{digits}f}, {figure.high:.{digits}f}]"

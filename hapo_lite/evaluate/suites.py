@@ -12,6 +12,7 @@ from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import DataSettings, Recipe, SuiteSettings
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.tasks.data import load_prompts
+from hapo_lite.tasks.sources import HubUnavailable
 from hapo_lite.tasks.store import origin_of
 from hapo_lite.train.prompts import load_data
 
@@ -41,13 +42,14 @@ HELD_OUT = "held_out"
 class Problems:
     """The problems of a suite. source: their source in words; skipped: the number of unusable rows, by reason.
 
-    origin: as in tasks.sources.Table.
+    left_out: sentences about these rows. origin: as in tasks.sources.Table.
     """
 
     name: str
     source: str
     prompts: Sequence[Prompt]
     skipped: Mapping[str, int]
+    left_out: Sequence[str] = ()
     origin: str = ""
 
 
@@ -81,17 +83,34 @@ def read_problems(settings: SuiteSettings, recipe: Recipe) -> Problems:
     name, limit = settings.name, recipe.benchmark.limit
     if settings.source is None and name == HELD_OUT:
         if recipe.evaluation.prompts == 0:
-            raise UserError(f"suite {name}: evaluation.prompts is 0, so this recipe holds no prompts out")
+            raise UserError(
+                f"suite {name}: evaluation.prompts is 0, so this recipe holds no prompts out: set it as it was for the "
+                "run, or leave this suite out"
+            )
         held_out = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None).held_out
         return Problems(name, "the run's held-out prompts", held_out[:limit], {})
     data = _data(settings, recipe)
     try:
         found = load_prompts(data)
+    except HubUnavailable as error:
+        raise UserError(f"suite {name}: {error.what}: {_instead_of_the_hub(settings, recipe)}") from error
     except UserError as error:
         copy = f" (a local copy: {name}=FILE)" if settings.source is None else ""
         raise UserError(f"suite {name}{copy}: {error}") from error
     where = [data.source] if Path(data.source).is_file() else [data.source, data.config, f"({data.split})"]
-    return Problems(name, " ".join(filter(None, where)), found.prompts, found.skipped, origin_of(found.prompts))
+    source = " ".join(filter(None, where))
+    return Problems(name, source, found.prompts, found.skipped, found.left_out(), origin_of(found.prompts))
+
+
+def _instead_of_the_hub(settings: SuiteSettings, recipe: Recipe) -> str:
+    """What to do about a suite whose hub data set cannot be loaded."""
+    if settings.source is not None:
+        return "check its source, config and split in benchmark.suites and the connection, or name a local file"
+    chose = "neither --suite nor benchmark.suites names a suite, so the paper's six were taken; "
+    return (
+        f"{chose if recipe.benchmark.suites is None else ''}without the hub, --suite {HELD_OUT} asks the run's own "
+        f"held-out prompts, and --suite {settings.name}=FILE reads a local copy"
+    )
 
 
 def _data(settings: SuiteSettings, recipe: Recipe) -> DataSettings:

@@ -8,11 +8,14 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from hapo_lite.errors import counted
 from hapo_lite.export.gguf import COMMAND, QUANTISE
 from hapo_lite.export.parity import Drift, QuantisationGap
 from hapo_lite.export.source import Source
 from hapo_lite.train.curves import closing_table
 
+_ORIGINS = {"adapter": "went on from the adapter"}
+"""Names in the table of facts of origins that are not those of what the run loaded throughout."""
 TITLES = {
     "merged": "merged into its base",
     "gguf-ready": "merged into its base, for llama.cpp",
@@ -33,7 +36,7 @@ def model_card(source: Source, record: dict[str, Any], output: Path) -> str:
     parts = [
         f"---\n{front_matter(source, record).to_yaml()}\n---",
         f"# {source.recipe.name}: {TITLES[record['kind']]}",
-        f"Trained from {_base(source)} with {source.recipe.method.preset} by hapo_lite, on one LoRA adapter of rank "
+        f"Trained from {_base(source)} with {source.method} by hapo_lite, on one LoRA adapter of rank "
         f"{source.model.lora.rank}.",
         "## How to load it\n\n" + how_to_load(source, record, output),
         "## What it is\n\n" + facts(source, record),
@@ -58,7 +61,7 @@ def front_matter(source: Source, record: dict[str, Any]) -> ModelCardData:
         license="other",
         license_name="that-of-the-base-model",
         pipeline_tag="text-generation",
-        tags=["hapo_lite", source.recipe.method.preset, "lora", "reinforcement-learning"],
+        tags=["hapo_lite", source.method, "lora", *([] if source.method == "sft" else ["reinforcement-learning"])],
     )
 
 
@@ -70,6 +73,7 @@ def is_hub_name(name: str) -> bool:
 def how_to_load(source: Source, record: dict[str, Any], output: Path) -> str:
     """Python lines that load the export, how to prompt it, and for llama.cpp the commands that convert it."""
     lines = _load_adapter(source) if record["kind"] == "adapter" else LOAD_MERGED
+    lines += "\n\n" + _ask(source)
     text = [f"Run this in the folder, or replace the dot by its path:\n\n```python\n{lines}\n```", how_to_ask(source)]
     if record["kind"] == "gguf-ready":
         names = {"folder": output, "name": source.recipe.name}
@@ -79,6 +83,24 @@ def how_to_load(source: Source, record: dict[str, Any], output: Path) -> str:
             "The converter recognises a tokenizer by how it splits a test text, and refuses one that it does not know."
         )
     return "\n\n".join(text)
+
+
+def _ask(source: Source) -> str:
+    """Python lines that ask the loaded model one question, as it was asked in training."""
+    recipe = source.recipe
+    system, options = recipe.data.system_prompt, source.model.chat_template_options
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": "9*7+4=?"})
+    temperature = recipe.evaluation.temperature
+    draw = f"do_sample=True, temperature={temperature:g}" if temperature > 0 else "do_sample=False"
+    more = "".join(f", {name}={value!r}" for name, value in options.items())
+    return (
+        f"messages = {messages!r}\n"
+        "ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, "
+        f'return_tensors="pt"{more})\n'
+        f"completion = model.generate(**ids, max_new_tokens={recipe.rollout.max_new_tokens}, {draw})\n"
+        'print(tokenizer.decode(completion[0, ids["input_ids"].shape[1] :]))'
+    )
 
 
 def _load_adapter(source: Source) -> str:
@@ -111,15 +133,16 @@ def facts(source: Source, record: dict[str, Any]) -> str:
     summary = source.summary
     rows = {
         "base": _base(source) + (", 4-bit (NF4) in training" if source.model.quantization == "nf4" else ""),
-        "method": recipe.method.preset,
+        "method": source.method,
         "data": _data(source),
-        **{f"{what} as loaded": origin for what, origin in source.origins.items() if origin},
+        **{_ORIGINS.get(what, f"{what} as loaded"): origin for what, origin in source.origins.items() if origin},
         "seed": recipe.seed,
     }
     if summary:
         rows["training"] = (
-            f"{summary['iterations']:,} iterations, {summary['updates']:,} updates, {summary['sampled_tokens']:,} "
-            f"tokens sampled, {summary['training_seconds'] / 3600:.2f} hours on {summary['machine']['device']}"
+            f"{counted(summary['iterations'], 'iteration')}, {counted(summary['updates'], 'update')}, "
+            f"{_tokens(summary)}, "
+            f"{summary['training_seconds'] / 3600:.2f} hours on {summary['machine']['device']}"
         )
         rows["trained with"] = _versions(summary["versions"])
     else:
@@ -134,6 +157,13 @@ def facts(source: Source, record: dict[str, Any]) -> str:
     elif source.model.quantization == "nf4":
         lines += ["", "The adapter was trained on the 4-bit base. On the 16-bit base it behaves a little differently."]
     return "\n".join(lines)
+
+
+def _tokens(summary: dict[str, Any]) -> str:
+    """How many tokens a run sampled; those of the solutions, for a warm start, which samples none."""
+    if "trained_tokens" in summary:
+        return f"{summary['trained_tokens']:,} tokens of worked solutions"
+    return f"{summary['sampled_tokens']:,} tokens sampled"
 
 
 def before_and_after(source: Source) -> str:
@@ -151,7 +181,7 @@ def before_and_after(source: Source) -> str:
     said = "\n".join([verdict["sentence"], *(f"- {reason}" for reason in verdict["because"])])
     if not ends:
         return said
-    asked = f"{evaluation['prompts']} held-out prompts, {evaluation['samples']} samples each."
+    asked = f"{counted(evaluation['prompts'], 'held-out prompt')}, {counted(evaluation['samples'], 'sample')} each."
     return f"{asked}\n\n```\n{closing_table(ends, evaluation['samples'])}\n```\n\n{said}"
 
 

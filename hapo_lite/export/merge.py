@@ -111,6 +111,7 @@ def _load(source: Source, name: str, device: torch.device, dtype: torch.dtype, a
     """The model `name` in full weights of `dtype`, computing in fp32. adapter: None for the model alone."""
     changes = {
         "name": name,
+        "adapter": None,
         "revision": source.revision if name == source.base else None,
         "quantization": "none",
         "dtype": NAMES[dtype],

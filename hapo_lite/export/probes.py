@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hapo_lite.errors import UserError
 from hapo_lite.export.source import Source
 from hapo_lite.model.policy import Policy
-from hapo_lite.records import Sequences, pad
+from hapo_lite.records import Sequences, pad, put
 from hapo_lite.runs.trace import salvage_traces
 from hapo_lite.tasks.data import load_prompts
 
@@ -132,9 +132,9 @@ def logprobs(policy: Policy, texts: Sequence[Text]) -> Tensor:
         lengths = torch.tensor([len(completion) for _, completion in some])
         batch = Sequences(
             pad(ids, policy.device),
-            torch.tensor([len(prompt) for prompt, _ in some]).to(policy.device),
-            lengths.to(policy.device),
-            (torch.arange(int(lengths.max()))[None] < lengths[:, None]).to(policy.device),
+            put(torch.tensor([len(prompt) for prompt, _ in some]), policy.device),
+            put(lengths, policy.device),
+            put(torch.arange(int(lengths.max()))[None] < lengths[:, None], policy.device),
         )
         # The policy multiplies by the head's weight without calling the head, so the head's hooks do not run.
         with _widened([head.weight]) if hasattr(head, WIDENED) else contextlib.nullcontext():
@@ -146,12 +146,15 @@ def answers(policy: Policy, prompts: Sequence[tuple[int, ...]]) -> list[tuple[in
     """Greedy completions, stop token included. All models compare on the same batch, padded on the left."""
     longest = max(len(ids) for ids in prompts)
     blank = policy.tokenizer.pad_token_id
-    given = torch.tensor([[blank] * (longest - len(ids)) + list(ids) for ids in prompts], device=policy.device)
-    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=policy.device)
+    given = torch.tensor([[blank] * (longest - len(ids)) + list(ids) for ids in prompts])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
     limit = min(ANSWER_TOKENS, policy.context - longest)
     with policy.sampling() as model:
         written = model.generate(  # type: ignore[operator]  # transformers declares it in a mixin
-            input_ids=given, attention_mask=mask, do_sample=False, max_new_tokens=limit
+            input_ids=put(given, policy.device),
+            attention_mask=put(mask, policy.device),
+            do_sample=False,
+            max_new_tokens=limit,
         )
     return [_up_to_stop(row, policy.stop_ids) for row in written[:, longest:].tolist()]
 

@@ -52,6 +52,11 @@ class Source:
         return self.recipe.model
 
     @property
+    def method(self) -> str:
+        """The method that the adapter was trained with; `sft` for a warm start."""
+        return str(self.summary.get("method", self.recipe.method.preset))
+
+    @property
     def base(self) -> str:
         """The base's name for `from_pretrained`: a hub name, or the absolute path of a folder."""
         if self.model.name == "tiny":

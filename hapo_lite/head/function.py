@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,30 +40,55 @@ def token_logprobs(
     """
     vocabulary = open_vocabulary(weight)
     dtype = result_dtype(hidden.dtype)
-    temperature = torch.as_tensor(temperature, dtype=dtype, device=hidden.device)
-    _check(hidden, vocabulary.shape, targets, temperature)
+    _check(hidden, vocabulary.shape, targets)
+    scaling = _Scaling.of(temperature, hidden, dtype)
     form = LogitForm.of(vocabulary, bias, logit_scale, soft_cap, dtype)
-    inverse = temperature.reciprocal().expand(hidden.shape[0])
     if not torch.is_grad_enabled():
         # A custom function is told that its input wants a gradient even where none is recorded.
         hidden, weight = hidden.detach(), weight.detach()
     with torch.autocast(hidden.device.type, enabled=False):
-        logp, entropy = _Head.apply(hidden, weight, targets, inverse, form, entropy_gradient)  # type: ignore[no-untyped-call]
+        logp, entropy = _Head.apply(hidden, weight, targets, scaling, form, entropy_gradient)  # type: ignore[no-untyped-call]
     return logp, entropy
 
 
-def _check(hidden: Tensor, weight: torch.Size, targets: Tensor, temperature: Tensor) -> None:
+@dataclass(frozen=True)
+class _Scaling:
+    """inverse: 1 / T of each token [N]; unscaled: whether every T is 1."""
+
+    inverse: Tensor
+    unscaled: bool
+
+    @classmethod
+    def of(cls, temperature: float | Tensor, hidden: Tensor, dtype: torch.dtype) -> _Scaling:
+        """The scaling of the tokens `hidden`, [N, D]. A number is checked on the host, which need not wait for it.
+
+        Raises ValueError on a temperature of another shape or not above 0.
+        """
+        count = hidden.shape[:1]
+        if not isinstance(temperature, Tensor):
+            number = float(torch.tensor(temperature, dtype=dtype))
+            temperature = torch.full((), number, dtype=dtype, device=hidden.device)
+            least = most = number
+        else:
+            if temperature.shape not in (count, ()):
+                raise ValueError(
+                    f"temperature {tuple(temperature.shape)} must be a number or [{count[0]}], one a token"
+                )
+            temperature = temperature.to(hidden.device, dtype)
+            least, most = torch.stack(temperature.aminmax()).tolist() if temperature.numel() else (1.0, 1.0)
+        if not least > 0:
+            raise ValueError(f"temperature must be positive, not {least}")
+        return cls(temperature.reciprocal().expand(count), unscaled=least == most == 1.0)
+
+
+def _check(hidden: Tensor, weight: torch.Size, targets: Tensor) -> None:
     """Raise ValueError where the arguments of `token_logprobs` do not fit together. weight: its shape."""
     if hidden.dim() != 2 or len(weight) != 2 or hidden.shape[1] != weight[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight)} must be [N, D] and [V, D]")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {tuple(targets.shape)} must be [{hidden.shape[0]}], one a token")
-    if temperature.shape not in (hidden.shape[:1], ()):
-        raise ValueError(f"temperature {tuple(temperature.shape)} must be a number or [{hidden.shape[0]}], one a token")
-    if not bool((temperature > 0).all()):
-        raise ValueError(f"temperature must be positive, not {float(temperature.min())}")
     if targets.numel():
-        lowest, highest = int(targets.min()), int(targets.max())
+        lowest, highest = torch.stack(targets.aminmax()).tolist()  # together, which is one wait on a GPU
         if lowest < 0 or highest >= weight[0]:
             raise ValueError(f"targets lie in [{lowest}, {highest}], outside the vocabulary of {weight[0]}")
 
@@ -76,12 +102,13 @@ class _Head(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        inverse: Tensor,
+        scaling: _Scaling,
         form: LogitForm,
         entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         wants_hidden, ctx.wants_weight = ctx.needs_input_grad[:2]
-        tokens = Tokens(hidden, targets, inverse)
+        inverse = scaling.inverse
+        tokens = Tokens(hidden, targets, inverse, scaling.unscaled)
         tiles = Tiles(tokens, form)
         logp, entropy, normaliser = (hidden.new_empty(hidden.shape[0], dtype=inverse.dtype) for _ in range(3))
         jacobian = Jacobian.zeros(hidden, inverse.dtype, entropy_gradient) if wants_hidden else None
@@ -94,6 +121,7 @@ class _Head(torch.autograd.Function):
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)
         ctx.form, ctx.hidden_dtype, ctx.entropy_gradient = form, hidden.dtype, entropy_gradient
+        ctx.unscaled = scaling.unscaled
         rows_of_jacobian = (None, None) if jacobian is None else (jacobian.logp, jacobian.entropy)
         for_weight = (hidden, weight, targets, inverse, normaliser, entropy) if ctx.wants_weight else ()
         ctx.save_for_backward(*rows_of_jacobian, *for_weight)
@@ -110,7 +138,8 @@ class _Head(torch.autograd.Function):
             grad_hidden += grad_entropy[:, None] * entropy_jacobian
         if ctx.wants_weight:
             hidden, weight, targets, inverse, normaliser, entropy = for_weight
-            tokens, distributions = Tokens(hidden, targets, inverse), Distributions(normaliser, entropy)
+            tokens = Tokens(hidden, targets, inverse, ctx.unscaled)
+            distributions = Distributions(normaliser, entropy)
             on_entropy = grad_entropy if ctx.entropy_gradient else None
             grad_weight = weight_gradient(weight, ctx.form, tokens, distributions, grad_logp, on_entropy)
         return grad_hidden, grad_weight, None, None, None, None

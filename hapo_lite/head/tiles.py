@@ -46,14 +46,18 @@ def fold_kernel(device: str) -> Callable[[Softmax, Tensor, Tensor, Tensor], Fold
 
 @dataclass(frozen=True)
 class Tokens:
-    """hidden: [N, D]; targets: [N]; inverse: 1 / T of each token [N], in the dtype of the logits."""
+    """hidden: [N, D]; targets: [N]; inverse: 1 / T of each token [N], in the dtype of the logits.
+
+    unscaled: whether every T is 1.
+    """
 
     hidden: Tensor
     targets: Tensor
     inverse: Tensor
+    unscaled: bool
 
     def rows(self, part: slice) -> Tokens:
-        return Tokens(self.hidden[part], self.targets[part], self.inverse[part])
+        return Tokens(self.hidden[part], self.targets[part], self.inverse[part], self.unscaled)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Tiles:
         self.product = Product.of(form.vocabulary.dtype, dtype, device)
         count, width = hidden.shape
         self._rows, self._columns = tile_shape(device, count, width, form.vocabulary.shape[0])
-        self._product_is_logits = form.plain and bool((tokens.inverse == 1.0).all())
+        self._product_is_logits = form.plain and tokens.unscaled
         self._kernel = fold_kernel(device)
         size = self._rows * self._columns
         self._logits = hidden.new_empty(size, dtype=dtype)

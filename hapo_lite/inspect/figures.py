@@ -15,7 +15,7 @@ from typing import Any
 from hapo_lite.algo.methods import Method
 from hapo_lite.inspect.markup import content_key, hidden_json
 from hapo_lite.inspect.tokens import QUANTITIES, DualWord, TokenTable, show_number, what_if
-from hapo_lite.train.curves import PANELS
+from hapo_lite.train.curves import PANELS, reward_panel
 
 BLUE, ORANGE, GREY = "#2f7fb8", "#d9822b", "#8a8f98"
 """Colours that differ for every common form of colour blindness, in both themes."""
@@ -184,12 +184,12 @@ def side_by_side_figure(left: TokenTable, right: TokenTable, quantity: str, titl
 
 
 def curve_figures(lines: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]] = ()) -> list[tuple[str, Figure]]:
-    """(heading, figure) for every panel of `train.curves.PANELS` that has numbers.
+    """(heading, figure) for every panel of `train.curves.PANELS` that has numbers, and for rewards by name.
 
     lines: the lines of metrics.jsonl. other: those of a second run, which is drawn dashed.
     """
     figures = []
-    for heading, panel in PANELS:
+    for heading, panel in [*PANELS, ("rewards by name", reward_panel([*lines, *other]))]:
         curves = []
         for (key, label), colour in zip(panel.items(), SERIES, strict=False):
             solid = {"color": colour, "width": 1.6, "dash": "solid"}

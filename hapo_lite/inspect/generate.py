@@ -23,6 +23,7 @@ from hapo_lite.errors import UserError
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import ModelSettings
+from hapo_lite.records import put
 from hapo_lite.rollout.draws import DrawKey, Stage, uniforms
 from hapo_lite.rollout.sampling import AdaptiveTemperature, Drawn, draw
 from hapo_lite.runs.trace import Trace
@@ -42,8 +43,8 @@ Tokens = dict[str, list[Any]]
 class GenerationSettings:
     """The inputs of one generation, except the model.
 
-    signal: that of a run; None fits one on a first pass. seconds: the time limit. Raises UserError for a value that is
-    out of range.
+    signal: that of a run; None fits one on a first pass. seconds: the time limit. system_prompt: None for no system
+    message, which a template may treat otherwise than an empty one. Raises UserError for a value that is out of range.
     """
 
     problem: str
@@ -53,12 +54,12 @@ class GenerationSettings:
     seed: int = 0
     seconds: float = 120.0
     signal: EntropySignal | None = None
-    system_prompt: str = ""
+    system_prompt: str | None = None
 
     @property
     def messages(self) -> list[tuple[str, str]]:
         """The chat as (role, content) pairs: the system prompt, if any, and the problem."""
-        system = [("system", self.system_prompt)] if self.system_prompt else []
+        system = [] if self.system_prompt is None else [("system", self.system_prompt)]
         return [*system, ("user", self.problem)]
 
     def __post_init__(self) -> None:
@@ -140,7 +141,7 @@ def _one_pass(job: _Job, signal: EntropySignal | None) -> Iterator[Progress]:
     adaptive = signal if settings.method.adaptive_temperature else None
     processor = AdaptiveTemperature(adaptive, settings.temperature, settings.method.tau)
     tokens: Tokens = {name: [] for name in NAMES}
-    inputs = torch.tensor([job.prompt], device=policy.device)
+    inputs, draws = put(torch.tensor([job.prompt]), policy.device), put(job.draws, policy.device)
     cache = None
     for step in range(len(job.draws)):
         # The context is entered for each token. While the iterator waits at its yield, other code on the same model
@@ -149,12 +150,12 @@ def _one_pass(job: _Job, signal: EntropySignal | None) -> Iterator[Progress]:
             out = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits = out.logits[:, -1]
             cache = out.past_key_values
-            drawn = draw(processor, logits, job.draws[step : step + 1].to(logits.device))
+            drawn = draw(processor, logits, draws[step : step + 1])
             token = _token(policy, drawn, logits.float() / settings.temperature)
         for name, value in token.items():
             tokens[name].append(value)
         inputs = drawn.ids[:, None]
-        ended = _reason_to_end(job, int(drawn.ids), written=step + 1)
+        ended = _reason_to_end(job, token["id"], written=step + 1)
         yield Progress(_trace(job, tokens, signal, ended), False, ended)
         if ended:
             return
@@ -174,21 +175,24 @@ def _token(policy: Policy, drawn: Drawn, base: Tensor) -> dict[str, Any]:
 
     drawn: one row. base: [1, V], the logits at the base temperature.
     """
-    chosen = int(drawn.ids)
     base_logp = torch.log_softmax(base[0].double(), dim=-1)
     own_logp = torch.log_softmax(drawn.scores[0].double(), dim=-1)
     best = base_logp.topk(min(ALTERNATIVES, base_logp.shape[0])).indices
-    texts = policy.tokenizer.batch_decode([[i] for i in [chosen, *best.tolist()]], skip_special_tokens=False)
+    shown = torch.cat([drawn.ids, best])
+    logps = torch.stack([own_logp[shown], base_logp[shown]])
+    of_token = torch.stack([drawn.entropy, drawn.temperature]).double().expand(-1, len(shown))
+    # All numbers come to the host at once. In fp64 the ids are exact.
+    columns = torch.cat([shown.double()[None], logps, logps.exp(), of_token]).tolist()
+    ids, (own, *_), (at_base, *_), own_shares, base_shares, (entropy, *_), (temperature, *_) = columns
+    texts = policy.tokenizer.batch_decode([[int(i)] for i in ids], skip_special_tokens=False)
     return {
-        "id": chosen,
+        "id": int(ids[0]),
         "text": texts[0],
-        "logp_sampling": float(own_logp[chosen]),
-        "logp_base": float(base_logp[chosen]),
-        "entropy": float(drawn.entropy),
-        "temperature": float(drawn.temperature),
-        "alternatives": list(
-            zip(texts[1:], base_logp[best].exp().tolist(), own_logp[best].exp().tolist(), strict=True)
-        ),
+        "logp_sampling": own,
+        "logp_base": at_base,
+        "entropy": entropy,
+        "temperature": temperature,
+        "alternatives": list(zip(texts[1:], base_shares[1:], own_shares[1:], strict=True)),
     }
 
 
@@ -213,23 +217,38 @@ def _trace(job: _Job, tokens: Tokens, signal: EntropySignal | None, ended: str) 
     )
 
 
+OF_RUN = ("revision", "chat_template_options", "chat_template_date")
+"""The settings of a run's model on which its prompts depend, besides the name."""
+
+
 class ModelShelf:
     """The last few models that were loaded. All pages share them, since a loaded model is only read."""
 
     def __init__(self, keep: int = 2) -> None:
         self.keep = keep
-        self._held: OrderedDict[tuple[str, str, str], Policy] = OrderedDict()
+        self._held: OrderedDict[tuple[str, str], Policy] = OrderedDict()
 
-    def get(self, name: str, adapter: str = "", quantization: Literal["none", "nf4"] = "none") -> Policy:
-        """The model `name` (hub name, folder or `tiny`). adapter: a folder; "" for none. Raises UserError."""
+    def get(
+        self,
+        name: str,
+        adapter: str = "",
+        quantization: Literal["none", "nf4"] = "none",
+        run: ModelSettings | None = None,
+    ) -> Policy:
+        """The model `name` (hub name, folder or `tiny`). adapter: a folder; "" for none. Raises UserError.
+
+        run: the model of a run. If it is the same model, prompts are rendered as in that run.
+        """
         name, adapter = name.strip(), adapter.strip()
         if not name:
             raise UserError("there is no model: type a hub name or a folder, or `tiny` for the bundled one")
-        key = (name, adapter, quantization)
+        settings = ModelSettings(name=name, quantization=quantization)
+        if run is not None and run.name == settings.name:
+            settings = settings.model_copy(update=run.model_dump(include=set(OF_RUN)))
+        key = (adapter, settings.model_dump_json())
         if key not in self._held:
             while len(self._held) >= self.keep:
                 self._held.popitem(last=False)
-            settings = ModelSettings(name=name, quantization=quantization)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._held[key] = load_policy(settings, 0, device, adapter=Path(adapter) if adapter else None)
         self._held.move_to_end(key)

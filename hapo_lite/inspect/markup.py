@@ -13,6 +13,7 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+from hapo_lite.errors import counted
 from hapo_lite.inspect.colour import STEPS, Colouring, colour_values, span_of
 from hapo_lite.inspect.tokens import QUANTITIES, TokenTable, show_number, treated_tokens, visible
 from hapo_lite.runs.trace import Trace
@@ -140,13 +141,16 @@ def summary(trace: Trace, table: TokenTable) -> str:
         for role, content in trace.messages
     )
     entropy = table.numbers["entropy"]
-    facts = [f"{len(table):,} tokens", f"mean entropy {show_number(sum(entropy) / len(entropy))} nats"]
+    facts = [counted(len(table), "token"), f"mean entropy {show_number(sum(entropy) / len(entropy))} nats"]
     if trace.gold:
         facts.append(f"gold answer {_cut(trace.gold, 80)}")
     if trace.outcome:
         facts.append(trace.outcome)
     if trace.truncated:
         facts.append("cut off")
+    if trace.rewards:
+        facts.append(f"reward {show_number(trace.reward)}")
+        facts += [f"{_cut(name, 40)} {show_number(value)}" for name, value in trace.rewards.items()]
     facts += [f"{len(found)} {name}" for name, found in treated_tokens(trace).items() if len(found)]
     chips = "".join(f'<span class="hapo-chip">{html.escape(fact)}</span>' for fact in facts)
     return (

@@ -14,6 +14,7 @@ def refuse_others(method: Method, trainer: str, own: str) -> None:
         "entropy_bonus": method.entropy_bonus > 0.0,
         "kl_certain and kl_uncertain": method.needs_base,
         "importance": method.importance != "none",
+        "truncated": method.truncated != "keep",
     }
     for piece, wanted in lacking.items():
         if wanted:

@@ -54,7 +54,7 @@ class HapoTrainer(trl.GRPOTrainer):
     def __init__(self, *args: Any, method: Method = WITHOUT_A, **kwargs: Any) -> None:
         if not trl.__version__.startswith("1.16."):
             raise ValueError(f"this needs trl 1.16, and {trl.__version__} is installed: pip install 'trl>=1.16,<1.17'")
-        refuse_others(method, "TRL", "vllm_importance_sampling_correction")
+        refuse_others(method, "TRL", "vllm_importance_sampling_correction and mask_truncated_completions")
         if method.adaptive_temperature:
             raise ValueError("TRL opens its sampler to no temperature of each token: adaptive_temperature=False")
         super().__init__(*args, **kwargs)
@@ -87,7 +87,8 @@ class HapoTrainer(trl.GRPOTrainer):
         rewards = (self.rewards * self.reward_weights.to(self.rewards)).nansum(dim=1).double()
         size = self.num_generations if self.model.training else self.num_generations_eval
         groups = torch.arange(len(rewards), device=rewards.device) // size
-        advantage = group_advantage(rewards, gather(mask.sum(dim=1)), groups, self.method.advantage_level)
+        method = self.method
+        advantage = group_advantage(rewards, gather(mask.sum(dim=1)), groups, method.advantage_level, method.scale)
         own = slice(self.accelerator.process_index * len(mask), (self.accelerator.process_index + 1) * len(mask))
         return out | {"advantages": advantage.float()[own], "h": signal.normalize(entropy) * mask}
 

@@ -91,7 +91,11 @@ def group_advantages(
     numbers: dict[Hashable, int] = {}
     groups = torch.tensor([numbers.setdefault(uid, len(numbers)) for uid in index])
     advantage = group_advantage(
-        token_level_rewards.double().sum(dim=1).cpu(), response_mask.sum(dim=1).cpu(), groups, method.advantage_level
+        token_level_rewards.double().sum(dim=1).cpu(),
+        response_mask.sum(dim=1).cpu(),
+        groups,
+        method.advantage_level,
+        method.scale,
     )
     spread = advantage.to(token_level_rewards)[:, None] * response_mask
     return spread, spread

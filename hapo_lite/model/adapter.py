@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hapo_lite.errors import UserError, first_line
+from hapo_lite.model.lora import use_two_products
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.targets import check_head_is_free, check_targets, peft_targets, untouched_layers
 from hapo_lite.recipe import ModelSettings
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""The files of an adapter, as peft names them."""
 
 
 @contextlib.contextmanager
@@ -57,13 +62,14 @@ def fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> 
     except ValueError as error:
         raise UserError(f"model.lora.targets = {targets!r} does not fit {settings.name}: {error}") from error
     check_head_is_free(base, lora, settings.name)
+    use_two_products(model)
     return model
 
 
 def check_adapter(folder: Path) -> None:
     """Raise UserError if a folder is not a saved adapter."""
     # Without these files peft would read a pickle, or ask the hub for a repository of the folder's name.
-    for needed in ("adapter_config.json", "adapter_model.safetensors"):
+    for needed in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / needed).is_file():
             raise UserError(f"adapter {folder} has no {needed}: give a folder like runs/NAME/adapter")
 
@@ -73,9 +79,11 @@ def saved_adapter(base: PreTrainedModel, settings: ModelSettings, folder: Path) 
     check_adapter(folder)
     try:
         with peft_packages():
-            return PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
+            model = PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"adapter {folder} does not fit {settings.name}: {first_line(error)}") from error
+    use_two_products(model)
+    return model
 
 
 def save_adapter(policy: Policy, folder: Path) -> None:
@@ -87,8 +95,13 @@ def save_adapter(policy: Policy, folder: Path) -> None:
 
 def load_adapter(policy: Policy, folder: Path) -> None:
     """Read adapter weights that `save_adapter` wrote into the policy. Raises UserError if they do not fit."""
-    # peft's annotation of the result names no fields.
-    outcome: Any = set_peft_model_state_dict(policy.model, load_file(folder / "adapter_model.safetensors"))
-    missing = [key for key in outcome.missing_keys if "lora_" in key]
-    if missing or outcome.unexpected_keys:
+    if not read_weights(policy.model, load_file(folder / ADAPTER_WEIGHTS)):
         raise UserError(f"the adapter in {folder} does not fit this model and these model.lora settings")
+
+
+def read_weights(model: PeftModel, weights: Mapping[str, Tensor]) -> bool:
+    """Copy the weights of an adapter, by peft's names, into the model's. Returns whether they are the same ones."""
+    # peft's annotation of the result names no fields.
+    outcome: Any = set_peft_model_state_dict(model, dict(weights))
+    missing = [key for key in outcome.missing_keys if "lora_" in key]
+    return not missing and not outcome.unexpected_keys

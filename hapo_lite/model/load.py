@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import distributed, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -16,7 +19,9 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from hapo_lite.errors import UserError, first_line
 from hapo_lite.model.adapter import fresh_adapter, saved_adapter
@@ -26,7 +31,8 @@ from hapo_lite.model.noise import switch_off_noise
 from hapo_lite.model.origins import Origin, may_run_code, model_origin
 from hapo_lite.model.policy import Policy, embedding_rows
 from hapo_lite.model.refusals import known_problem
-from hapo_lite.model.template import Rendering, check_options, templated, today
+from hapo_lite.model.start import read_start, starting_adapter
+from hapo_lite.model.template import Rendering, after_answer, check_options, today
 from hapo_lite.model.unpacked import UnpackedBase
 from hapo_lite.recipe import ModelSettings
 
@@ -42,24 +48,26 @@ def load_policy(
     """Load the base from a hub name or folder, quantise it if asked to, and put an adapter on it.
 
     Only safetensors weights are read. Code from the model's repository is run only with model.trust_remote_code.
-    adapter: a folder with a trained adapter, to sample from and not to train; None: a new one, whose weights depend on
-    `seed` alone. engine: rollout.engine; with `unsloth`, Unsloth loads the model. unpacked: whether a 4-bit base is
-    unpacked once in each rollout; None: if there is memory for it then. Raises UserError if there is no such model or
-    it does not fit the settings.
+    adapter: a folder with a trained adapter, to sample from and not to train; None: that of model.adapter, to train
+    further, or else a new one, whose weights depend on `seed` alone. engine: rollout.engine; with `unsloth`, Unsloth
+    loads the model. unpacked: whether a 4-bit base is unpacked once in each rollout; None: if there is memory for it
+    then. The processes of a run load it together, and take the first one's date for the chat template. Raises UserError
+    if there is no such model or adapter, or if one of them does not fit the settings.
     """
     device = torch.device(device)
     dtype = resolve_dtype(settings.dtype, device)
     check_attention(settings.attention, dtype)
     use_fused_attention(device)
     origin = find_origin(settings)
-    try:
+    start = starting_adapter(settings, origin) if adapter is None else None
+    with _loading(settings, origin):
         trust = may_run_code(settings, origin)
         source = {"revision": origin.commit, "trust_remote_code": trust}
-        tokenizer = AutoTokenizer.from_pretrained(origin.name, padding_side="left", **source)
+        tokenizer = read_tokenizer(origin, source)
         if engine == "unsloth":
             from hapo_lite.model import unsloth
 
-            model, fast = unsloth.load(settings, origin, dtype, seed, adapter)
+            model, fast = unsloth.load(settings, origin, dtype, seed, start.folder if start else adapter)
             base: PreTrainedModel = cast(PreTrainedModel, model.get_base_model())  # peft says Module
         else:
             base = AutoModelForCausalLM.from_pretrained(
@@ -71,37 +79,58 @@ def load_policy(
                 use_safetensors=True,
                 **source,
             )
-    except UserError:
-        raise
-    except Exception as error:
-        # A model that comes with code may raise any error.
-        known = (OSError, ValueError, ImportError, KeyError, SafetensorError)
-        if not settings.trust_remote_code and not isinstance(error, known):
-            raise
-        problem = known_problem(settings, error)
-        raise UserError(
-            problem or f"model.name = {settings.name} was found ({origin}), and cannot be loaded: {first_line(error)}"
-        ) from error
     keep_weights_unpacked(base)
     switch_off_noise(base)
     check_options(tokenizer, settings.chat_template_options)
-    rendering = Rendering(settings.chat_template_options, settings.chat_template_date or today())
+    day = of_first_process(settings.chat_template_date or today())
+    rendering = Rendering(settings.chat_template_options, day)
     stop_ids = find_stop_ids(base, tokenizer, rendering)
     choose_pad_token(base, tokenizer, stop_ids)
     # The model's generation settings (top_k, repetition_penalty, ...) would silently change the sampled distribution.
     base.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=list(stop_ids))
     config = base.config.get_text_config()
     context = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
+    began = str(start or "")
     if engine == "unsloth":
         parts = (model, tokenizer, stop_ids, context, dtype, str(origin))
-        checkpointing = settings.gradient_checkpointing
-        return unsloth.UnslothPolicy(*parts, rendering=rendering, fast=fast, checkpointing=checkpointing)
+        return unsloth.UnslothPolicy(
+            *parts,
+            rendering=rendering,
+            started_from=began,
+            fast=fast,
+            checkpointing=settings.gradient_checkpointing,
+        )
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = fresh_adapter(base, settings, seed).train() if adapter is None else saved_adapter(base, settings, adapter)
+    if start is not None:
+        read_start(model, start, settings)
     dense = UnpackedBase(base, unpacked) if settings.quantization == "nf4" else None
-    policy = Policy(model, tokenizer, stop_ids, context, dtype, str(origin), settings.offloads, dense, rendering)
+    policy = Policy(model, tokenizer, stop_ids, context, dtype, str(origin), settings.offloads, dense, rendering, began)
     return replace(policy, whole=reads_changed_states(policy, settings))
+
+
+def of_first_process(day: datetime.date) -> datetime.date:
+    """The day that the first process of a run gives, since clocks differ and midnight may pass between two processes.
+
+    All processes call this at the same place. A program of one process keeps its own day.
+    """
+    days = [day]
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.broadcast_object_list(days)
+    return days[0]
+
+
+def read_tokenizer(origin: Origin, source: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. source: revision and trust_remote_code, for `from_pretrained`.
+
+    One that was saved as transformers' general class is all in tokenizer.json. For some types of models, such as
+    qwen2, AutoTokenizer would read it as the type's own class, which splits text by rules of its own.
+    """
+    saved = get_tokenizer_config(origin.name, revision=origin.commit)
+    general = saved.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in saved
+    kind = PreTrainedTokenizerFast if general else AutoTokenizer
+    return kind.from_pretrained(origin.name, padding_side="left", **source)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -140,12 +169,8 @@ def find_stop_ids(
     for holder in (model.generation_config, model.config, model.config.get_text_config(), tokenizer):
         ids: Any = getattr(holder, "eos_token_id", None)
         found += ids if isinstance(ids, list) else [ids]
-    if tokenizer.chat_template is not None:
-        answer = "answer"
-        chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-        text = templated(tokenizer, chat, rendering=rendering)
-        after = tokenizer.encode(text.rpartition(answer)[2] if answer in text else "", add_special_tokens=False)
-        found += [i for i in after[:1] if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]
+    after = after_answer(tokenizer, rendering)
+    found += [i for i in after[:1] if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]
     stop_ids = tuple(dict.fromkeys(i for i in found if i is not None))
     if not stop_ids:
         raise UserError("the model names no end-of-sequence token: set eos_token_id in its generation_config.json")
@@ -198,4 +223,22 @@ def find_origin(settings: ModelSettings) -> Origin:
         raise UserError(
             f"model.name = {name} is neither a folder here nor a model that the hub gives: check the name and the "
             f"network ({first_line(error)})"
+        ) from error
+
+
+@contextlib.contextmanager
+def _loading(settings: ModelSettings, origin: Origin) -> Iterator[None]:
+    """A context that turns the errors of libraries which load a model into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # A model that comes with code may raise any error.
+        known = (OSError, ValueError, ImportError, KeyError, SafetensorError)
+        if not settings.trust_remote_code and not isinstance(error, known):
+            raise
+        problem = known_problem(settings, error)
+        raise UserError(
+            problem or f"model.name = {settings.name} was found ({origin}), and cannot be loaded: {first_line(error)}"
         ) from error

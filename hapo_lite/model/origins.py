@@ -79,11 +79,11 @@ def _refuse_adapter(name: str, file: Path) -> None:
     """Raise UserError if there is an adapter_config.json, naming the base in it."""
     if not file.is_file():
         return
-    base = _object_in(file).get("base_model_name_or_path")
+    base = object_in(file).get("base_model_name_or_path")
     named = f", model.name={base}" if isinstance(base, str) and base else ""
     raise UserError(
-        f"model.name = {name} is an adapter: give the model that it belongs to{named}; hapo_lite.evaluate and the "
-        "inspector take an adapter's folder as --adapter"
+        f"model.name = {name} is an adapter: give the model that it belongs to{named}; model.adapter={name} trains it "
+        "further, and hapo_lite.evaluate and the inspector take an adapter's folder as --adapter"
     )
 
 
@@ -149,7 +149,7 @@ def _code_references(origin: Origin) -> Iterator[str]:
 def _read(origin: Origin, name: str) -> dict[str, Any]:
     """The object in a JSON file of the model; empty if there is no such file."""
     path = _path_of(origin, name)
-    return _object_in(path) if path else {}
+    return object_in(path) if path else {}
 
 
 def _path_of(origin: Origin, name: str) -> Path | None:
@@ -158,7 +158,7 @@ def _path_of(origin: Origin, name: str) -> Path | None:
     return Path(path) if path else None
 
 
-def _object_in(path: Path) -> dict[str, Any]:
+def object_in(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if the file holds something else."""
     fields = json.loads(path.read_text(encoding="utf-8"))
     return fields if isinstance(fields, dict) else {}

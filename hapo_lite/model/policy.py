@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hapo_lite.errors import UserError
 from hapo_lite.head import next_token_logits, token_logprobs
 from hapo_lite.model.decoder import head_input
-from hapo_lite.model.template import Rendering, encode_chat, text_of
+from hapo_lite.model.template import Rendering, after_answer, encode_chat, text_of
 from hapo_lite.model.unpacked import UnpackedBase
 from hapo_lite.records import Sequences
 
@@ -36,8 +36,8 @@ class Policy:
     dtype: of the model's products; bf16 and fp16 by autocast, which leaves the adapter's weights in fp32. origin: the
     commit or the digest of the base, as a string of `origins.Origin`. offload: whether activations wait for the
     backward in main memory. dense: makes the unpacked copy of a 4-bit base; None for another base. rendering: how the
-    chat template is rendered. whole: whether the head reads something else than the decoder's output, so that the whole
-    model is called to score.
+    chat template is rendered. started_from: the adapter of model.adapter and the hash of its weights; "" for a new one.
+    whole: whether the head reads something else than the decoder's output, so that the whole model is called to score.
     """
 
     model: PeftModel
@@ -49,6 +49,7 @@ class Policy:
     offload: bool = False
     dense: UnpackedBase | None = None
     rendering: Rendering = field(default_factory=Rendering)
+    started_from: str = ""
     whole: bool = False
 
     steps: ClassVar[bool] = True
@@ -72,7 +73,24 @@ class Policy:
 
         Raises UserError if the chat template fails, or if the model has no embedding for one of the tokens.
         """
-        ids = encode_chat(self.tokenizer, chat, self.rendering)
+        return self._embedded(encode_chat(self.tokenizer, chat, self.rendering))
+
+    def encode_answer(self, text: str, end: int) -> list[int]:
+        """Token ids of an assistant's answer after `encode`d messages, with the token that ends its turn.
+
+        end: that token, from `end_of_turn`, which renders the chat template anew at each call. Raises UserError if the
+        model has no embedding for one of the tokens.
+        """
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return self._embedded([*ids, end])
+
+    @property
+    def end_of_turn(self) -> int:
+        """The id that the chat template ends an answer with, if it ends a completion; else the first that does."""
+        after = after_answer(self.tokenizer, self.rendering)
+        return after[0] if after and after[0] in self.stop_ids else self.stop_ids[0]
+
+    def _embedded(self, ids: list[int]) -> list[int]:
         rows = embedding_rows(self.base)
         if ids and max(ids) >= rows:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
@@ -139,15 +157,16 @@ class Policy:
         with self.model.disable_adapter():
             yield
 
-    def unpacked(self, exact: bool = False) -> contextlib.AbstractContextManager:
+    def unpacked(self, exact: bool = False, in_update: bool = False) -> contextlib.AbstractContextManager:
         """A context within which a 4-bit base is unpacked once, if memory allows, instead of in every forward pass.
 
-        exact: unpack only where the results equal those of the packed layers to the last bit, as scoring needs. That is
-        so on a CPU; on a GPU, packed layers have kernels that round differently.
+        exact: unpack only where the results equal those of the packed layers to the last bit, as scoring and updates
+        need. That is so on a CPU; on a GPU, packed layers have kernels that round differently. in_update: see
+        `UnpackedBase.held`.
         """
         if self.dense is None or (exact and self.device.type != "cpu"):
             return contextlib.nullcontext()
-        return self.dense.held()
+        return self.dense.held(in_update)
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[PreTrainedModel]:

@@ -1,9 +1,9 @@
 """FSDP: each process keeps a part of the frozen base's layers, and the whole adapter.
 
 torch's fully_shard gathers a layer when it runs, in all processes at once, so all processes must run the model equally
-often (`Processes.idle`). The adapter is not split; its gradients are reduced as without FSDP. In sampling the processes
-run the model as often as each has tokens to write, and a gather for every token would be slow, so the base is gathered
-once for each rollout.
+often (`Processes.padding`). The adapter is not split; its gradients are reduced as without FSDP. In sampling the
+processes run the model as often as each has tokens to write, and a gather for every token would be slow, so the base is
+gathered once for each rollout.
 """
 
 from __future__ import annotations

@@ -128,6 +128,16 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat, rendering: Rende
     return ids
 
 
+def after_answer(tokenizer: PreTrainedTokenizerBase, rendering: Rendering | None) -> list[int]:
+    """Token ids of what the chat template writes after an answer, such as <|im_end|>; none without a template."""
+    if tokenizer.chat_template is None:
+        return []
+    answer = "answer"
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    text = templated(tokenizer, chat, rendering=rendering)
+    return tokenizer.encode(text.rpartition(answer)[2] if answer in text else "", add_special_tokens=False)
+
+
 def encode_open(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text that goes on: with what the tokenizer puts before a text, without what it puts after it.
 

@@ -1,8 +1,8 @@
-"""A dense copy of a 4-bit base while it is only read. Without the copy, every layer is unpacked at every step.
+"""A dense copy of a 4-bit base. Without the copy, every layer is unpacked at every step, and twice in training.
 
 The copy holds what bitsandbytes unpacks, in the layer's compute dtype. On a CPU its products equal the packed layer's
-to the last bit. On a GPU bitsandbytes has other kernels for few rows, and the copy's products equal the trainer's
-instead.
+to the last bit, in the backward too. On a GPU bitsandbytes has other kernels for few rows, and the copy's products
+equal the trainer's instead.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from torch import Tensor, nn
 from hapo_lite.errors import UserError
 from hapo_lite.model.oom import is_out_of_memory
 
+BESIDE_CACHES, BESIDE_ACTIVATIONS = 0.5, 0.05
+"""The largest share of the free memory that the copy may take: where the base is only read, and in an update, whose
+activations may need nearly all that is free."""
+
 
 class UnpackedBase:
     """Makes the copy layer by layer, each at its first call, and frees it at the end of the outermost `held`.
@@ -39,23 +43,23 @@ class UnpackedBase:
         """Bytes of the whole copy."""
         return sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in self._layers)
 
-    @property
-    def fits(self) -> bool:
-        """Whether twice the copy's bytes are free: one half for the copy, the other for caches."""
+    def fits(self, share: float) -> bool:
+        """Whether the copy takes at most that share of the memory that is free."""
         if not self._layers:
             return False
         device = self._layers[0].weight.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        return 2 * self.size <= free
+        return self.size <= share * free
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, in_update: bool = False) -> Iterator[None]:
         """A context within which the layers use the copy. It may be nested, and entered by several threads.
 
+        in_update: the copy stands beside activations, so it has to be small beside what is free, `wanted` or not.
         A layer's first call raises UserError if `wanted` is True and memory runs out while its copy is made.
         """
         with self._lock:
-            if self._holders == 0 and (self.fits if self.wanted is None else self.wanted):
+            if self._holders == 0 and self._makes(in_update):
                 for layer in self._layers:
                     vars(layer)["forward"] = _Dense(layer, self)
             self._holders += 1
@@ -66,6 +70,11 @@ class UnpackedBase:
                 self._holders -= 1
                 if self._holders == 0:
                     self.drop()
+
+    def _makes(self, in_update: bool) -> bool:
+        if in_update:
+            return self.wanted is not False and self.fits(BESIDE_ACTIVATIONS)
+        return self.fits(BESIDE_CACHES) if self.wanted is None else self.wanted
 
     def drop(self) -> None:
         """Free the copy; the layers use their packed weights again."""
@@ -79,6 +88,7 @@ class _Dense:
     def __init__(self, layer: Linear4bit, owner: UnpackedBase) -> None:
         self.layer, self.owner = layer, owner
         self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         layer = self.layer
@@ -89,6 +99,7 @@ class _Dense:
         if self.weight is None or self.weight.dtype != dtype:
             try:
                 self.weight = unpack(layer, dtype)
+                self.bias = None if layer.bias is None else layer.bias.to(dtype)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -99,8 +110,9 @@ class _Dense:
                     ) from error
                 self.owner.drop()
                 return layer(x)
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        return nn.functional.linear(x.to(dtype), self.weight, bias).to(x.dtype)
+        if x.dtype == dtype:
+            return nn.functional.linear(x, self.weight, self.bias)
+        return nn.functional.linear(x.to(dtype), self.weight, self.bias).to(x.dtype)
 
 
 @torch.no_grad()

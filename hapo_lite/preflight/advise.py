@@ -20,13 +20,15 @@ from hapo_lite.train.memory.room import usable
 class Advice:
     """The largest settings that fit. longest: tokens of the longest completion that would fit in batches of one.
 
-    Those batches are one sequence per micro-batch and one group sampled at once.
+    Those batches are one sequence per micro-batch and one group sampled at once. context_left: tokens that the model's
+    context leaves for a completion after the longest prompt.
     """
 
     micro_batch_tokens: int
     batch_size: int
     max_new_tokens: int
     longest: int
+    context_left: int
 
     def settings(self) -> dict[str, int]:
         """The settings by their names in a recipe."""
@@ -78,8 +80,9 @@ def advise(predictor: Predictor, recipe: Recipe, card: int, factors: dict[str, f
     base = sizes.completion
     one = peaks.update(base, 1)
     group = peaks.rollout(base, samples)
+    context_left = predictor.context - sizes.prompt
     longest = min(
-        predictor.context - sizes.prompt,
+        context_left,
         _longest_completion(room, base, one, peaks.update(2 * base, 1)),
         _longest_completion(room, base, group, peaks.rollout(2 * base, samples)),
     )
@@ -90,6 +93,11 @@ def advise(predictor: Predictor, recipe: Recipe, card: int, factors: dict[str, f
             "data.max_prompt_tokens or rollout.completions_per_prompt, or a smaller model"
         )
     completion = base if longest >= base else longest // 64 * 64
+    if recipe.reward.overlong_buffer >= completion:
+        raise UserError(
+            f"completions of at most {completion} tokens fit {card / 2**30:.3g} GiB, and reward.overlong_buffer = "
+            f"{recipe.reward.overlong_buffer} must be smaller than that: lower it"
+        )
     if completion < base:
         one = peaks.update(completion, 1)
     completions_per_step = math.ceil(completions / recipe.training.updates_per_iteration)
@@ -97,7 +105,7 @@ def advise(predictor: Predictor, recipe: Recipe, card: int, factors: dict[str, f
     groups = _groups_that_fit(room, math.ceil(completions / samples), lambda n: peaks.rollout(completion, n * samples))
     batch = max(1, min(batch, completions_per_step))
     rows = max(samples, min(groups * samples, completions))
-    return Advice(batch * (sizes.prompt + completion), rows, completion, longest)
+    return Advice(batch * (sizes.prompt + completion), rows, completion, longest, context_left)
 
 
 def _longest_completion(room: float, base: int, at_base: float, at_twice: float) -> int:

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from hapo_lite.errors import UserError
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
-from hapo_lite.recipe import Recipe
+from hapo_lite.recipe import Recipe, RewardSettings
 from hapo_lite.records import EncodedPrompt, Prompt, Score
 from hapo_lite.rollout.engine import make_engine
 from hapo_lite.runs.checkpoint import TrainState
@@ -115,11 +115,16 @@ def measure_loop(worst: WorstCase, say: Callable[[str], None]) -> Measured:
 
 
 def with_groups(recipe: Recipe, groups: int) -> Recipe:
-    """The recipe with iterations of `groups` groups and one update, without traces and dynamic sampling."""
+    """The recipe with iterations of `groups` groups and one update, without traces and dynamic sampling.
+
+    Completions are never left out for being cut off, as all of them are here, and rewards are those of its own scorer.
+    """
     rollout = {"prompts_per_iteration": groups, "dynamic_sampling": False, "token_budget": None}
     return recipe.model_copy(
         update={
             "rollout": recipe.rollout.model_copy(update=rollout),
+            "method": replace(recipe.method, truncated="keep"),
+            "reward": RewardSettings(),
             "training": recipe.training.model_copy(update={"updates_per_iteration": 1}),
             "logging": recipe.logging.model_copy(update={"traces_per_iteration": 0}),
         }
@@ -157,7 +162,12 @@ class _AlternatingScorer:
         self.progress = progress
 
     def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], lengths: Sequence[int], truncated: Sequence[bool]
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        lengths: Sequence[int],
+        truncated: Sequence[bool],
+        iteration: int | None = None,
     ) -> list[Score]:
         wrong = Score(0.0, False, "wrong", None)
         correct = Score(1.0, True, "correct", None)

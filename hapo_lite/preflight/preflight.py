@@ -8,6 +8,8 @@ import psutil
 import torch
 
 from hapo_lite.errors import UserError
+from hapo_lite.model.load import find_origin
+from hapo_lite.model.start import starting_adapter
 from hapo_lite.preflight.advise import Advice, advise, usable, write_back
 from hapo_lite.preflight.measure import measure_loop, prepare
 from hapo_lite.preflight.table import memory_table, suggestion, verdict
@@ -29,6 +31,8 @@ def preflight(recipe: Recipe, card: int | None, shape_only: bool, file: Path | N
         raise UserError("--write needs to know what to fit: say --card GIB, or run it where the card is")
     predictor = make_predictor(recipe, shape_only)
     print(describe(recipe, predictor))
+    if recipe.model.adapter is not None:
+        print(f"it goes on from the adapter {starting_adapter(recipe.model, find_origin(recipe.model))}")
     unseen = unseen_gpu()
     if unseen is not None and not shape_only:
         print(f"note: {unseen}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hapo_lite.errors import counted
 from hapo_lite.preflight.advise import Advice, usable
 from hapo_lite.preflight.measure import Measured
 from hapo_lite.recipe import Recipe
@@ -42,12 +43,28 @@ def verdict(stages: Sequence[Stage], measured: Measured | None, card: int) -> st
 
 
 def suggestion(advice: Advice, recipe: Recipe) -> str:
-    """The settings that fit, each with the recipe's present value, and the longest completion that would fit."""
-    now = {
-        "training.micro_batch_tokens": recipe.training.micro_batch_tokens,
-        "rollout.batch_size": recipe.rollout.batch_size,
-        "rollout.max_new_tokens": recipe.rollout.max_new_tokens,
+    """The settings that fit, each with the recipe's value, and the longest completion that would fit.
+
+    A size above that of a whole iteration is never reached, so it is not advised, and the recipe's may be larger.
+    """
+    rollout = recipe.rollout
+    present = {
+        "training.micro_batch_tokens": str(recipe.training.micro_batch_tokens),
+        "rollout.batch_size": str(rollout.batch_size),
+        "rollout.max_new_tokens": str(rollout.max_new_tokens),
     }
-    lines = [f"  {name}={value}    (now {now[name]})" for name, value in advice.settings().items()]
-    longest = f"one sequence and one group at a time, completions of up to {advice.longest:,} tokens would fit"
-    return "\n".join(["largest settings that fit:", *lines, longest])
+    whole = rollout.prompts_per_iteration * rollout.completions_per_prompt
+    if rollout.batch_size > advice.batch_size == whole:
+        present["rollout.batch_size"] += f", which fits too: an iteration samples {counted(whole, 'completion')} in all"
+    lines = [f"  {name}={value}    (the recipe has {present[name]})" for name, value in advice.settings().items()]
+    return "\n".join(["largest settings that fit:", *lines, _longest_completion(advice, rollout.max_new_tokens)])
+
+
+def _longest_completion(advice: Advice, present: int) -> str:
+    """A sentence about the longest completion that would fit. present: the recipe's, tokens."""
+    bounded_by_context = advice.longest == advice.context_left
+    tokens = counted(advice.longest, "token")
+    if bounded_by_context and advice.longest <= present:
+        return f"completions cannot be longer: the model's context leaves {tokens} after the longest prompt"
+    why = ", all that the model's context leaves after the longest prompt" if bounded_by_context else ""
+    return f"with micro-batches of one sequence and one group sampled at once, completions of {tokens} would fit{why}"

@@ -5,6 +5,7 @@ from hapo_lite.recipe.load import describe_fields, find_recipe, load_recipe, par
 from hapo_lite.recipe.schema import Recipe
 from hapo_lite.recipe.sections import (
     FOLDER_NAME,
+    OWN_REWARDS,
     BenchmarkSettings,
     CheckpointSettings,
     DataSettings,
@@ -12,10 +13,12 @@ from hapo_lite.recipe.sections import (
     LoggingSettings,
     LoraSettings,
     ModelSettings,
+    NamedReward,
     NonNegative,
     Positive,
     RewardSettings,
     RolloutSettings,
+    SftSettings,
     SuiteSettings,
     TrainingSettings,
 )
@@ -23,6 +26,7 @@ from hapo_lite.recipe.settings import nearest
 
 __all__ = [
     "FOLDER_NAME",
+    "OWN_REWARDS",
     "BenchmarkSettings",
     "CheckpointSettings",
     "DataSettings",
@@ -30,11 +34,13 @@ __all__ = [
     "LoggingSettings",
     "LoraSettings",
     "ModelSettings",
+    "NamedReward",
     "NonNegative",
     "Positive",
     "Recipe",
     "RewardSettings",
     "RolloutSettings",
+    "SftSettings",
     "SuiteSettings",
     "TrainingSettings",
     "describe_fields",

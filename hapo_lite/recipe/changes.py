@@ -8,6 +8,25 @@ from hapo_lite.errors import UserError
 from hapo_lite.recipe.load import parse_recipe
 from hapo_lite.recipe.schema import Recipe
 
+READ_BY_ONE = {
+    "train": (
+        "method",
+        "rollout.prompts_per_iteration",
+        "rollout.completions_per_prompt",
+        "rollout.temperature",
+        "rollout.top_p",
+        "rollout.top_k",
+        "rollout.old_logprobs",
+        "rollout.dynamic_sampling",
+        "rollout.token_budget",
+        "training.updates_per_iteration",
+        "training.learning_rate",
+        "training.schedule",
+        "training.warmup_updates",
+    ),
+    "sft": ("sft", "data.solution_column"),
+}
+"""Sections and fields that one command alone reads. A run of another command may have changed them."""
 MAY_CHANGE = (
     "output_dir",
     "model.revision",
@@ -44,12 +63,13 @@ def first_incompatible_setting(before: dict[str, Any], now: Recipe) -> str | Non
     except UserError as error:
         return f"other settings than this version has ({error})"
     settings = flatten(now.model_dump(mode="json"))
+    unread = [key for command, keys in READ_BY_ONE.items() if command != now.command for key in keys]
     # An option of the chat template is a key on one side alone where it was added or taken away.
     for key in {**settings, **then}:
         old, value = then.get(key), settings.get(key)
         if key == "model.chat_template_date" and None in (old, value):
             continue  # Whoever names no date takes that of the run.
-        if old != value and not key.startswith(MAY_CHANGE):
+        if old != value and not key.startswith((*MAY_CHANGE, *unread)):
             return f"{key} = {old}, the recipe now says {value}"
     return None
 

@@ -20,6 +20,11 @@ class Field:
     meaning: str
     section: type | None = None
 
+    @property
+    def may_be_null(self) -> bool:
+        """Whether null is a value of the field."""
+        return self.kind.endswith(" | null")
+
 
 def describe(section: type[BaseModel]) -> str:
     """Every field of a section, and of the sections in it, with its type, default and meaning, one line each."""
@@ -35,13 +40,13 @@ def leaves(section: type, prefix: str = "") -> Iterator[Field]:
             yield from leaves(field.section, f"{prefix}{field.name}.")
 
 
-def fields_at(root: type, location: list[str]) -> list[str]:
-    """The names of the fields of the section at `location`; none where there is no such section."""
+def fields_at(root: type, location: list[str]) -> dict[str, Field]:
+    """The fields of the section at `location`, by name; none where there is no such section."""
     section: type | None = root
     for part in location:
         inner = {field.name: field.section for field in fields_of(section)} if section else {}
         section = inner.get(part)
-    return [field.name for field in fields_of(section)] if section else []
+    return {field.name: field for field in fields_of(section)} if section else {}
 
 
 def fields_of(section: type) -> Iterator[Field]:
@@ -68,7 +73,8 @@ def _section_in(annotation: Any) -> type | None:
 
     A list of sections has no dotted keys.
     """
-    for candidate in (annotation, *get_args(annotation)):
+    parts = () if get_origin(annotation) is tuple else get_args(annotation)
+    for candidate in (annotation, *parts):
         if isinstance(candidate, type) and (issubclass(candidate, BaseModel) or dataclasses.is_dataclass(candidate)):
             return candidate
     return None

@@ -20,10 +20,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     settings = read_recipe_file(path)
     if "arms" in settings:
         raise UserError(f"{path} compares several runs: use python -m hapo_lite.compare {path}")
+    overrides = list(overrides)
     for override in overrides:
         apply_override(Recipe, settings, override)
     settings.setdefault("name", path.stem)
-    return parse_recipe(settings, str(path))
+    return validate(Recipe, settings, str(path), overrides)
 
 
 def find_recipe(path: str | Path) -> Path:

@@ -7,10 +7,18 @@ that are allowed but seldom meant.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
-from hapo_lite.algo.methods import Method
-from hapo_lite.recipe.sections import ModelSettings, RewardSettings, RolloutSettings, TrainingSettings
+from hapo_lite.algo.methods import PRESETS, Method
+from hapo_lite.recipe.sections import (
+    DataSettings,
+    EvaluationSettings,
+    ModelSettings,
+    RewardSettings,
+    RolloutSettings,
+    TrainingSettings,
+)
 
 
 class Sections(Protocol):
@@ -19,6 +27,8 @@ class Sections(Protocol):
     @property
     def model(self) -> ModelSettings: ...
     @property
+    def data(self) -> DataSettings: ...
+    @property
     def reward(self) -> RewardSettings: ...
     @property
     def rollout(self) -> RolloutSettings: ...
@@ -26,6 +36,8 @@ class Sections(Protocol):
     def method(self) -> Method: ...
     @property
     def training(self) -> TrainingSettings: ...
+    @property
+    def evaluation(self) -> EvaluationSettings: ...
 
 
 def offload_needs_checkpointing(recipe: Sections) -> str | None:
@@ -56,15 +68,63 @@ def every_update_has_a_completion(recipe: Sections) -> str | None:
     """The updates of an iteration share its completions, and an update without a completion has no gradient."""
     completions = recipe.rollout.prompts_per_iteration * recipe.rollout.completions_per_prompt
     if recipe.training.updates_per_iteration > completions:
-        return "training.updates_per_iteration exceeds the completions of an iteration: some updates would be empty"
+        return (
+            "training.updates_per_iteration exceeds the completions of an iteration (rollout.prompts_per_iteration x "
+            f"rollout.completions_per_prompt): some updates would be empty; set it to {completions} or less"
+        )
     return None
 
 
 def a_correct_answer_earns_more(recipe: Sections) -> str | None:
     """Training raises the probability of the completions with the higher reward. A reward function of your own does
     not read these two fields."""
-    if recipe.reward.function is None and recipe.reward.correct <= recipe.reward.wrong:
+    reward = recipe.reward
+    if reward.functions:
+        graded = any(named.function == "correct" for named in reward.functions)
+    else:
+        graded = reward.function is None
+    if graded and reward.correct <= reward.wrong:
         return "reward.correct must exceed reward.wrong: otherwise wrong answers are what is learned"
+    return None
+
+
+def one_reward_or_a_list(recipe: Sections) -> str | None:
+    """The list replaces every other reward, so a function beside the list would never be called."""
+    if recipe.reward.function is not None and recipe.reward.functions:
+        return "reward.function and reward.functions are both set: put the one function into the list too"
+    return None
+
+
+def a_list_names_the_overlong_penalty(recipe: Sections) -> str | None:
+    """The list replaces every other reward, so the penalty counts only where the list has it. Its ramp stays a setting
+    of its own."""
+    reward = recipe.reward
+    named = any(listed.function == "overlong" for listed in reward.functions)
+    if reward.functions and reward.overlong_buffer and not named:
+        return "reward.overlong_buffer has no effect on reward.functions: add `overlong` to the list, or set it to 0"
+    if named and not reward.overlong_buffer:
+        return "reward.functions has `overlong`, which is 0 for every completion without a reward.overlong_buffer"
+    return None
+
+
+def some_reward_has_a_weight(recipe: Sections) -> str | None:
+    """Rewards of weight 0 are measured and teach nothing."""
+    if recipe.reward.functions and not any(named.weight for named in recipe.reward.functions):
+        return "reward.functions has the weight 0 for every reward: nothing would be learned"
+    return None
+
+
+def normalising_each_needs_a_list(recipe: Sections) -> str | None:
+    """A single reward has nothing to be balanced against."""
+    if recipe.reward.combine == "normalise_each" and not recipe.reward.functions:
+        return "reward.combine=normalise_each needs reward.functions, the rewards that it normalises"
+    return None
+
+
+def normalising_each_is_by_group(recipe: Sections) -> str | None:
+    """The method divides each reward by the standard deviation of its group, and the sum by that of the iteration."""
+    if recipe.reward.functions and recipe.reward.combine == "normalise_each" and recipe.method.scale != "group":
+        return "reward.combine=normalise_each divides each reward by its group's spread: leave method.scale at group"
     return None
 
 
@@ -76,13 +136,18 @@ def token_budget_needs_dynamic_sampling(recipe: Sections) -> str | None:
 
 
 def truncated_sampling_needs_its_weight(recipe: Sections) -> str | None:
-    """Sampling with top_p or top_k draws from another distribution than the policy's. The importance weight corrects
-    the gradient for the difference."""
-    truncated = recipe.rollout.top_p < 1.0 or recipe.rollout.top_k is not None
-    if truncated and recipe.method.importance != "truncated":
+    """Truncated sampling draws a token that it keeps 1 / mass times as often as the policy does, where mass is the
+    probability of all kept tokens. The weight takes that factor back; no weight brings back what is never drawn."""
+    rollout = recipe.rollout
+    setting = way_out = ""
+    if rollout.top_p < 1.0 or rollout.top_k is not None:
+        setting, way_out = "rollout.top_p below 1 or a rollout.top_k", "rollout.top_p=1 and rollout.top_k=null sample"
+    elif rollout.min_p > 0.0:
+        setting, way_out = "rollout.min_p above 0", "rollout.min_p=0 samples"
+    if setting and recipe.method.importance != "truncated":
         return (
-            "rollout.top_p below 1 or a rollout.top_k needs method.importance=truncated: tokens are then drawn "
-            "from another distribution than the policy's, and without that weight the gradient is biased"
+            f"{setting} needs method.importance=truncated: tokens are then drawn from another distribution than the "
+            f"policy's, and without that weight the gradient is biased; {way_out} from the policy itself"
         )
     return None
 
@@ -94,6 +159,53 @@ def a_limit_of_tokens_needs_a_constant_schedule(recipe: Sections) -> str | None:
             "training.schedule must be constant with training.max_tokens: a run that ends by tokens does not know "
             "how many updates a schedule has to fill"
         )
+    return None
+
+
+def unpacked_base_needs_a_packed_one(recipe: Sections) -> str | None:
+    """Only a 4-bit base is packed."""
+    if recipe.rollout.unpacked_base == "always" and recipe.model.quantization == "none":
+        return "rollout.unpacked_base has no effect with model.quantization=none."
+    return None
+
+
+def held_out_data_is_other_data(recipe: Sections) -> str | None:
+    """Accuracy on the problems that were trained says nothing about other problems."""
+    data, held_out = recipe.data, recipe.evaluation.data
+    if (
+        held_out is None
+        or held_out.source != data.source
+        or (held_out.config, held_out.split)
+        != (
+            data.config,
+            data.split,
+        )
+    ):
+        return None
+    return (
+        "evaluation.data is the data that is trained, so the evaluations do not tell what other problems would show: "
+        "leave evaluation.data out, and evaluation.prompts of them are held out."
+    )
+
+
+def none_is_a_word(recipe: Sections) -> str | None:
+    """YAML writes nothing as null. Every other word is a text, which the model would read as its system message."""
+    for name, data in {"data": recipe.data, "evaluation.data": recipe.evaluation.data}.items():
+        prompt = data.system_prompt if data is not None else None
+        if prompt is not None and prompt.strip().lower() in ("none", "null", "off", "never", "false", "no"):
+            return f"{name}.system_prompt is the word {prompt!r}: write null for no system message."
+    return None
+
+
+def a_preset_brings_its_pieces(recipe: Sections) -> str | None:
+    """A recorded recipe has every piece written out, so that another name for the preset changes none of them."""
+    method = recipe.method
+    for name, preset in PRESETS.items():
+        if name != method.preset and method == replace(preset, preset=method.preset):
+            return (
+                f"method.preset is {method.preset}, and every piece is that of {name}: write method={method.preset} "
+                "for the pieces of that preset."
+            )
     return None
 
 
@@ -161,6 +273,11 @@ RULES: tuple[Rule, ...] = (
     overlong_ramp_starts_after_the_first_token,
     every_update_has_a_completion,
     a_correct_answer_earns_more,
+    one_reward_or_a_list,
+    a_list_names_the_overlong_penalty,
+    some_reward_has_a_weight,
+    normalising_each_needs_a_list,
+    normalising_each_is_by_group,
     truncated_sampling_needs_its_weight,
     a_limit_of_tokens_needs_a_constant_schedule,
 )
@@ -169,6 +286,10 @@ RULES: tuple[Rule, ...] = (
 ADVICE: tuple[Rule, ...] = (
     offload_needs_checkpointing,
     token_budget_needs_dynamic_sampling,
+    unpacked_base_needs_a_packed_one,
+    held_out_data_is_other_data,
+    none_is_a_word,
+    a_preset_brings_its_pieces,
     one_update_disables_hapo,
     one_update_disables_eps_uncertain,
     low_side_needs_a_reader,

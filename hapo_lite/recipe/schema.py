@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -25,6 +25,7 @@ from hapo_lite.recipe.sections import (
     ModelSettings,
     RewardSettings,
     RolloutSettings,
+    SftSettings,
     TrainingSettings,
 )
 from hapo_lite.recipe.settings import Section, nearest
@@ -44,12 +45,18 @@ class Recipe(Section):
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
     method: Method = Field(default_factory=lambda: PRESETS["hapo"])
     training: TrainingSettings
+    sft: SftSettings = Field(
+        default_factory=SftSettings, description="What python -m hapo_lite.sft does; training ignores it"
+    )
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     benchmark: BenchmarkSettings = Field(
         default_factory=BenchmarkSettings, description="What python -m hapo_lite.evaluate does; training ignores it"
     )
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
+
+    command: ClassVar[str] = "train"
+    """The command whose run the recipe is of, which decides the settings that may change when the run is resumed."""
 
     @property
     def run_dir(self) -> Path:
@@ -61,12 +68,29 @@ class Recipe(Section):
         """A method may be written as the name of the preset that it starts from."""
         return {"preset": value} if name == "method" and isinstance(value, str) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _held_out_prompts_are_worded_as_training_prompts(cls, recipe: Any) -> Any:
+        """The model is measured on the prompts that it learns from: evaluation.data takes data.system_prompt."""
+        if not isinstance(recipe, dict):
+            return recipe
+        data, evaluation = recipe.get("data"), recipe.get("evaluation")
+        if not isinstance(data, dict) or not isinstance(evaluation, dict):
+            return recipe
+        own = evaluation.get("data")
+        if isinstance(own, dict) and "source" in own and "system_prompt" in data:
+            own = {"system_prompt": data["system_prompt"], **own}
+            return {**recipe, "evaluation": {**evaluation, "data": own}}
+        return recipe
+
     @field_validator("method", mode="before")
     @classmethod
     def _start_from_preset(cls, method: Any) -> Any:
         method = cls.section_from_value("method", method)
-        if not isinstance(method, dict):
+        if isinstance(method, Method):
             return method
+        if not isinstance(method, dict):
+            raise ValueError(f"must be one of {', '.join(PRESETS)}, or a mapping of pieces")
         preset = str(method.get("preset", "hapo"))
         if preset not in PRESETS:
             raise ValueError(f"preset {preset[:60]!r} is not one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hapo_lite.errors import page
-from hapo_lite.recipe.settings import Section
+from hapo_lite.recipe.settings import Section, nearest
 
 QWEN_SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
 FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"
@@ -53,6 +53,8 @@ class LoraSettings(Section):
     @classmethod
     def _names_are_a_list(cls, targets: Any) -> Any:
         """Names in a text are a list of names. A text that cannot be names is a pattern, which peft takes."""
+        if not isinstance(targets, (str, list, tuple)):
+            raise ValueError("must be all-linear, or a list of module names")
         if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w., ]+", targets):
             return [name for name in re.split(r"[, ]+", targets) if name]
         return targets
@@ -83,6 +85,23 @@ class ModelSettings(Section):
         None, description="The day that a chat template takes for today; null: the day on which the run started"
     )
     lora: LoraSettings = Field(default_factory=LoraSettings, description="Adapter")
+    adapter: HomePath | None = Field(
+        None,
+        description="An adapter to train further: a run's folder, its adapter/ or a checkpoint, another folder of "
+        "peft, or a hub name; null: a new one",
+    )
+
+    def without_adapter(self) -> ModelSettings:
+        """The section without `adapter`, for a policy whose adapter's weights come from elsewhere."""
+        return self.model_copy(update={"adapter": None})
+
+    @field_validator("chat_template_date", mode="before")
+    @classmethod
+    def _no_number(cls, date: Any) -> Any:
+        """Pydantic takes a number for seconds since 1970, which nobody means."""
+        if isinstance(date, (int, float)):
+            raise ValueError("must be a day such as 2026-01-31, or null")
+        return date
 
     @property
     def offloads(self) -> bool:
@@ -105,6 +124,9 @@ class DataSettings(Section):
     answer_column: str | None = Field(
         None, description="Column of the answer; null: reward_model.ground_truth, answer or solution, as found"
     )
+    solution_column: str | None = Field(
+        None, description="Column of the worked solution, for hapo_lite.sft; null: solution or answer, as found"
+    )
     system_prompt: str | None = Field(
         QWEN_SYSTEM_PROMPT, description="System message where the data has none of its own; null: none"
     )
@@ -112,11 +134,65 @@ class DataSettings(Section):
     max_prompt_tokens: Positive = Field(1024, description="Longer prompts are left out, and counted")
 
 
+OWN_REWARDS = ("correct", "boxed", "length", "overlong")
+"""The rewards that come with the kit."""
+REWARD_NAME = r"[A-Za-z][A-Za-z0-9_-]{0,39}"
+TAKEN = ("mean", "std", "correct_share")
+"""Names of metrics of the whole reward, which a reward of its own cannot have."""
+
+
+class NamedReward(Section):
+    """One of several rewards. In a recipe it may also be written as text: the function alone."""
+
+    name: str = Field(description="What it is called in metrics, traces and messages; as a rule the function's name")
+    function: HomePath = Field(
+        description=f"{', '.join(OWN_REWARDS)}, or your own as module:function (see {page('rewards.md')})"
+    )
+    weight: float = Field(1.0, description="Factor in the sum of the rewards; 0: only measured")
+    timeout_s: Annotated[float, Field(gt=0)] = Field(600.0, description="Deadline of one call of your own, seconds")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, reward: Any) -> Any:
+        reward = {"function": reward} if isinstance(reward, str) else reward
+        if isinstance(reward, dict) and "name" not in reward and isinstance(reward.get("function"), str):
+            return {"name": reward["function"].rpartition(":")[2], **reward}
+        return reward
+
+    @field_validator("name")
+    @classmethod
+    def _can_name_a_metric(cls, name: str) -> str:
+        if not re.fullmatch(REWARD_NAME, name):
+            raise ValueError("must be at most 40 letters, digits and _ -, with a letter first")
+        if name in TAKEN:
+            raise ValueError(f"reward/{name} is a metric of the whole reward: choose another name")
+        return name
+
+    @field_validator("function")
+    @classmethod
+    def _is_known_or_elsewhere(cls, function: str) -> str:
+        if ":" not in function and function not in OWN_REWARDS:
+            raise ValueError(
+                f"{function[:60]!r} is neither one of {', '.join(OWN_REWARDS)} nor of the form module:function"
+                f"{nearest(function, OWN_REWARDS)}"
+            )
+        return function
+
+
 class RewardSettings(Section):
     """What a completion earns, and the processes that grade it."""
 
     function: HomePath | None = Field(
         None, description=f"Your own reward as module:function (see {page('rewards.md')}); null: grade the answer"
+    )
+    functions: tuple[NamedReward, ...] = Field(
+        (),
+        description="Several rewards, in place of all others: a list of functions or of {name, function, weight, "
+        "timeout_s}",
+    )
+    combine: Literal["sum", "normalise_each"] = Field(
+        "sum",
+        description="Weighted sum of reward.functions; normalise_each: of their advantages, each in its group (GDPO)",
     )
     correct: float = Field(1.0, description="Reward of a correct answer")
     wrong: float = Field(0.0, description="Reward of any other outcome")
@@ -126,6 +202,27 @@ class RewardSettings(Section):
     overlong_penalty: Annotated[float, Field(ge=0)] = Field(1.0, description="Penalty at the end of that ramp")
     timeout_s: Annotated[float, Field(gt=0)] = Field(5.0, description="Deadline of one grading, seconds")
     workers: Positive = Field(2, description="Grading processes")
+
+    @field_validator("functions", mode="before")
+    @classmethod
+    def _one_is_a_list_too(cls, functions: Any) -> Any:
+        return [functions] if isinstance(functions, (str, dict)) else functions
+
+    @field_validator("functions")
+    @classmethod
+    def _names_differ(cls, functions: tuple[NamedReward, ...]) -> tuple[NamedReward, ...]:
+        names = [reward.name for reward in functions]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two rewards are named {name}: give each a name of its own")
+        return functions
+
+    @property
+    def normalised(self) -> dict[str, float]:
+        """The weights of the rewards whose advantages are summed, by name; empty if the rewards themselves are."""
+        if self.combine == "sum":
+            return {}
+        return {reward.name: reward.weight for reward in self.functions if reward.weight != 0.0}
 
 
 class RolloutSettings(Section):
@@ -138,7 +235,7 @@ class RolloutSettings(Section):
         0.4, description="Share of the GPU's memory for vLLM, which has a base of its own and sleeps during the update"
     )
     prompts_per_iteration: Positive = Field(32, description="P, the prompts of an iteration")
-    completions_per_prompt: Positive = Field(8, description="G, the size of a group")
+    completions_per_prompt: int = Field(8, description="G, the size of a group, at least 2")
     max_new_tokens: Positive = Field(1024, description="Longest completion, tokens")
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="T_base, the sampling temperature at h = 0")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -148,6 +245,11 @@ class RolloutSettings(Section):
         None,
         description="Sample from the k likeliest tokens; null: all. This, or top_p below 1, needs "
         "method.importance=truncated",
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="Sample from the tokens at least this many times as likely as the likeliest one; 0: from all. "
+        "Above 0 it needs method.importance=truncated",
     )
     batch_size: Positive = Field(64, description="Completions sampled at once; bounds the memory of the KV cache")
     unpacked_base: Literal["auto", "always", "never"] = Field(
@@ -191,6 +293,23 @@ class TrainingSettings(Section):
         10, description="Updates skipped in a row, for numbers that are not finite, after which the run stops"
     )
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient clipping, global L2 norm")
+
+
+class SftSettings(Section):
+    """The supervised warm start, `python -m hapo_lite.sft`."""
+
+    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the worked solutions")
+    updates: Positive | None = Field(None, description="Optimiser steps; null: as many as `epochs` takes")
+    batch_size: Positive = Field(32, description="Worked solutions of an optimiser step")
+    max_solution_tokens: Positive | None = Field(
+        None, description="Longer solutions are left out, and counted; null: rollout.max_new_tokens"
+    )
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.02, description="Share of the worked solutions that is kept aside, for the loss on them; 0: none"
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="Peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Learning rate after the warm-up")
+    warmup_updates: NonNegative = Field(10, description="Optimiser steps of linear warm-up")
 
 
 class EvaluationSettings(Section):

@@ -6,6 +6,7 @@ Nothing here knows a section by name: a subclass of `Section` says what its fiel
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,14 +79,27 @@ def read_mapping(path: Path, what: str, sections: str) -> dict[str, Any]:
     return settings
 
 
-def validate(model: type[Model], settings: dict[str, Any], where: str) -> Model:
-    """`settings` as a `model`. Raises UserError that names `where` and the first field that is wrong."""
+def validate(model: type[Model], settings: dict[str, Any], where: str, overrides: Iterable[str] = ()) -> Model:
+    """`settings` as a `model`. Raises UserError that names `where` and the first field that is wrong.
+
+    overrides: those of the command line within the settings. A wrong field that one of them has set is said to be the
+    command line's.
+    """
     try:
         return model.model_validate(settings)
     except ValidationError as error:
         problems = error.errors()
+        if any(_is_set_by(override, problems[0]) for override in overrides):
+            where = "the command line"
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{where}: {_sentence(problems[0], model)}{more}") from None
+
+
+def _is_set_by(override: str, detail: ErrorDetails) -> bool:
+    """Whether `section.key=value` has set the field that pydantic found wrong, or made a section that is unknown."""
+    key = override.partition("=")[0].split(".")
+    place = [str(part) for part in detail["loc"]]
+    return place[: len(key)] == key or (detail["type"] == "extra_forbidden" and key[: len(place)] == place)
 
 
 def apply_override(model: type[Section], settings: dict[str, Any], override: str) -> None:
@@ -154,12 +168,22 @@ def _sentence(detail: ErrorDetails, model: type[Section]) -> str:
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return _not_a_field(location, detail["input"], model)
     if detail["type"] == "missing":
-        return f"{name} is missing and has no default"
-    message = detail["msg"].removeprefix("Value error, ")
+        sentence = f"{name} is missing and has no default"
+        section = fields_at(model, location[:-2]).get(location[-2]) if len(location) > 1 else None
+        if section is not None and section.may_be_null and detail["input"]:
+            # Another of its fields has made the section.
+            given = ".".join([*location[:-1], _part(next(iter(detail["input"])))])
+            sentence += f": give it too, since {given} is set"
+        return sentence
+    message = detail["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
+    message = re.sub(r"a valid dictionary or instance of \w+", "a mapping of settings", message)
     if not name:
         return message
     if detail["type"] == "value_error":
         return f"{name}: {message}"
+    field = fields_at(model, location[:-1]).get(location[-1])
+    if field is not None and field.may_be_null:
+        message += ", or null"
     return f"{name} = {_shown(detail['input'])}: {message[0].lower()}{message[1:]}"
 
 

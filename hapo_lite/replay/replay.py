@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from hapo_lite.errors import UserError
@@ -41,6 +42,8 @@ def replay(path: Path) -> str:
     what = f"update {step.step}" if step.step else "before the first update"
     print(f"iteration {step.iteration}, {what}, skipped: {step.reason}")
     print(f"{len(step.graded)} completions in {len(step.batches)} micro-batches")
+    if saved.recipe.model.adapter is not None:
+        print(f"the run went on from the adapter {saved.recipe.model.adapter}")
     origin = problem_in_inputs(saved)
     print(f"what it was given: {origin or 'finite'}")
     if origin is None:
@@ -59,7 +62,8 @@ def rebuild_update(saved: SavedStep, path: Path) -> Update:
     logging = saved.recipe.logging.model_copy(update={"report_to": "none"})
     recipe = saved.recipe.model_copy(update={"logging": logging})
     accelerator = make_accelerator(recipe)
-    policy = load_policy(recipe.model, recipe.seed, accelerator.device, engine=recipe.rollout.engine)
+    model = recipe.model.without_adapter()  # the file has the adapter's weights
+    policy = load_policy(model, recipe.seed, accelerator.device, engine=recipe.rollout.engine)
     put_adapter(policy, saved.adapter, path)
     learner = make_learner(recipe.training, policy, accelerator)
     scaler = learner.optimizer.scaler
@@ -174,9 +178,12 @@ class NonFiniteLayers:
 def watching(model: nn.Module) -> Iterator[NonFiniteLayers]:
     """A context that finds the first layers of `model` with non-finite outputs or gradients."""
     layers = NonFiniteLayers()
-    # Only layers without layers inside are watched, so that the innermost one is named.
-    innermost = [(name, m) for name, m in model.named_modules() if next(m.children(), None) is None]
-    handles = [m.register_forward_hook(partial(layers.check_output, name)) for name, m in innermost]
+    # Only layers without layers inside are watched, so that the innermost one is named, and adapted layers, which do
+    # not call the two factors inside (`model/lora.py`).
+    watched = [
+        (name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer) or next(m.children(), None) is None
+    ]
+    handles = [m.register_forward_hook(partial(layers.check_output, name)) for name, m in watched]
     try:
         yield layers
     finally:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.refusals import own_errors
-from hapo_lite.records import Completion, Request
+from hapo_lite.records import Completion, Request, put
 from hapo_lite.rollout.draws import DrawKey, draws_of, key_and_limit
 from hapo_lite.rollout.engine import Engine, EngineSettings
 from hapo_lite.rollout.sampling import AdaptiveTemperature
@@ -65,7 +65,7 @@ class BatchedEngine(Engine):
                 draws = draws_of(part, draw_key, longest)
                 # A model that has written a batch can run; an error after that is a fault to be traced.
                 with contextlib.nullcontext() if self.has_run else self._first_run():
-                    written = self._sample_part(part, processor, draws.to(self.policy.device))
+                    written = self._sample_part(part, processor, put(draws, self.policy.device))
                 self.has_run = True
                 self.writing.part_ended(sum(c.length for c in written))
                 completions += written

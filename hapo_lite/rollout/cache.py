@@ -43,7 +43,7 @@ class Ring:
         self.mask = torch.full((visible.shape[0], 1, 1, size), hidden, dtype=dtype, device=visible.device)
         for part, places in in_ring(columns, size):
             self.mask[..., places].masked_fill_(visible[:, None, None, part.start : part.stop], 0.0)
-        self.slot = torch.tensor([visible.shape[1] % size], device=visible.device)
+        self.slot = torch.full((1,), visible.shape[1] % size, device=visible.device)
         self.shown = self.mask
 
     def show(self, rows: int, slots: int) -> None:

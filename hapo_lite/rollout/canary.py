@@ -28,7 +28,7 @@ from hapo_lite.model.decoder import head_input
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.refusals import own_errors
 from hapo_lite.recipe import RolloutSettings
-from hapo_lite.records import Completion, EncodedPrompt, Request, Sequences, pad
+from hapo_lite.records import Completion, EncodedPrompt, Request, Sequences, pad, put
 from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.engine import Engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
@@ -155,7 +155,9 @@ def compare(
     requests = [Request(prompt, sample) for sample in range(PROMPTS) for prompt in some][:PROMPTS]
 
     def sampled() -> list[Completion]:
-        processor = AdaptiveTemperature(None, settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
+        processor = AdaptiveTemperature(
+            None, settings.temperature, top_p=settings.top_p, top_k=settings.top_k, min_p=settings.min_p
+        )
         return engine.sample(requests, processor, DrawKey(seed, Stage.CANARY, iteration=0), limit=TOKENS)
 
     with policy.unpacked(exact=True):
@@ -242,7 +244,7 @@ def stepwise_logp(policy: Policy, completions: Sequence[Completion], temperature
     Returned twice: with fp32 logits, and with logits rounded to the policy's dtype.
     """
     states = torch.cat(_row_states(policy, completions) if policy.steps else _lone_states(policy, completions))
-    targets = torch.cat([c.ids for c in completions]).to(policy.device)
+    targets = put(torch.cat([c.ids for c in completions]), policy.device)
     exact, _ = policy.token_logprobs(states, targets, temperature)
     return exact.cpu(), policy.rounded_logprobs(states, targets, temperature).cpu()
 
@@ -302,12 +304,17 @@ def blockwise_directions(
         p.grad = None
     generator, found = torch.Generator().manual_seed(seed), []
     for matrices in blocks.values():
-        square = sum(float(gradient.double().square().sum()) for _, gradient in matrices)
+        square = _squares(gradient for _, gradient in matrices)
         sign = 1.0 if torch.rand((), generator=generator) < 0.5 else -1.0
         if 0.0 < square < math.inf:
             found += [(p, gradient * (sign / square)) for p, gradient in matrices]
-    norm = math.sqrt(sum(float(added.double().square().sum()) for _, added in found))
+    norm = math.sqrt(_squares(added for _, added in found))
     return [(p, added / norm) for p, added in found]
+
+
+def _squares(tensors: Iterable[Tensor]) -> float:
+    """The sum of squares of all entries, in fp64. It is added up on the tensors' device, and read once."""
+    return float(sum(tensor.double().square().sum() for tensor in tensors))
 
 
 def strength_for(

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hapo_lite.records import put
 from hapo_lite.rollout.forward import Forward
 from hapo_lite.rollout.graphs import Graphs, Recorder
 from hapo_lite.rollout.sampling import AdaptiveTemperature, draw
@@ -83,7 +84,7 @@ class Rows:
         return [row if not self.ended[row] or not late else late.pop() for row in range(count)]
 
     def keep(self, order: list[int]) -> None:
-        kept = torch.tensor(order, device=self.tokens.device)
+        kept = put(torch.tensor(order), self.tokens.device)
         for tensor in (self.request, self.tokens, self.position):
             tensor[: len(order)] = tensor[kept]
         self.ended = [self.ended[row] for row in order]

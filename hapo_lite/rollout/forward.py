@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from hapo_lite.model.decoder import call
+from hapo_lite.records import put
 from hapo_lite.rollout.attention import NotCovered, attending
 from hapo_lite.rollout.cache import FixedCache
 
@@ -84,7 +85,7 @@ class FixedForward:
     def keep(self, order: Sequence[int]) -> None:
         moved = [(row, place) for place, row in enumerate(order) if row != place]
         if moved:
-            sources, places = torch.tensor(moved, device=self.cache.device).T
+            sources, places = put(torch.tensor(moved), self.cache.device).T
             self.cache.move(sources, places)
 
 
@@ -111,7 +112,7 @@ class GrowingForward:
         return _next_logits(self.model, self.cache, tokens[:, None], self.attention_mask, position)
 
     def keep(self, order: Sequence[int]) -> None:
-        kept = torch.tensor(order, device=self.attention_mask.device)
+        kept = put(torch.tensor(order), self.attention_mask.device)
         self.cache.reorder_cache(cast(torch.LongTensor, kept))
         self.attention_mask = self.attention_mask[kept]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from hapo_lite.records import Completion, Request
+from hapo_lite.records import Completion, Request, put
 from hapo_lite.rollout.batched_engine import BatchedEngine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transcript import ForcedSampler, pad_left
@@ -63,7 +63,7 @@ class _WithSteps(LogitsProcessor):
 
 def until_stop(written: Tensor, stop_ids: Sequence[int]) -> list[list[int]]:
     """Each row of `written`, [B, T], up to and with its first stop token; the rest of the row is padding."""
-    stops = torch.isin(written, torch.tensor(stop_ids, device=written.device))
+    stops = torch.isin(written, put(torch.tensor(stop_ids), written.device))
     ended = stops.any(dim=1)
     lengths = torch.where(ended, stops.int().argmax(dim=1) + 1, written.shape[1])
     return [row[:n] for row, n in zip(written.tolist(), lengths.tolist(), strict=True)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.temperature import adaptive_temperature
@@ -79,10 +79,11 @@ def adapted_scores(logits: Tensor, settings: TemperatureSettings) -> Adapted:
 class AdaptiveTemperature(LogitsProcessor):
     """The adaptive temperature as a logits processor of transformers. It keeps nothing between calls.
 
-    signal, base, tau: as in `adaptive_temperature`. top_k, top_p: at that temperature, only the k likeliest tokens are
-    kept, and then the nucleus, which is the smallest set of likeliest tokens that holds probability top_p (Holtzman et
-    al. 2020, arXiv 1904.09751). None and 1.0 keep all tokens. In training a recipe with either also needs truncated
-    importance weights, which are computed from `Completion.sampling_logp`.
+    signal, base, tau: as in `adaptive_temperature`. top_k, top_p, min_p: at that temperature, only the k likeliest
+    tokens are kept, then the nucleus, which is the smallest set of likeliest tokens that holds probability top_p
+    (Holtzman et al. 2020, arXiv 1904.09751), then the tokens at least min_p times as likely as the likeliest one
+    (Nguyen et al. 2024, arXiv 2407.01082). None, 1.0 and 0.0 keep all tokens. In training a recipe with any of them
+    also needs truncated importance weights, which are computed from `Completion.sampling_logp`.
 
     Engines call `adapted`, so a subclass that changes the temperature overrides that method.
     """
@@ -94,12 +95,15 @@ class AdaptiveTemperature(LogitsProcessor):
         tau: float = 0.05,
         top_p: float = 1.0,
         top_k: int | None = None,
+        min_p: float = 0.0,
     ) -> None:
         truncations: list[Callable[[Any, Any], Any]] = []
         if top_k is not None:
             truncations.append(TopKLogitsWarper(top_k))
         if top_p < 1.0:
             truncations.append(TopPLogitsWarper(top_p))
+        if min_p > 0.0:
+            truncations.append(MinPLogitsWarper(min_p))
         self.settings = TemperatureSettings(signal, base, tau, tuple(truncations))
 
     def adapted(self, logits: Tensor) -> Adapted:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hapo_lite.model.policy import Policy
-from hapo_lite.records import Completion, EncodedPrompt, Request
+from hapo_lite.records import Completion, EncodedPrompt, Request, put
 from hapo_lite.rollout.sampling import AdaptiveTemperature, Drawn, draw
 
 
@@ -22,7 +22,7 @@ def pad_left(prompts: Sequence[EncodedPrompt], pad_id: int, device: torch.device
         [torch.tensor(p.ids) for p in prompts], batch_first=True, padding_value=pad_id, padding_side="left"
     )
     mask = torch.arange(ids.shape[1])[None] >= ids.shape[1] - lengths[:, None]
-    return ids.to(device), mask.long().to(device)
+    return put(ids, device), put(mask.long(), device)
 
 
 class Transcript:
@@ -42,23 +42,28 @@ class Transcript:
         self, requests: Sequence[Request], lengths: Sequence[int], stopped: Sequence[bool], policy: Policy
     ) -> list[Completion]:
         """The completion of each request. lengths: [B], tokens; stopped: [B], whether the last one is a stop token."""
-        ids = self.ids.T.contiguous().cpu()
-        sampling_logp, base_logp, entropy, temperature = self.records.transpose(1, 2).contiguous().cpu()
-        texts = [policy.decode(ids[b, :n].tolist()) for b, n in enumerate(lengths)]
+        ids = _rows(self.ids.T.contiguous().cpu(), lengths)
+        records = self.records.transpose(1, 2).contiguous().cpu()
+        sampling_logp, base_logp, entropy, temperature = (_rows(values, lengths) for values in records)
         return [
             Completion(
                 prompt=request.prompt,
                 sample=request.sample,
-                ids=ids[b, :n].clone(),
-                text=texts[b],
+                ids=ids[b],
+                text=policy.decode(ids[b].tolist()),
                 truncated=not stopped[b],
-                sampling_logp=sampling_logp[b, :n].clone(),
-                base_logp=base_logp[b, :n].clone(),
-                entropy=entropy[b, :n].clone(),
-                temperature=temperature[b, :n].clone(),
+                sampling_logp=sampling_logp[b],
+                base_logp=base_logp[b],
+                entropy=entropy[b],
+                temperature=temperature[b],
             )
-            for b, (request, n) in enumerate(zip(requests, lengths, strict=True))
+            for b, request in enumerate(requests)
         ]
+
+
+def _rows(values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """Each row of [B, S] up to its length, in memory of its own."""
+    return [row[:n].clone() for row, n in zip(values.unbind(), lengths, strict=True)]
 
 
 class ForcedSampler:

@@ -15,9 +15,10 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTraine
 
 from hapo_lite.errors import UserError
 from hapo_lite.model.decoder import cache_name
+from hapo_lite.model.lora import held_factors
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.refusals import no_cache
-from hapo_lite.records import Completion, Request
+from hapo_lite.records import Completion, Request, put
 from hapo_lite.rollout.attention import NotCovered, covers
 from hapo_lite.rollout.batched_engine import BatchedEngine
 from hapo_lite.rollout.cache import FixedCache
@@ -25,7 +26,6 @@ from hapo_lite.rollout.decoding import Decoder, Writing
 from hapo_lite.rollout.engine import EngineSettings
 from hapo_lite.rollout.forward import FixedForward, Forward, GrowingForward, read_prompts
 from hapo_lite.rollout.graphs import recorder_for
-from hapo_lite.rollout.lora import two_products
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transcript import pad_left
 
@@ -54,8 +54,8 @@ class TransformersEngine(BatchedEngine):
         place = {prompt.index: i for i, prompt in enumerate(prompts)}
         policy, device = self.policy, self.policy.device
         ids, attention_mask = pad_left(prompts, policy.tokenizer.pad_token_id, device)
-        rows = torch.tensor([place[r.prompt.index] for r in requests], device=device)
-        stop_ids = torch.tensor(policy.stop_ids, device=device)
+        rows = put(torch.tensor([place[r.prompt.index] for r in requests]), device)
+        stop_ids = put(torch.tensor(policy.stop_ids), device)
         record = recorder_for(self.cuda_graphs, device)
         decoder = Decoder(
             Writing(processor, draws, stop_ids, self.writing.wrote, record),
@@ -68,7 +68,7 @@ class TransformersEngine(BatchedEngine):
             decoder.run(self._forward(model, cache, rows, attention_mask, draws.shape[0]), logits[rows])
             return decoder.transcript.ids.T
 
-        with policy.sampling() as model, two_products(policy.model, policy.dtype):
+        with policy.sampling() as model, held_factors(policy.model, policy.dtype):
             generation = {
                 "input_ids": ids,
                 "attention_mask": attention_mask,

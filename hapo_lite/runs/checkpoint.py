@@ -45,6 +45,7 @@ class TrainState:
     iteration: number of completed iterations. cursor: prompts taken from the stream. updates: optimiser steps taken.
     tokens: completion tokens sampled in training. seconds: training time so far. signal: the last iteration's; the next
     iteration samples with it. skipped_in_a_row: skipped optimiser steps since the last one that was taken.
+    started_from: as in `Policy`, at the first start of the run.
     """
 
     iteration: int = 0
@@ -54,6 +55,7 @@ class TrainState:
     seconds: float = 0.0
     signal: EntropySignal | None = None
     skipped_in_a_row: int = 0
+    started_from: str = ""
 
     def after_rollout(self, prompts_used: int, tokens_sampled: int) -> TrainState:
         """The state after an iteration's rollout."""
@@ -87,6 +89,11 @@ class RunParts:
     scheduler: Any
     prompts: PromptSource
 
+    def origins(self, state: TrainState) -> dict[str, str]:
+        """What the model, the data and, if the run went on from one, the adapter were when the run loaded them."""
+        origins = {"model": self.policy.origin, "data": self.prompts.origin}
+        return origins | ({"adapter": state.started_from} if state.started_from else {})
+
 
 def save_checkpoint(folder: Path, parts: RunParts, state: TrainState, recipe: Recipe) -> Path:
     """Write `folder/NNNNNN`, and remove all but the newest checkpoints.
@@ -111,7 +118,7 @@ def save_checkpoint(folder: Path, parts: RunParts, state: TrainState, recipe: Re
                 "state": state.to_json(),
                 "recipe": recipe.model_dump(mode="json"),
                 "prompts": prompts.digest,
-                "origins": {"model": policy.origin, "data": prompts.origin},
+                "origins": parts.origins(state),
                 "files": {f.name: file_hash(f) for f in sorted(aside.iterdir())},
             }
             (aside / STATE).write_text(json.dumps(record | {"sha256": _digest(record)}, indent=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,13 @@ OURS = ("recipe.yaml", "status.json", "metrics.jsonl", "traces", "checkpoints", 
 """Names by which a run's folder is recognised."""
 
 
+def nearest_run(folder: RunFolder) -> str:
+    """A clause in brackets with the run beside `folder` whose name is the nearest; "" if there is none like it."""
+    beside = sorted(found.parent.name for found in folder.path.parent.glob("*/recipe.yaml"))
+    close = difflib.get_close_matches(folder.path.name, beside, n=1, cutoff=0.5)
+    return f" (did you mean name={close[0]}?)" if close else ""
+
+
 def check_place(folder: RunFolder) -> None:
     """Raise UserError for a folder that holds something else than a run, or links that lead out of it.
 
@@ -96,9 +104,15 @@ def check_same_run(folder: RunFolder, recipe: Recipe) -> None:
     if not list_checkpoints(folder.checkpoints):
         return
     if recipe.checkpoint.resume == "never":
-        raise UserError(f"{folder.path} holds a run already: choose another name=, or checkpoint.resume=auto")
+        raise UserError(
+            f"{folder.path} holds a run already: choose another name=, move this folder away, or set "
+            "checkpoint.resume=auto to go on"
+        )
     if changed := changed_setting(folder, recipe):
-        raise UserError(f"{folder.path} was made with {changed}: choose another name= to start a new run")
+        raise UserError(
+            f"{folder.path} was made with {changed}: choose another name= to start a new run, or "
+            "move this folder away to start again under the same name"
+        )
 
 
 def with_date_of(folder: RunFolder, recipe: Recipe) -> Recipe:

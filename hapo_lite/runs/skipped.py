@@ -30,8 +30,8 @@ KEPT = 5
 """Number of files, the newest ones, that are kept."""
 SAMPLED = ("sampling_logp", "base_logp", "entropy", "temperature")
 """Fields of a Completion with one number per token."""
-BY_TOKEN = ("old_logp", "entropy", "h", "uncertain", "base_logp")
-"""Fields of an Experience with one number per token. base_logp may be None."""
+BY_TOKEN = {name: name for name in ("old_logp", "entropy", "h", "uncertain")} | {"reference_logp": "base_logp"}
+"""Fields of an Experience with one number per token, and their names in a file. reference_logp may be None."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _tensors(step: SkippedStep, adapter: Mapping[str, Tensor]) -> dict[str, Tens
     tensors |= {f"sampled.{name}": torch.cat([getattr(c, name) for c in completions]) for name in SAMPLED}
     if experience is not None:
         tensors["advantage"] = experience.advantage
-        rows = {name: getattr(experience, name) for name in BY_TOKEN}
+        rows = {written: getattr(experience, name) for name, written in BY_TOKEN.items()}
         tensors |= {f"scored.{name}": torch.cat(values) for name, values in rows.items() if values is not None}
         tensors["scored.scale"] = experience.scale
     return {name: t.contiguous() for name, t in tensors.items()}
@@ -114,6 +114,7 @@ def _description(step: SkippedStep, recipe: Recipe) -> dict[str, Any]:
                 "correct": score.correct,
                 "outcome": score.outcome,
                 "answer": score.answer,
+                "rewards": score.rewards,
             }
             for c, score in zip(step.graded.completions, step.graded.scores, strict=True)
         ],
@@ -160,14 +161,18 @@ def _step(about: dict[str, Any], tensors: dict[str, Tensor]) -> SkippedStep:
     """The step from its description and its tensors."""
     completions = _completions(about["completions"], tensors)
     scores = [
-        # Files of an older version have the reward alone.
-        Score(reward, c.get("correct", False), c.get("outcome", ""), c.get("answer"))
+        # Files of an older version have the reward alone, or no rewards by name.
+        Score(reward, c.get("correct", False), c.get("outcome", ""), c.get("answer"), c.get("rewards", {}))
         for reward, c in zip(tensors["rewards"].tolist(), about["completions"], strict=True)
     ]
     graded = Graded(completions, scores)
     if about["signal"]:
         lengths = [completion.length for completion in completions]
-        by_token = {n: list(tensors[f"scored.{n}"].split(lengths)) for n in BY_TOKEN if f"scored.{n}" in tensors}
+        by_token = {
+            name: list(tensors[f"scored.{written}"].split(lengths))
+            for name, written in BY_TOKEN.items()
+            if f"scored.{written}" in tensors
+        }
         graded = Experience(
             completions,
             scores,
@@ -178,7 +183,7 @@ def _step(about: dict[str, Any], tensors: dict[str, Tensor]) -> SkippedStep:
             h=by_token["h"],
             uncertain=by_token["uncertain"],
             scale=tensors["scored.scale"],
-            base_logp=by_token.get("base_logp"),
+            reference_logp=by_token.get("reference_logp"),
         )
     return SkippedStep(
         about["iteration"],
@@ -200,7 +205,7 @@ def _completions(about: list[dict[str, Any]], tensors: dict[str, Tensor]) -> lis
     completions = []
     for i, c in enumerate(about):
         messages = tuple((role, content) for role, content in c["prompt"]["messages"])
-        prompt = Prompt(c["prompt"]["id"], messages, c["prompt"]["answer"])
+        prompt = Prompt(c["prompt"]["id"], messages, c["prompt"]["answer"], columns=c["prompt"].get("columns", {}))
         completions.append(
             Completion(
                 EncodedPrompt(c["index"], prompt, tuple(prompt_ids[i].tolist())),

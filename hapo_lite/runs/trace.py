@@ -10,7 +10,7 @@ import array
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,8 @@ ALWAYS = ("id", "text", "logp_sampling", "logp_base", "entropy", "temperature")
 class Trace:
     """One completion. stage: "train" or "eval". signal: the iteration's; sampling_signal: it set the temperatures.
 
+    rewards: its rewards by name, before their weights; empty in an evaluation and without `reward.functions`.
+
     tokens: lists by name. Every trace has id, text, logp_sampling, logp_base (the sampler's, at the base temperature),
     entropy (nats) and temperature. A training trace also has logp_old, logp_new, h, ratio, advantage (of the
     completion), credit (of the token), lower, upper, clipped ("", "low" or "high") and, for methods that use it,
@@ -50,6 +52,7 @@ class Trace:
     tokens: dict[str, list[Any]]
     signal: EntropySignal | None = None
     sampling_signal: EntropySignal | None = None
+    rewards: dict[str, float] = field(default_factory=dict)
     version: int = VERSION
 
 

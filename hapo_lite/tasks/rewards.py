@@ -2,61 +2,95 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.machinery
-import importlib.util
-import numbers
-import os
-import sys
-import traceback
+import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
 
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import RewardSettings
 from hapo_lite.records import Prompt, Score
 from hapo_lite.runs.progress import Progress
+from hapo_lite.tasks.data import ARGUMENTS, Column
+from hapo_lite.tasks.functions import OURS, Batch, NamedRewards, as_rewards, listed, question, soft_overlong_penalty
+from hapo_lite.tasks.own_code import code_of, describe_error, load_function
 from hapo_lite.tasks.verify import Grade, GraderPool, marked_answer
 
 RewardFunction = Callable[[list[str], list[str], list[str]], Sequence[float]]
 """(questions, completions, gold answers) -> rewards, all of the same length."""
+BY_PLACE = ("prompts", "completions", "answers")
+"""What a RewardFunction is handed, in this order."""
 
 
-def soft_overlong_penalty(length: int, max_new_tokens: int, buffer: int, penalty: float = 1.0) -> float:
-    """DAPO's length penalty (arXiv 2503.14476, Eq. 13), in [-penalty, 0]; lengths in tokens.
+def notes_on_code(settings: RewardSettings) -> list[str]:
+    """A sentence about each function that a run imports, with its file, found without importing it."""
+    functions = {"reward.function": settings.function} if settings.function else {}
+    functions |= {f"the reward {r.name}": r.function for r in settings.functions if r.function not in OURS}
+    return [
+        f"note: {what} is code, which runs with your rights: {code_of(function)}"
+        for what, function in functions.items()
+    ]
 
-    0 up to max_new_tokens - buffer, then falling linearly to -penalty at max_new_tokens. buffer 0: always 0.
+
+def load_reward_function(name: str) -> RewardFunction:
+    """The function of `reward.function`. Raises UserError if it cannot be loaded or called with three lists by place.
+
+    A parameter may have any name but that of something else that a reward can be handed.
     """
-    over = length - (max_new_tokens - buffer)
-    if buffer == 0 or over <= 0:
-        return 0.0
-    return -penalty * min(over / buffer, 1.0)
+    function = load_function(name)
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):
+        return function  # such as a function of a library in C, which the first call tries
+    bare = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    taken = f"reward.function {name} takes {inspect.Signature(bare)}"
+    handed = f"it is handed three lists by their place, ({', '.join(BY_PLACE)})"
+    advice = "change it, or name it in reward.functions, which hands a function what its arguments are called"
+    try:
+        places = signature.bind(*BY_PLACE).arguments
+    except TypeError as error:
+        raise UserError(f"{taken}, and {handed} ({error}): {advice}") from None
+    for parameter, value in places.items():
+        if parameter in ARGUMENTS and parameter != value:
+            raise UserError(f"{taken}, and {handed}, so {value} as {parameter}: {advice}")
+    if inspect.iscoroutinefunction(function):
+        raise UserError(f"reward.function {name} is async, and only reward.functions awaits functions: {advice}")
+    return function
 
 
 class Scorer:
     """Scores completions as the recipe's `reward` section says. Close it, or use it as a context manager.
 
-    max_new_tokens: longest completion, tokens; only the overlong penalty needs it. progress: is told of every answer
-    that is graded, and may be replaced. Raises UserError if `reward.function` cannot be loaded.
+    max_new_tokens: longest completion, tokens; only rewards by length need it. progress: is told of every answer that
+    is graded, and may be replaced. Raises UserError if a function of the section cannot be loaded.
     """
 
     def __init__(self, settings: RewardSettings, max_new_tokens: int) -> None:
         self.settings = settings
         self.max_new_tokens = max_new_tokens
         self.progress = Progress()
-        self._function = load_function(settings.function) if settings.function else None
+        self._function = load_reward_function(settings.function) if settings.function else None
+        self._named = NamedRewards.load(settings)
         self._pool = GraderPool(settings.workers, settings.timeout_s)
 
+    @property
+    def columns(self) -> list[Column]:
+        """The columns of the training data that `reward.functions` ask for."""
+        return self._named.columns
+
     def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], lengths: Sequence[int], truncated: Sequence[bool]
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        lengths: Sequence[int],
+        truncated: Sequence[bool],
+        iteration: int | None = None,
     ) -> list[Score]:
-        r"""One Score per completion. All arguments have the same length; lengths are in tokens.
+        r"""One Score per completion. All lists have the same length; lengths are in tokens.
 
         A truncated completion is graded by its `<answer>` tag or `\boxed{...}` alone: a number that happens to stand
         near the cut is no answer. With `reward.function` the reward comes from the function, and answers are graded all
-        the same. The overlong penalty is added to either. Raises UserError if the function fails or returns anything
-        but a number per completion.
+        the same. The overlong penalty is added to either. With `reward.functions` the reward is their weighted sum.
+        iteration: that of the training; None in an evaluation, which grades answers and asks no `reward.functions`.
+        Raises UserError if a function fails or returns anything but a number per completion.
         """
         if not len(prompts) == len(completions) == len(lengths) == len(truncated):
             raise ValueError(
@@ -64,10 +98,14 @@ class Scorer:
                 f"{len(completions)}, {len(lengths)} and {len(truncated)}"
             )
         grades = self._grade(prompts, completions, truncated)
-        if self._function:
-            rewards = self._call(self._function, prompts, completions)
-        else:
-            rewards = [self.settings.correct if grade.correct else self.settings.wrong for grade in grades]
+        if self.settings.functions and iteration is not None:
+            batch = Batch(prompts, completions, lengths, truncated, grades, iteration, self.max_new_tokens)
+            by_name = self._named.of(batch)
+            return [
+                Score(self._named.total(rewards), grade.correct, grade.outcome, grade.answer, rewards)
+                for rewards, grade in zip(by_name, grades, strict=True)
+            ]
+        rewards = self._single(prompts, completions, grades)
         s = self.settings
         penalties = [
             soft_overlong_penalty(n, self.max_new_tokens, s.overlong_buffer, s.overlong_penalty) for n in lengths
@@ -78,8 +116,9 @@ class Scorer:
         ]
 
     def close(self) -> None:
-        """End the grading processes."""
+        """End the grading processes and the thread of async functions."""
         self._pool.close()
+        self._named.close()
 
     def __enter__(self) -> Scorer:
         return self
@@ -96,130 +135,14 @@ class Scorer:
             grades[i] = grade
         return grades
 
-    def _call(self, function: RewardFunction, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        name, count = self.settings.function, len(completions)
-        questions = [_question(prompt) for prompt in prompts]
+    def _single(self, prompts: Sequence[Prompt], completions: Sequence[str], grades: Sequence[Grade]) -> list[float]:
+        """The reward of each completion by `reward.function`, or by its grade."""
+        if self._function is None:
+            return [self.settings.correct if grade.correct else self.settings.wrong for grade in grades]
+        label = f"reward.function {self.settings.function}"
+        questions = [question(prompt) for prompt in prompts]
         try:
-            returned = function(questions, list(completions), [prompt.answer for prompt in prompts])
-            iterable = hasattr(returned, "__iter__") and not isinstance(returned, (str, bytes, dict))
-            values = list(returned) if iterable else None
+            values = listed(self._function(questions, list(completions), [prompt.answer for prompt in prompts]))
         except (Exception, SystemExit) as error:
-            raise UserError(f"reward.function {name} raised {_describe(error)}") from error
-        if values is None:
-            raise UserError(
-                f"reward.function {name} returned {type(returned).__name__}: it must return a list of {count} numbers, "
-                "one per completion"
-            )
-        if len(values) != count:
-            raise UserError(
-                f"reward.function {name} returned {len(values)} rewards for {count} completions: return one for each"
-            )
-        rewards = []
-        for i, value in enumerate(values):
-            reward = _number(value)
-            if reward is None:
-                raise UserError(
-                    f"reward.function {name} returned {repr(value)[:60]} for completion {i}: a reward must be a number"
-                )
-            rewards.append(reward)
-        return rewards
-
-
-def load_function(name: str) -> RewardFunction:
-    """The function behind `module:function` or `path/to/file.py:function`.
-
-    Modules are looked for where Python does and in the current directory. Raises UserError.
-    """
-    where, colon, attribute = name.rpartition(":")
-    if not colon or not where or not attribute:
-        raise UserError(
-            f"reward.function {name!r} is not of the form module:function, such as my_rewards:brevity or "
-            "path/to/file.py:brevity"
-        )
-    try:
-        module = _module_from_file(Path(where), name) if where.endswith(".py") else _module(where, name)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(f"reward.function {name}: importing {where} raised {_describe(error)}") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        there = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise UserError(
-            f"reward.function {name}: {where} has no function {attribute!r}; it has {', '.join(there) or 'none at all'}"
-        )
-    return function
-
-
-def code_of(name: str) -> str:
-    """The file that `reward.function` would import, found without importing it; the module's name where there is none.
-
-    A module in a package stands for the package, so the file is the package's.
-    """
-    where = name.rpartition(":")[0]
-    if where.endswith(".py"):
-        return str(Path(where).resolve())
-    spec = importlib.machinery.PathFinder.find_spec(where.partition(".")[0], [*sys.path, os.getcwd()])
-    return spec.origin if spec and spec.origin else where
-
-
-def _module(where: str, name: str) -> ModuleType:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        return importlib.import_module(where)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (where == error.name or where.startswith(f"{error.name}.")):
-            raise
-        raise UserError(
-            f"reward.function {name}: there is no module {error.name!r} in {os.getcwd()} or among the installed ones"
-        ) from None
-
-
-def _module_from_file(path: Path, name: str) -> ModuleType:
-    if not path.is_file():
-        raise UserError(f"reward.function {name}: there is no file {path.resolve()}")
-    spec = importlib.util.spec_from_file_location(f"hapo_lite_reward_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"reward.function {name}: Python cannot import {path.resolve()}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _question(prompt: Prompt) -> str:
-    return next((content for role, content in reversed(prompt.messages) if role == "user"), "")
-
-
-def _number(value: object) -> float | None:
-    """A Python, NumPy or single-element tensor number as a float, else None. The loop skips nan and inf."""
-    item = getattr(value, "item", None)
-    if item is not None:
-        try:
-            value = item()
-        except (ValueError, RuntimeError):
-            return None
-    if not isinstance(value, numbers.Real):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
-
-
-def _describe(error: BaseException) -> str:
-    """The type and message of an error, and the innermost place outside Python's own and installed packages."""
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [
-        f
-        for f in frames
-        if Path(f.filename) != Path(__file__)
-        and "site-packages" not in f.filename
-        and not f.filename.startswith(("<", sys.base_prefix, sys.prefix))
-    ]
-    place = f" at {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else ""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{type(error).__name__}: {error.msg} at {error.filename}:{error.lineno}"
-    message = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}{': ' + message if message else ''}{place}"
+            raise UserError(f"{label} raised {describe_error(error)}") from error
+        return as_rewards(values, len(completions), label)

@@ -19,7 +19,7 @@ from typing import Any
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import DataSettings
 from hapo_lite.runs.files import file_hash
-from hapo_lite.tiny.task import problems
+from hapo_lite.tiny.task import problems, worked_out
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 LONGEST_LINE = 1 << 26
@@ -28,7 +28,18 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 _FIRST = 1_000
 """Rows at the start of a JSON Lines file whose columns are the file's; also the rows that are read at once."""
 
+_TOO_MANY = "\0"
+"""The key of the fields that the header of a CSV file has no names for. No column can be called so."""
+
 Rows = Iterator[dict[str, Any]]
+
+
+class HubUnavailable(UserError):
+    """A hub data set cannot be loaded. what: the clause that says which one and why, without advice."""
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}: {advice}")
+        self.what = what
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,8 @@ class Table:
     """A source of rows. name: its name in messages; stem: the first part of its ids; columns: their dotted names.
 
     read: takes the columns needed and gives the rows; iterating over them raises UserError if the source is damaged.
-    origin: the commit of a hub data set or the hash of a file, "" where it is not known.
+    origin: the commit of a hub data set or the hash of a file, "" where it is not known. header: whether the first line
+    of the file names the columns.
     """
 
     name: str
@@ -44,6 +56,7 @@ class Table:
     columns: Sequence[str]
     read: Callable[[Iterable[str]], Rows]
     origin: str = ""
+    header: bool = False
 
 
 def open_table(data: DataSettings) -> Table:
@@ -71,8 +84,14 @@ def _tiny(split: str) -> Table:
         chosen = problems(split)
     except ValueError as error:
         raise UserError(f"data.split: {error}") from None
-    rows = [{"problem": problem.prompt, "answer": str(problem.answer)} for problem in chosen]
-    return Table("the built-in task", f"tiny-{split}", ("problem", "answer"), lambda columns: iter(rows))
+
+    def read(columns: Iterable[str]) -> Rows:
+        solved = "solution" in columns
+        for problem in chosen:
+            row = {"problem": problem.prompt, "answer": str(problem.answer)}
+            yield row | ({"solution": worked_out(problem)} if solved else {})
+
+    return Table("the built-in task", f"tiny-{split}", ("problem", "answer", "solution"), read)
 
 
 def _file(path: Path) -> Table:
@@ -80,7 +99,8 @@ def _file(path: Path) -> Table:
     with _Reading(path):
         columns, read = readers[path.suffix.lower()](path)
         origin = f"sha256 {file_hash(path)}"
-    return Table(str(path), path.stem, columns, lambda needed: _watched(path, read(needed)), origin)
+    header = path.suffix.lower() == ".csv"
+    return Table(str(path), path.stem, columns, lambda needed: _watched(path, read(needed)), origin, header)
 
 
 def _watched(path: Path, rows: Rows) -> Rows:
@@ -100,9 +120,10 @@ class _Reading:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (OSError, ValueError, RecursionError, MemoryError, csv.Error)):
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise UserError(
-                f"the data file {self.path} cannot be read ({reason}): check that it is a {self.path.suffix} file"
-            ) from None
+            advice = f"check that it is a {self.path.suffix} file"
+            if isinstance(error, UnicodeDecodeError) and self.path.suffix != ".parquet":
+                advice = "save it as UTF-8 text"
+            raise UserError(f"the data file {self.path} cannot be read ({reason}): {advice}") from None
 
 
 def _parquet(path: Path) -> tuple[list[str], Callable[[Iterable[str]], Rows]]:
@@ -121,12 +142,25 @@ def _parquet(path: Path) -> tuple[list[str], Callable[[Iterable[str]], Rows]]:
 
 
 def _csv(path: Path) -> tuple[list[str], Callable[[Iterable[str]], Rows]]:
+    """Fields are separated by commas or, where the first line has none, by semicolons or tabs."""
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        first = lines.readline(LONGEST_LINE)
+        separator = next((mark for mark in ",;\t" if mark in first), ",")
+        lines.seek(0)
+        columns = list(csv.DictReader(lines, strict=True, delimiter=separator).fieldnames or ())
+
     def read(needed: Iterable[str]) -> Rows:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            yield from csv.DictReader(lines, strict=True)
+            reader = csv.DictReader(lines, strict=True, delimiter=separator, restkey=_TOO_MANY)
+            for row in reader:
+                if _TOO_MANY in row:
+                    raise ValueError(
+                        f"line {reader.line_num} has {len(columns) + len(row[_TOO_MANY])} fields and the first line "
+                        f"{len(columns)}: a field that contains {separator!r} must stand in double quotes"
+                    )
+                yield row
 
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        return list(csv.DictReader(lines, strict=True).fieldnames or ()), read
+    return columns, read
 
 
 def _json(path: Path) -> tuple[list[str], Callable[[Iterable[str]], Rows]]:
@@ -176,9 +210,9 @@ def _hub(data: DataSettings) -> Table:
     except Exception as error:
         # Hub and builder errors come from many libraries, with no common base class.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"the hub data set {named!r}, split {data.split!r}, cannot be loaded ({type(error).__name__}: {reason}): "
-            "check data.source, data.config, data.split and the connection, or give a local file"
+        raise HubUnavailable(
+            f"the hub data set {named!r}, split {data.split!r}, cannot be loaded ({type(error).__name__}: {reason})",
+            "check data.source, data.config, data.split and the connection, or give a local file",
         ) from None
 
     commit = _commit_of(rows)

@@ -15,7 +15,7 @@ import weakref
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from hapo_lite.errors import writing
 from hapo_lite.records import Prompt
@@ -63,6 +63,8 @@ class _Prompts(Sequence[Prompt]):
 class PromptStore(_Prompts):
     """Prompts in the order they were added. Memory: 8 bytes each, beyond the first `IN_MEMORY` bytes of text.
 
+    Columns come back as JSON has them: a date, a decimal number or bytes as text, a tuple as a list.
+
     The file lies where temporary files do (TMPDIR), is as large as the text, and disappears with the process, however
     the process ends. Any thread may use the store.
     """
@@ -77,7 +79,13 @@ class PromptStore(_Prompts):
 
     def add(self, prompt: Prompt) -> None:
         """Add a prompt. Raises UnicodeEncodeError if its text is not Unicode, UserError if the disk refuses."""
-        fields = json.dumps([prompt.id, prompt.messages, prompt.answer], ensure_ascii=False).encode()
+        # A prompt without solution and columns has the bytes, and with them the digest, of versions that knew neither.
+        parts: list[Any] = [prompt.id, prompt.messages, prompt.answer]
+        if prompt.solution or prompt.columns:
+            parts.append(prompt.solution)
+        if prompt.columns:
+            parts.append(prompt.columns)
+        fields = json.dumps(parts, ensure_ascii=False, default=str).encode()
         with writing(Path(tempfile.gettempdir())), self._lock:
             self._file.seek(self._ends[-1])
             self._file.write(fields)
@@ -96,8 +104,8 @@ class PromptStore(_Prompts):
         with self._lock:
             self._file.seek(start)
             fields = self._file.read(end - start)
-        name, messages, answer = json.loads(fields)
-        return Prompt(name, tuple((role, content) for role, content in messages), answer)
+        name, messages, answer, *rest = json.loads(fields)
+        return Prompt(name, tuple((role, content) for role, content in messages), answer, *rest)
 
 
 class Selection(_Prompts):

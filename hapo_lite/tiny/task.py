@@ -101,6 +101,11 @@ def write_solution(problem: Problem, habits: Habits, rng: random.Random) -> str:
     return rf"{text}, then {second}={answer}. {closer} \boxed{{{answer}}}"
 
 
+def worked_out(problem: Problem) -> str:
+    """The solution of a student who makes no mistake, in wording that depends on the problem alone."""
+    return write_solution(problem, Habits(guess=0.0, add_first=0.0, skip=0.0), random.Random(problem.prompt))
+
+
 def _guess(problem: Problem, habits: Habits, rng: random.Random) -> int:
     """The answer, or with probability `slip` a number near it."""
     if rng.random() >= habits.slip:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import ModuleType
 from typing import Any
 
 
-class _Callable(ModuleType):
-    """A package that can be called, since `hapo_lite.train` is both this package and the function `train`."""
+class CallableRoom(ModuleType):
+    """A package that can be called: `hapo_lite.train` is both this package and a function, and so are `sft` and
+    `evaluate`.
+
+    entrance: the module of the package that has the function. It is imported by the first call.
+    """
+
+    entrance: str
 
     def __call__(self, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Call `hapo_lite.train.run.train`."""
-        from hapo_lite.train.run import train
+        """Call the function that has the package's own name."""
+        name = self.__name__.rpartition(".")[2]
+        return getattr(importlib.import_module(self.entrance), name)(*arguments, **options)
 
-        return train(*arguments, **options)
+
+def make_callable(package: str, entrance: str) -> None:
+    """Let an imported package be called. package: its name. entrance: see `CallableRoom`."""
+    room = sys.modules[package]
+    room.__class__ = CallableRoom
+    room.__dict__["entrance"] = entrance
 
 
-sys.modules[__name__].__class__ = _Callable
+make_callable(__name__, "hapo_lite.train.run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 
 import torch
@@ -55,6 +56,21 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             "or hapo_lite.train with recipes/accelerate/fsdp.yaml"
         )
     return accelerator
+
+
+def busy_cpu(device: torch.device) -> str | None:
+    """A sentence if a CPU is to compute with several threads, and had more to do in the last minute than it has cores.
+
+    Threads that share an operator wait for the one that another program holds up, so one thread is then faster.
+    """
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    load = os.getloadavg()[0]
+    if device.type != "cpu" or threads == 1 or load <= cores:
+        return None
+    return (
+        f"in the last minute {load:.0f} tasks shared {cores} cores: while other programs are at work, one thread "
+        f"(OMP_NUM_THREADS=1) may be many times faster than {threads}"
+    )
 
 
 def unseen_gpu() -> str | None:

@@ -29,9 +29,14 @@ class CompletionScorer(Protocol):
     progress: Progress
 
     def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[str], lengths: Sequence[int], truncated: Sequence[bool]
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        lengths: Sequence[int],
+        truncated: Sequence[bool],
+        iteration: int | None = None,
     ) -> list[Score]:
-        """One Score per completion. lengths: in tokens."""
+        """One Score per completion. lengths: in tokens. iteration: that of the training; None in an evaluation."""
         ...
 
 
@@ -40,7 +45,8 @@ class GroupsWanted:
     """groups: number of groups; samples: completions per group; key: seeds their random numbers.
 
     token_budget: completion tokens after which dynamic sampling stops. Dynamic sampling drops groups whose rewards are
-    all equal and samples others in their place. None: no dynamic sampling, every group is kept.
+    all equal and samples others in their place. None: no dynamic sampling, every group is kept. compared: the named
+    rewards that must each be equal for that; empty: the whole reward.
     """
 
     groups: int
@@ -48,6 +54,7 @@ class GroupsWanted:
     processor: AdaptiveTemperature
     key: DrawKey
     token_budget: int | None = None
+    compared: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,13 +97,18 @@ class Collected:
         self.seconds["grade"] += sampled.grade_seconds
         for start in range(0, len(graded), samples):
             group = graded.select(range(start, start + samples))
-            equal = len({score.reward for score in group.scores}) == 1
+            equal = len({_compared(score, wanted.compared) for score in group.scores}) == 1
             self.groups_equal += equal
             if equal and wanted.token_budget is not None:
                 self.groups_discarded += 1
             else:
                 self.completions += group.completions
                 self.scores += group.scores
+
+
+def _compared(score: Score, names: tuple[str, ...]) -> tuple[float, ...]:
+    """The numbers of a completion that decide whether its group has anything to teach."""
+    return tuple(score.rewards[name] for name in names) if names else (score.reward,)
 
 
 class Collector:
@@ -142,6 +154,7 @@ class Collector:
             [c.text for c in completions],
             [c.length for c in completions],
             [c.truncated for c in completions],
+            key.iteration if training else None,
         )
         pairs = list(zip(completions, scores, strict=True))
         if world > 1:

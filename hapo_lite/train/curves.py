@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from hapo_lite.recipe.sections import REWARD_NAME, TAKEN
 
 Lines = Sequence[dict[str, Any]]
 
@@ -19,8 +23,11 @@ ROWS = (
     ("seconds/iteration", "seconds per iteration"),
 )
 
+NAMED_REWARD = re.compile(rf"reward/({REWARD_NAME})")
 STAGES = ("rollout", "grade", "score", "update")
-PANELS: tuple[tuple[str, dict[str, str]], ...] = (
+Panels = Sequence[tuple[str, dict[str, str]]]
+"""The heading of each panel, and the labels of its metrics."""
+PANELS: Panels = (
     ("reward and held-out accuracy", {"reward/mean": "training reward", "eval/accuracy": "held-out accuracy"}),
     (
         "entropy, nats",
@@ -48,10 +55,16 @@ PANELS: tuple[tuple[str, dict[str, str]], ...] = (
 )
 
 
-def closing_table(lines: Lines, samples: int) -> str:
-    """The first and the last value of each metric in ROWS, as text. samples: n of avg@n."""
+def reward_panel(lines: Lines) -> dict[str, str]:
+    """The metrics of the named rewards, if the run has any, as a panel: label by metric."""
+    found = {key: match[1] for line in lines for key in line if (match := NAMED_REWARD.fullmatch(key))}
+    return {key: name for key, name in found.items() if name not in TAKEN}
+
+
+def closing_table(lines: Lines, samples: int, metrics: Sequence[tuple[str, str]] = ROWS) -> str:
+    """The first and the last value of each of the metrics, as text. samples: n of avg@n."""
     rows = []
-    for key, label in ROWS:
+    for key, label in metrics:
         values = [line[key] for line in lines if key in line]
         if values:
             rows.append((label.format(n=samples), f"{values[0]:.3f}", f"{values[-1]:.3f}"))
@@ -63,13 +76,14 @@ def closing_table(lines: Lines, samples: int) -> str:
     return "\n".join(table)
 
 
-def draw_curves(lines: Lines, path: Path, title: str) -> None:
-    """Draw the metrics of PANELS over iterations into a PNG at `path`."""
+def draw_curves(lines: Lines, path: Path, title: str, panels: Panels = PANELS) -> None:
+    """Draw the metrics of the panels, three in a row, over iterations into a PNG at `path`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6.6), layout="constrained")
+    rows = math.ceil(len(panels) / 3)
+    figure = Figure(figsize=(12, 3.9 * rows), layout="constrained")
     figure.suptitle(title)
-    for axes, (heading, series) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+    for axes, (heading, series) in zip(figure.subplots(rows, 3).flat, panels, strict=True):
         axes.set_title(heading, fontsize=10)
         for key, label in series.items():
             points = [(line["iteration"], line[key]) for line in lines if key in line]
@@ -77,7 +91,8 @@ def draw_curves(lines: Lines, path: Path, title: str) -> None:
                 marker = "o" if len(points) < 12 else None
                 axes.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.4)
         if axes.lines:
-            axes.legend(fontsize=8, frameon=False)
+            # Within the axes a legend would lie over curves that fill them.
+            axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
         if "temperature" not in heading:
             axes.set_ylim(bottom=0.0)
         axes.set_xlabel("iteration", fontsize=8)

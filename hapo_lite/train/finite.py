@@ -18,6 +18,9 @@ class NotFinite(Exception):
 def check_rewards(graded: Graded) -> None:
     """Raises NotFinite naming the first reward that is nan or inf."""
     for completion, score in zip(graded.completions, graded.scores, strict=True):
+        for name, value in score.rewards.items():
+            if not math.isfinite(value):
+                raise NotFinite(f"the reward {name} of {describe(completion)} is {value}")
         if not math.isfinite(score.reward):
             raise NotFinite(f"the reward of {describe(completion)} is {score.reward}")
 

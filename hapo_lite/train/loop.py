@@ -71,6 +71,16 @@ class Loop:
         """The parts that a checkpoint saves and restores."""
         return RunParts(self.policy, self.learner.optimizer, self.learner.scheduler, self.stream)
 
+    @property
+    def samples(self) -> bool:
+        """Whether the run samples completions at all."""
+        return True
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate on."""
+        return bool(self.held_out)
+
     def watch(self, observer: Observer) -> None:
         """Report the events of the following iterations to `observer`, in place of the observer so far."""
         self.observer = observer
@@ -103,9 +113,10 @@ class Loop:
         wanted = GroupsWanted(
             rollout.prompts_per_iteration,
             rollout.completions_per_prompt,
-            AdaptiveTemperature(signal, rollout.temperature, method.tau, rollout.top_p, rollout.top_k),
+            AdaptiveTemperature(signal, rollout.temperature, method.tau, rollout.top_p, rollout.top_k, rollout.min_p),
             DrawKey(self.recipe.seed, Stage.TRAINING, state.iteration),
             self.recipe.token_budget if rollout.dynamic_sampling else None,
+            tuple(self.recipe.reward.normalised),
         )
         return self.collector.collect(self.stream, state.cursor, wanted)
 
@@ -114,7 +125,7 @@ class Loop:
         traced = choose_traced(graded, self.recipe.logging.traces_per_iteration)
         try:
             check_rewards(graded)
-            advantage = advantages(graded, self.recipe.method)
+            advantage = advantages(graded, self.recipe.method, self.recipe.reward.normalised)
             plan = self.plan(graded, self.active(advantage.tolist(), traced), state.iteration)
             self.resources.progress.enter("scoring")
             plan, experience = self.scoring.score(graded, advantage, plan)

@@ -44,6 +44,9 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
         "groups/discarded": collected.groups_discarded,
         "groups/too_long": collected.prompts_used - collected.groups_sampled,
     }
+    for name in scores[0].rewards if scores else ():
+        values = torch.tensor([s.rewards[name] for s in scores], dtype=torch.float64)
+        out[f"reward/{name}"] = _mean(values[values.isfinite()])
     for name, chosen in (("correct", correct), ("wrong", ~correct)):
         if bool(chosen.any()):
             out[f"length/{name}_mean"] = _mean(lengths[chosen])

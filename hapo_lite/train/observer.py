@@ -16,6 +16,9 @@ class Observer:
     def on_skip(self, step: SkippedStep) -> None:
         """An optimiser step is skipped because a number is not finite."""
 
+    def on_note(self, sentence: str) -> None:
+        """Something happened that the user should read about."""
+
     def on_shortage(self, sentence: str, weights_unchanged: bool) -> None:
         """Memory ran out, and the work is repeated in smaller parts.
 

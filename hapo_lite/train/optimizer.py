@@ -88,6 +88,14 @@ def take_step(
     return StepResult(norm, f"its gradient's norm is {norm}")
 
 
+def advance(accelerator: Accelerator, learner: Learner, loss: float, max_norm: float) -> StepResult:
+    """`take_step` and, if the step was taken, the schedule's next rate."""
+    result = take_step(accelerator, learner.optimizer, learner.parameters, loss, max_norm)
+    if result.problem is None:
+        learner.scheduler.step()
+    return result
+
+
 def loss_scale(optimizer: Any) -> float:
     """The factor by which fp16's scaler multiplies the loss; 1 without a scaler."""
     return 1.0 if optimizer.scaler is None else float(optimizer.scaler.get_scale())

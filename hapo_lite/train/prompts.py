@@ -7,12 +7,12 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from hapo_lite.errors import UserError
+from hapo_lite.errors import UserError, counted
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.template import text_of
 from hapo_lite.recipe import DataSettings, EvaluationSettings
 from hapo_lite.records import EncodedPrompt, Prompt
-from hapo_lite.tasks.data import PromptSet, load_prompts, split_held_out
+from hapo_lite.tasks.data import Column, PromptSet, load_prompts, split_held_out
 from hapo_lite.tasks.stream import LazyPrompts
 
 Say = Callable[[str], None]
@@ -31,10 +31,21 @@ class Data(NamedTuple):
     held_out: Sequence[Prompt]
 
 
-def load_data(data: DataSettings, evaluation: EvaluationSettings, seed: int, say: Say) -> Data:
-    """Read the prompts. seed: decides which prompts are held out if `evaluation` names no data of its own."""
+def load_data(
+    data: DataSettings,
+    evaluation: EvaluationSettings,
+    seed: int,
+    say: Say,
+    columns: Sequence[Column] = (),
+    solutions: bool = False,
+) -> Data:
+    """Read the prompts. seed: decides which prompts are held out if `evaluation` names no data of its own.
+
+    columns: those that rewards ask for, of the data to train on. solutions: read the worked solutions of the training
+    prompts too. The prompts are the same ones either way.
+    """
     wanted = evaluation.prompts
-    found = load_prompts(data)
+    found = load_prompts(data, columns, solutions)
     say_skipped("data", found, say)
     own = evaluation.data
     if own is None and data.source == "tiny":
@@ -49,9 +60,9 @@ def load_data(data: DataSettings, evaluation: EvaluationSettings, seed: int, say
 
 
 def say_skipped(what: str, found: PromptSet, say: Say) -> None:
-    """Say how many rows were left out for each reason. what: names the data."""
-    for reason, count in found.skipped.items():
-        say(f"{what}: {count:,} rows left out: {reason}")
+    """Say how many rows were left out for each reason, and which one was the first. what: names the data."""
+    for sentence in found.left_out():
+        say(f"{what}: {sentence}")
 
 
 def training_prompts(
@@ -76,7 +87,8 @@ def first_prompt(prompts: Iterable[EncodedPrompt | None], policy: Policy) -> Ite
     if first is None:
         return
     text = text_of(policy.tokenizer, first.ids, hidden=())
-    yield f"first prompt, {len(first.ids)} tokens:\n{textwrap.indent(shown(text), '  | ', lambda line: True)}"
+    tokens = counted(len(first.ids), "token")
+    yield f"first prompt, {tokens}:\n{textwrap.indent(shown(text), '  | ', lambda line: True)}"
     for role, content in first.prompt.messages:
         if role == "system" and content.strip() and content.strip() not in text:
             yield (
@@ -118,11 +130,11 @@ def encode_prompts(
         count, limit = len(encoded) - len(kept), data.max_prompt_tokens
         if total is not None and total > len(encoded):
             say(
-                f"data: {count} of {len(encoded):,} prompts checked are longer than {limit} tokens; training skips "
-                "such prompts"
+                f"data: {count:,} of {counted(len(encoded), 'prompt')} checked {'is' if count == 1 else 'are'} longer "
+                f"than {counted(limit, 'token')}; training skips such prompts"
             )
         else:
-            say(f"data: {count} prompts left out: longer than {limit} tokens")
+            say(f"data: {counted(count, 'prompt')} left out: longer than {counted(limit, 'token')}")
     longest = max(kept, key=lambda e: len(e.ids), default=None)
     if longest is not None and len(longest.ids) + max_new_tokens > policy.context:
         raise UserError(

@@ -6,9 +6,9 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tqdm.auto import tqdm
@@ -23,16 +23,24 @@ from hapo_lite.runs.folder import RunFolder
 from hapo_lite.runs.skipped import SkippedStep, save_step
 from hapo_lite.runs.trace import Trace, write_traces
 from hapo_lite.train.collapse import CollapseWatch
-from hapo_lite.train.curves import closing_table, draw_curves
+from hapo_lite.train.curves import PANELS, ROWS, Panels, closing_table, draw_curves
 from hapo_lite.train.loop import Loop
-from hapo_lite.train.verdict import judge_run
+from hapo_lite.train.verdict import Verdict, judge_run
 
 HEADLINE = {"reward/mean": "reward", "entropy/all_mean": "entropy", "eval/accuracy": "avg@n"}
 """Metrics that the progress bar shows, with their labels."""
 
 
 class Recorder:
-    """Writes the files of a run, in its main process. say: prints a sentence for the user."""
+    """Writes the files of a run, in its main process. say: prints a sentence for the user.
+
+    headline_of: metrics that the progress bar shows, with their labels. rows: of the closing table. panels: of
+    curves.png.
+    """
+
+    headline_of: ClassVar[dict[str, str]] = HEADLINE
+    rows: ClassVar[Sequence[tuple[str, str]]] = ROWS
+    panels: ClassVar[Panels] = PANELS
 
     def __init__(self, folder: RunFolder, recipe: Recipe, loop: Loop, say: Callable[[str], None]) -> None:
         self.folder = folder
@@ -48,8 +56,8 @@ class Recorder:
 
     @property
     def evaluates(self) -> bool:
-        """Whether the run has held-out prompts."""
-        return bool(self.loop.held_out)
+        """Whether the run measures itself on what it is not trained on."""
+        return self.loop.evaluates
 
     def record(self, metrics: dict[str, Any], traces: list[Trace], evaluate: bool) -> None:
         """Add an iteration's line to metrics.jsonl, and write its traces. evaluate: evaluate first, and add that."""
@@ -60,7 +68,7 @@ class Recorder:
         self.loop.resources.progress.enter("recording")
         # JSON has no nan or inf, which the entropy of an evaluation may be.
         metrics = {key: v for key, v in metrics.items() if not isinstance(v, float) or math.isfinite(v)}
-        self.shown |= {key: v for key, v in metrics.items() if key in HEADLINE}
+        self.shown |= {key: v for key, v in metrics.items() if key in self.headline_of}
         if not self.main:
             return
         with writing(self.folder.path):
@@ -94,7 +102,7 @@ class Recorder:
 
     def headline(self) -> dict[str, str]:
         """The latest metrics for the progress bar, by label."""
-        names = HEADLINE | {"eval/accuracy": f"avg@{self.recipe.evaluation.samples}"}
+        names = self.headline_of | {"eval/accuracy": f"avg@{self.recipe.evaluation.samples}"}
         return {names[key]: f"{self.shown[key]:.3f}" for key in names if key in self.shown}
 
     def finish(self, state: TrainState) -> dict[str, Any]:
@@ -107,17 +115,22 @@ class Recorder:
         with writing(self.folder.path):
             with replacing_folder(self.folder.adapter) as aside:
                 save_adapter(self.loop.policy, aside)
-            draw_curves(lines, self.folder.curves, title=self.recipe.name)
-            verdict = judge_run(lines, self.recipe)
-            summary = self._summary(state, lines) | {"verdict": asdict(verdict)}
+            draw_curves(lines, self.folder.curves, self.recipe.name, self.panels)
+            verdict = self.judge(lines)
+            summary = self.summary(state, lines) | {"verdict": asdict(verdict)}
             # The summary is written last, since its presence means that the run is complete.
             replace_text(self.folder.summary, json.dumps(summary, indent=1) + "\n")
-        self.say(closing_table(lines, self.recipe.evaluation.samples))
+        self.say(closing_table(lines, self.recipe.evaluation.samples, self.rows))
         self.say(str(verdict))
         self.say(f"{self.folder.path}: adapter/, curves.png, summary.json, metrics.jsonl, traces/")
         return summary
 
-    def _summary(self, state: TrainState, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    def judge(self, lines: list[dict[str, Any]]) -> Verdict:
+        """The verdict on the finished run. lines: all of metrics.jsonl."""
+        return judge_run(lines, self.recipe)
+
+    def summary(self, state: TrainState, lines: list[dict[str, Any]]) -> dict[str, Any]:
+        """The content of summary.json but for the verdict. lines: all of metrics.jsonl."""
         evaluated = [line for line in lines if "eval/accuracy" in line]
         return {
             "name": self.recipe.name,
@@ -133,7 +146,7 @@ class Recorder:
                 "before": evaluated[0] if evaluated and evaluated[0]["iteration"] == 0 else None,
                 "after": evaluated[-1] if evaluated else None,
             },
-            "origins": {"model": self.loop.policy.origin, "data": self.loop.stream.origin},
+            "origins": self.loop.parts.origins(state),
             "adapter_sha256": file_hash(self.folder.adapter / "adapter_model.safetensors"),
             "versions": {"hapo_lite": hapo_lite.__version__, "torch": torch.__version__},
             "machine": {

@@ -35,8 +35,9 @@ def changed_rate(checkpoint: Path, recipe: Recipe, scheduler: Any) -> str | None
 def resume(folder: RunFolder, recipe: Recipe, loop: Loop, say: Callable[[str], None]) -> TrainState:
     """Restore weights, optimiser and schedule from the newest good checkpoint, and return its state.
 
-    Without a checkpoint the state is a fresh one. Metrics, traces and skipped steps from later iterations are removed.
-    Raises UserError if every checkpoint is damaged or belongs to another recipe.
+    Without a checkpoint the state is a fresh one, of the adapter that the policy began with. Metrics, traces and
+    skipped steps from later iterations are removed. Raises UserError if every checkpoint is damaged or belongs to
+    another recipe.
     """
     newest, complaints = newest_good(folder.checkpoints, recipe)
     for complaint in complaints:
@@ -45,12 +46,16 @@ def resume(folder: RunFolder, recipe: Recipe, loop: Loop, say: Callable[[str], N
         raise UserError(
             f"no checkpoint in {folder.checkpoints} can be used: move the folder away to start over ({complaints[0]})"
         )
-    state = TrainState()
+    state = TrainState(started_from=loop.policy.started_from)
     last_recorded = -1  # A fresh run writes iteration 0, its first evaluation, again.
     if newest is not None:
         state = load_checkpoint(newest, loop.parts)
         last_recorded = state.iteration
         say(f"resuming {folder.path} after iteration {state.iteration}")
+        if state.iteration > recipe.training.iterations:
+            say(
+                f"note: the run is beyond training.iterations = {recipe.training.iterations}, and nothing is left to do"
+            )
         if note := changed_rate(newest, recipe, loop.learner.scheduler):
             say(f"note: {note}")
     if loop.accelerator.is_main_process:

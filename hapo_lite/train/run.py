@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 
-from hapo_lite.errors import UserError
+from hapo_lite.errors import UserError, counted
 from hapo_lite.model.experts import notes_on_experts, notes_on_packing
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
@@ -26,16 +26,18 @@ from hapo_lite.records import EncodedPrompt
 from hapo_lite.rollout.canary import check_engine
 from hapo_lite.rollout.engine import Engine, make_engine
 from hapo_lite.rollout.whole_base import WholeBaseEngine
-from hapo_lite.runs.checkpoint import TrainState
+from hapo_lite.runs.checkpoint import TrainState, list_checkpoints
 from hapo_lite.runs.display import Display
 from hapo_lite.runs.folder import RunFolder, check_place, check_same_run, open_folder, with_date, with_date_of
 from hapo_lite.runs.interrupt import Interrupted, Interrupts
 from hapo_lite.runs.progress import Progress
 from hapo_lite.runs.skipped import SkippedStep
 from hapo_lite.runs.status import Status
-from hapo_lite.tasks.rewards import Scorer, code_of
+from hapo_lite.runs.summary import RunSummary
+from hapo_lite.tasks.data import Column
+from hapo_lite.tasks.rewards import Scorer, notes_on_code
 from hapo_lite.tasks.stream import LazyPrompts, PromptStream
-from hapo_lite.train.accelerator import make_accelerator, someone_wants_to_stop, unseen_gpu
+from hapo_lite.train.accelerator import busy_cpu, make_accelerator, someone_wants_to_stop, unseen_gpu
 from hapo_lite.train.collect import Collector
 from hapo_lite.train.loop import Loop
 from hapo_lite.train.memory.room import unpacks
@@ -45,10 +47,18 @@ from hapo_lite.train.recorder import Recorder
 from hapo_lite.train.resume import resume
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
+def train(recipe: Recipe) -> RunSummary:
     """Run `recipe` to its end, from its newest checkpoint if there is one, and return the summary.
 
     Raises UserError for a problem that the user can mend. After a signal it writes a checkpoint and raises Interrupted.
+    """
+    return cast(RunSummary, run_in_folder(recipe, Run))
+
+
+def run_in_folder(recipe: Recipe, kind: type[Run]) -> dict[str, Any]:
+    """Do a run of that kind in the recipe's folder, with its status and its display, and return the summary.
+
+    Raises as `train` does.
     """
     sharded = fsdp_requested()
     accelerator = make_accelerator(recipe)
@@ -60,7 +70,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         Status(folder.status if main else None) as status,
         Display(Progress(status.enter), status, main, recipe.logging.progress) as display,
     ):
-        run = Run(recipe, accelerator, folder, display, sharded and accelerator.num_processes > 1)
+        run = kind(recipe, accelerator, folder, display, sharded and accelerator.num_processes > 1)
         return run.to_its_end()
 
 
@@ -78,12 +88,14 @@ class Run:
         """Prepare, resume, check the engine, iterate, and return the summary."""
         recipe, progress = self.recipe, self.display.progress
         check_same_run(self.folder, recipe)
-        with progress.within(f"reading {recipe.data.source}"):
-            data = load_data(recipe.data, recipe.evaluation, recipe.seed, self.display.say)
-        with progress.within(f"loading {recipe.model.name}, base {recipe.model.quantization}"):
-            policy = self.load()
-        run = self.dated(policy)
-        return run.with_policy(policy, data)
+        for note in notes_on_code(recipe.reward):
+            self.display.say(note)
+        with Scorer(recipe.reward, recipe.rollout.max_new_tokens) as scorer:
+            with progress.within(f"reading {recipe.data.source}"):
+                data = self.read_data(scorer.columns)
+            with progress.within(f"loading {recipe.model.name}, base {recipe.model.quantization}"):
+                policy = self.load()
+            return self.dated(policy).with_policy(policy, data, scorer)
 
     def dated(self, policy: Policy) -> Run:
         """The run with the date in its recipe that its chat template takes for today, if the template reads one."""
@@ -91,52 +103,82 @@ class Run:
             return self
         return replace(self, recipe=with_date(self.recipe, policy.rendering.date))
 
-    def with_policy(self, policy: Policy, data: Data) -> dict[str, Any]:
+    def with_policy(self, policy: Policy, data: Data, scorer: Scorer) -> dict[str, Any]:
         """Encode the prompts, resume, check the engine, iterate, and return the summary."""
         recipe, say, progress = self.recipe, self.display.say, self.display.progress
         limit = recipe.rollout.max_new_tokens
-        prompts = training_prompts(data.training, policy, recipe.data, limit, say)
+        prompts = self.training_prompts(data, policy)
         held_out = encode_prompts(data.held_out, policy, recipe.data, limit, say)
         self.open(policy, prompts, held_out)
         with progress.within(f"rollout.engine = {recipe.rollout.engine}"):
             engine = self.make_engine(policy)
-        with Scorer(recipe.reward, limit) as scorer:
-            collector = Collector(engine, scorer, self.accelerator, progress)
-            loop = Loop(recipe, policy, collector, PromptStream(prompts, recipe.seed), held_out)
-            state = resume(self.folder, recipe, loop, say)
-            if not is_over(recipe, state):
-                progress.enter("engine check")
-                checked = check_engine(engine, policy, prompts, recipe.rollout, recipe.seed, self.accelerator)
-                say(f"rollout.engine = {recipe.rollout.engine}: its log-probabilities are {checked}")
-            summary = self.iterate(loop, state)
+        collector = Collector(engine, scorer, self.accelerator, progress)
+        loop = self.make_loop(policy, collector, prompts, held_out)
+        state = resume(self.folder, recipe, loop, say)
+        if loop.samples and not is_over(loop.recipe, state):
+            progress.enter("engine check")
+            checked = check_engine(engine, policy, prompts, recipe.rollout, recipe.seed, self.accelerator)
+            say(f"rollout.engine = {recipe.rollout.engine}: its log-probabilities are {checked}")
+        summary = self.iterate(loop, state)
         if recipe.logging.report_to != "none":
             self.accelerator.end_training()
         return summary
 
+    def read_data(self, columns: Sequence[Column]) -> Data:
+        """The prompts to train on and to evaluate on. columns: those of the data that rewards ask for."""
+        recipe = self.recipe
+        return load_data(recipe.data, recipe.evaluation, recipe.seed, self.display.say, columns)
+
+    def training_prompts(self, data: Data, policy: Policy) -> LazyPrompts:
+        """The prompts to train on, tokenised when they are read."""
+        recipe = self.recipe
+        return training_prompts(data.training, policy, recipe.data, recipe.rollout.max_new_tokens, self.display.say)
+
+    def make_loop(
+        self, policy: Policy, collector: Collector, prompts: LazyPrompts, held_out: Sequence[EncodedPrompt]
+    ) -> Loop:
+        """The loop of the run's iterations."""
+        return Loop(self.recipe, policy, collector, PromptStream(prompts, self.recipe.seed), held_out)
+
+    def make_recorder(self, loop: Loop) -> Recorder:
+        """The writer of the run's files."""
+        return Recorder(self.folder, self.recipe, loop, self.display.say)
+
     def load(self) -> Policy:
-        """Load the policy onto the run's device."""
+        """Load the policy onto the run's device. A run with a checkpoint does not need the adapter it began with."""
         recipe, device = self.recipe, self.accelerator.device
         unpacked = not self.sharded and unpacks(recipe, device)
-        return load_policy(recipe.model, recipe.seed, device, engine=recipe.rollout.engine, unpacked=unpacked)
+        model = recipe.model.without_adapter() if list_checkpoints(self.folder.checkpoints) else recipe.model
+        return load_policy(model, recipe.seed, device, engine=recipe.rollout.engine, unpacked=unpacked)
 
     def open(self, policy: Policy, prompts: LazyPrompts, held_out: Sequence[EncodedPrompt]) -> None:
         """Make the folder, start the tracker, and print what is trained, with notes about the recipe."""
-        recipe, say = self.recipe, self.display.say
+        recipe, say, device = self.recipe, self.display.say, self.accelerator.device
         if self.accelerator.is_main_process:
             open_folder(self.folder, recipe, self.display.status)
         self.accelerator.wait_for_everyone()
-        say(describe(recipe, policy, prompts, held_out, self.accelerator))
-        for line in [*notes_on_packing(policy), *notes_on_experts(policy.model), *first_prompt(prompts, policy)]:
+        for line in self.introduction(policy, prompts, held_out):
             say(line)
-        if recipe.reward.function:
-            say(f"note: reward.function is code, which runs with your rights: {code_of(recipe.reward.function)}")
-        for note in [unseen_gpu(), *recipe.advice()]:
+        for note in [unseen_gpu(), busy_cpu(device), *self.advice()]:
             if note is not None:
                 say(f"note: {note}")
         if recipe.logging.report_to != "none":
             settings = flatten(recipe.model_dump(mode="json"))
             config = {key: "null" if value is None else value for key, value in settings.items()}
             self.accelerator.init_trackers("hapo_lite", config=config)
+
+    def introduction(self, policy: Policy, prompts: LazyPrompts, held_out: Sequence[EncodedPrompt]) -> Iterator[str]:
+        """What is trained on what, in lines."""
+        yield describe(self.recipe, policy, prompts, held_out, self.accelerator)
+        if policy.started_from:
+            yield f"going on from the adapter {policy.started_from}"
+        yield from notes_on_packing(policy)
+        yield from notes_on_experts(policy.model)
+        yield from first_prompt(prompts, policy)
+
+    def advice(self) -> list[str]:
+        """Sentences about settings that are allowed but seldom meant."""
+        return self.recipe.advice()
 
     def make_engine(self, policy: Policy) -> Engine:
         """Start the rollout engine, and split the base over the processes if FSDP was requested."""
@@ -152,16 +194,16 @@ class Run:
     def iterate(self, loop: Loop, state: TrainState) -> dict[str, Any]:
         """Iterate from `state` to the recipe's end. On a signal, save the last whole state and raise Interrupted."""
         recipe, display = self.recipe, self.display
-        recorder = Recorder(self.folder, recipe, loop, display.say)
+        recorder = self.make_recorder(loop)
         interrupts = Interrupts(deferred=self.accelerator.num_processes > 1)
         observer = RunObserver(recorder, interrupts, state)
         loop.watch(observer)
-        with interrupts.listening(), display.bar(recipe.training.iterations, state.iteration, "it") as bar:
+        with interrupts.listening(), display.bar(loop.recipe.training.iterations, state.iteration, "it") as bar:
             try:
                 if state.iteration == 0:
                     with display.announcing(first_evaluation(recipe, len(loop.held_out))):
                         recorder.record({"iteration": 0}, [], evaluate=recorder.evaluates)
-                while not is_over(recipe, observer.state):
+                while not is_over(loop.recipe, observer.state):
                     display.status.doing.iteration = observer.state.iteration + 1
                     observer.state = self.iteration(loop, recorder, observer.state)
                     bar.update()
@@ -184,7 +226,7 @@ class Run:
         done = loop.step(state)
         seconds = time.perf_counter() - started
         number = done.state.iteration
-        over = is_over(recipe, done.state)
+        over = is_over(loop.recipe, done.state)
         evaluate = recorder.evaluates and (over or is_due(number, recipe.evaluation.every))
         recorder.record({**done.metrics, "seconds/iteration": seconds}, done.traces, evaluate)
         state = replace(done.state, seconds=state.seconds + seconds)
@@ -192,13 +234,16 @@ class Run:
         if over or stuck or is_due(number, recipe.checkpoint.every):
             recorder.save(state)
         if stuck:
-            raise UserError(
-                f"stopped after iteration {number}, which is saved: {state.skipped_in_a_row} updates, or iterations "
-                "before their first one, were skipped in a row (training.max_skipped = "
-                f"{recipe.training.max_skipped}); python -m hapo_lite.replay FILE, with the newest file of "
-                f"{self.folder.replay}, shows where it begins"
-            )
+            raise UserError(self.stuck(number, state.skipped_in_a_row))
         return state
+
+    def stuck(self, iteration: int, skipped: int) -> str:
+        """The sentence with which a run stops that has skipped so many updates in a row."""
+        return (
+            f"stopped after iteration {iteration}, which is saved: {skipped} updates, or iterations before their first "
+            f"one, were skipped in a row (training.max_skipped = {self.recipe.training.max_skipped}); python -m "
+            f"hapo_lite.replay FILE, with the newest file of {self.folder.replay}, shows where it begins"
+        )
 
 
 class RunObserver(Observer):
@@ -214,6 +259,9 @@ class RunObserver(Observer):
 
     def on_skip(self, step: SkippedStep) -> None:
         self.recorder.keep_step(step)
+
+    def on_note(self, sentence: str) -> None:
+        self.recorder.note(sentence)
 
     def on_shortage(self, sentence: str, weights_unchanged: bool) -> None:
         """Print a note, and save a checkpoint, since memory may run out again where the run cannot recover."""
@@ -237,8 +285,8 @@ def first_evaluation(recipe: Recipe, prompts: int) -> str:
     """The sentence that announces how long the first evaluation takes, with {} for the time."""
     samples = recipe.evaluation.samples
     return (
-        f"first evaluation: {prompts * samples:,} completions, {{}} ({prompts} held-out prompts x {samples} samples; "
-        "a lower evaluation.samples or evaluation.prompts shortens it)"
+        f"first evaluation: {counted(prompts * samples, 'completion')}, {{}} ({counted(prompts, 'held-out prompt')} x "
+        f"{counted(samples, 'sample')}; a lower evaluation.samples or evaluation.prompts shortens it)"
     )
 
 
@@ -253,6 +301,6 @@ def describe(
     adapter = sum(p.numel() for p in policy.trainable().values())
     return (
         f"{recipe.name}: {recipe.method.preset} on {recipe.model.name}, base {recipe.model.quantization}, "
-        f"adapter {adapter / 1e6:.2f} M; {len(prompts):,} prompts, {len(held_out)} held out; "
+        f"adapter {adapter / 1e6:.2f} M; {counted(len(prompts), 'prompt')}, {len(held_out)} held out; "
         f"{accelerator.num_processes} x {accelerator.device}"
     )

@@ -5,14 +5,14 @@ Axes: B completions, T completion tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hapo_lite.algo.advantage import entropy_scale, group_advantage
+from hapo_lite.algo.advantage import decoupled_advantage, entropy_scale, group_advantage
 from hapo_lite.algo.methods import Method
 from hapo_lite.algo.tokens import fit_signal, uncertain_tokens
 from hapo_lite.errors import UserError
@@ -68,10 +68,10 @@ class Scoring:
             old = TokenScores([c.base_logp for c in completions], [c.entropy for c in completions])
         else:
             old = self._forward(graded, plan)
-        base_logp = None
+        reference_logp = None
         if method.needs_base:
             with self.policy.base_alone():
-                base_logp = self._forward(graded, plan).logp
+                reference_logp = self._forward(graded, plan).logp
         check_tokens("log-probability", old.logp, completions)
         check_tokens("entropy", old.entropy, completions)
         try:
@@ -88,7 +88,7 @@ class Scoring:
             h=[signal.normalize(e) for e in old.entropy],
             uncertain=[uncertain_tokens(method, signal, e) for e in old.entropy],
             scale=entropy_scale(torch.stack([e.mean() for e in old.entropy]), method.floor),
-            base_logp=base_logp,
+            reference_logp=reference_logp,
         )
 
     @torch.no_grad()
@@ -102,7 +102,8 @@ class Scoring:
         with self.policy.unpacked(exact=True), oom.together(lockstep=processes.sharded):
             for batch in batches:
                 completions = graded.select(batch).completions
-                logp, entropy = (t.cpu() for t in logprobs(self.policy, completions, self.rollout.temperature))
+                # Stacked, they are one copy from a GPU.
+                logp, entropy = torch.stack(logprobs(self.policy, completions, self.rollout.temperature)).cpu()
                 progress.advance(1, padded_tokens([batch], lengths))
                 for row, i in enumerate(batch):
                     length = completions[row].length
@@ -117,11 +118,19 @@ def logprobs(policy: Policy, completions: Sequence[Completion], temperature: flo
     return policy.completion_logprobs(Sequences.of(completions, policy.device), temperature)
 
 
-def advantages(graded: Graded, method: Method) -> Tensor:
-    """Each completion's advantage within its group: [B], fp32, computed in fp64."""
-    return group_advantage(
-        graded.rewards,
-        torch.tensor([c.length for c in graded.completions]),
-        torch.tensor([c.prompt.index for c in graded.completions]),
-        method.advantage_level,
-    ).float()
+def advantages(graded: Graded, method: Method, normalised: Mapping[str, float] | None = None) -> Tensor:
+    """Each completion's advantage within its group: [B], fp32, computed in fp64.
+
+    A completion that the method leaves out for being cut off counts in its group, and has advantage 0 itself.
+    normalised: weights of the named rewards that are normalised apart; without them it is the whole reward.
+    """
+    lengths = torch.tensor([c.length for c in graded.completions])
+    groups = torch.tensor([c.prompt.index for c in graded.completions])
+    if normalised:
+        rewards = torch.stack([graded.rewards_of(name) for name in normalised])
+        weights = torch.tensor(list(normalised.values()), dtype=torch.float64)
+        advantage = decoupled_advantage(rewards, weights, lengths, groups, method.advantage_level)
+    else:
+        advantage = group_advantage(graded.rewards, lengths, groups, method.advantage_level, method.scale)
+    left_out = torch.tensor([method.leaves_out(c.truncated) for c in graded.completions])
+    return advantage.masked_fill(left_out, 0.0).float()

@@ -88,6 +88,7 @@ def make_trace(
         tokens=tokens,
         signal=treatment.signal,
         sampling_signal=treatment.sampling_signal,
+        rewards=score.rewards,
     )
 
 

@@ -5,7 +5,7 @@ Axes: B completions of a micro-batch, T completion tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -16,14 +16,48 @@ from torch import Tensor
 from hapo_lite.algo.methods import Method
 from hapo_lite.algo.objective import Credit, PolicyLoss, loss_denominator, method_loss
 from hapo_lite.model.policy import Policy
-from hapo_lite.records import Experience, TokenOutcome
+from hapo_lite.records import Experience, TokenOutcome, pad
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.runs.skipped import SkippedStep
 from hapo_lite.train.batching import Parts, Plan, padded_tokens
 from hapo_lite.train.observer import Observer
-from hapo_lite.train.optimizer import Learner, StepResult, loss_scale, take_step
+from hapo_lite.train.optimizer import Learner, advance, loss_scale
 from hapo_lite.train.resources import Resources
 from hapo_lite.train.scoring import logprobs
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The forward passes of an optimiser step, by micro-batch. lengths: tokens of each sequence, by member.
+
+    loss_of: a micro-batch's part of the loss, a scalar with its graph. idle: a scalar of a dummy micro-batch, for a
+    process that has no more of its own while a split base takes all processes.
+    """
+
+    loss_of: Callable[[list[int]], Tensor]
+    idle: Callable[[list[int]], Tensor]
+    lengths: Sequence[int]
+
+
+def sum_gradients(batches: list[list[int]], passes: Passes, learner: Learner, resources: Resources) -> Tensor:
+    """Forward and backward of the step's micro-batches, of which this process does its share.
+
+    Returns the loss of this process's micro-batches, a scalar. The gradients are summed over processes, the loss is
+    not. Each call starts with the gradients cleared. Raises OutOfMemory in all processes if memory runs out in one.
+    """
+    accelerator, processes = resources.accelerator, resources.processes
+    learner.optimizer.zero_grad(set_to_none=True)
+    loss = torch.zeros((), device=accelerator.device)
+    with resources.oom.together(lockstep=processes.sharded):
+        for batch in processes.rank_share(batches):
+            part = passes.loss_of(batch)
+            accelerator.backward(part)
+            loss += part.detach()
+            resources.progress.advance(1, padded_tokens([batch], passes.lengths))
+        for batch in processes.padding(batches):
+            accelerator.backward(0.0 * passes.idle(batch))
+    processes.share_gradients(learner.parameters)
+    return loss
 
 
 class LossAndOutcomes(NamedTuple):
@@ -107,7 +141,7 @@ class Update:
             scale = loss_scale(learner.optimizer)
             updated.learning_rate = learner.scheduler.get_last_lr()[0]
             loss = float(self.resources.accelerator.reduce(gradients.loss, "sum"))
-            norm, problem = self._take_step(loss)
+            norm, problem = advance(self.resources.accelerator, learner, loss, self.max_grad_norm)
             if problem is None:
                 updated.add_taken(loss, norm, gradients.outcomes)
                 continue
@@ -118,49 +152,28 @@ class Update:
         updated.outcomes = processes.gather(updated.outcomes)
         return updated
 
-    def _take_step(self, loss: float) -> StepResult:
-        """Step the optimiser and, if the step was taken, the schedule."""
-        learner = self.learner
-        result = take_step(self.resources.accelerator, learner.optimizer, learner.parameters, loss, self.max_grad_norm)
-        if result.problem is None:
-            learner.scheduler.step()
-        return result
-
     def _attempt(self, experience: Experience, denominator: float, parts: Parts) -> LossAndOutcomes:
-        processes = self.resources.processes
         [batches] = parts
-        return self.gradients(
-            experience, processes.rank_share(batches), denominator, padding=processes.padding(batches)
-        )
+        return self.gradients(experience, batches, denominator)
 
-    def gradients(
-        self,
-        experience: Experience,
-        batches: Sequence[Sequence[int]],
-        denominator: float,
-        padding: Sequence[Sequence[int]] = (),
-    ) -> LossAndOutcomes:
-        """Forward and backward of a step's micro-batches. The gradients are summed over processes, the loss is not.
+    def gradients(self, experience: Experience, batches: list[list[int]], denominator: float) -> LossAndOutcomes:
+        """`sum_gradients` of a step's micro-batches, with the outcomes of this process's.
 
-        denominator: `loss_denominator` of the whole step. padding: dummy micro-batches that keep collectives in step.
-        Raises OutOfMemory in all processes if memory runs out in one. Each call starts with the gradients cleared.
+        denominator: `loss_denominator` of the whole step.
         """
         outcomes: dict[int, TokenOutcome] = {}
-        self.learner.optimizer.zero_grad(set_to_none=True)
-        accelerator, processes = self.resources.accelerator, self.resources.processes
-        loss = torch.zeros((), device=accelerator.device)
-        lengths = experience.sequence_lengths
-        with self.resources.oom.together(lockstep=processes.sharded):
-            for batch in batches:
-                part = self.micro_batch(experience.select(batch), denominator)
-                accelerator.backward(part.loss)
-                loss += part.loss.detach()
-                outcomes |= {i: part.outcomes[row] for row, i in enumerate(batch)}
-                self.resources.progress.advance(1, padded_tokens([batch], lengths))
-            for batch in padding:
-                logp, _ = logprobs(self.policy, experience.select(batch).completions, self.temperature)
-                accelerator.backward(0.0 * logp.sum())
-        processes.share_gradients(self.learner.parameters)
+
+        def loss_of(batch: list[int]) -> Tensor:
+            part = self.micro_batch(experience.select(batch), denominator)
+            outcomes.update({i: part.outcomes[row] for row, i in enumerate(batch)})
+            return part.loss
+
+        def idle(batch: list[int]) -> Tensor:
+            return logprobs(self.policy, experience.select(batch).completions, self.temperature)[0].sum()
+
+        passes = Passes(loss_of, idle, experience.sequence_lengths)
+        with self.policy.unpacked(exact=True, in_update=True):
+            loss = sum_gradients(batches, passes, self.learner, self.resources)
         return LossAndOutcomes(loss, outcomes)
 
     def micro_batch(self, batch: Experience, denominator: float) -> LossAndOutcomes:
@@ -172,10 +185,13 @@ class Update:
 
 
 def outcomes_of(batch: Experience, logp: Tensor, loss: PolicyLoss, credit: Credit) -> dict[int, TokenOutcome]:
-    """The loss's effect on each token, on the CPU, by row of `batch`. logp: [B, T]."""
+    """The loss's effect on each token, on the CPU, by row of `batch`. logp: [B, T].
+
+    The ratio is measured on completions that the loss leaves out too.
+    """
     by_token = {
         "logp": logp,
-        "ratio": loss.ratio,
+        "ratio": (logp.detach() - pad(batch.old_logp, logp.device)).exp(),
         "credit": credit.advantage,
         "lower": credit.lower,
         "upper": credit.upper,
@@ -184,7 +200,9 @@ def outcomes_of(batch: Experience, logp: Tensor, loss: PolicyLoss, credit: Credi
     }
     if loss.kl_base is not None:
         by_token["kl_base"] = loss.kl_base
-    by_token = {name: rows.detach().cpu() for name, rows in by_token.items()}
+    # Stacked, they are one copy from a GPU.
+    rows_of = torch.stack([rows.detach().to(logp.dtype) for rows in by_token.values()]).cpu()
+    by_token = {name: rows.to(was.dtype) for (name, was), rows in zip(by_token.items(), rows_of, strict=True)}
     return {
         row: TokenOutcome(
             float(batch.advantage[row]),

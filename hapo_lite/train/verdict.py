@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hapo_lite.errors import counted
 from hapo_lite.recipe import Recipe
-from hapo_lite.train.intervals import Interval, bootstrap_interval, paired_interval, pass_at_k, unpaired_interval
+from hapo_lite.train.intervals import Interval, mean_interval, paired_interval, pass_at_k, unpaired_interval
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -63,8 +64,11 @@ def judge(before: Mapping[str, Interval], change: Mapping[str, Interval], n: int
     if avg.below_zero:
         return Verdict("worse", f"worse: avg@{n} fell by {_plain(avg, -1)} on {on}")
     if not avg.above_zero:
-        width = max(avg.high - avg.value, avg.value - avg.low)
-        limit = f"less than about {width:.3f} would not show" if width else "as many were right on each"
+        limit = "as many were right on each"
+        if not avg.known:
+            limit = "one prompt says nothing about others"
+        elif avg.high > avg.low:
+            limit = f"less than about {avg.high - avg.value:.3f} would not show"
         return Verdict("no difference", f"no difference: avg@{n} changed by {signed(avg)} on {on}; {limit}")
     if n == 1 or best.above_zero:
         both = "" if n == 1 else f", pass@{n} by {_plain(best)}"
@@ -73,8 +77,8 @@ def judge(before: Mapping[str, Interval], change: Mapping[str, Interval], n: int
     solved_before = before[f"pass@{n}"].value
     if solved_before >= CEILING:
         why = (
-            f"{percent(solved_before)} of them were solved in {n} attempts before, so there was hardly anything new to "
-            "find"
+            f"{percent(solved_before)} of them were solved in {counted(n, 'attempt')} before, so there was hardly "
+            "anything new to find"
         )
     return Verdict(
         "sharpened", f"sharpened: avg@{n} rose by {_plain(avg)} on {on}, pass@{n} did not ({signed(best)}): {why}"
@@ -84,16 +88,20 @@ def judge(before: Mapping[str, Interval], change: Mapping[str, Interval], n: int
 def judge_run(lines: Lines, recipe: Recipe) -> Verdict:
     """The verdict on a finished run. lines: metrics.jsonl from iteration 0 on."""
     trained = [line for line in lines if line["iteration"] > 0]
-    verdict = _held_out(lines, recipe) or _training_reward(trained)
+    verdict = judge_held_out(lines, recipe) or _training_reward(trained)
     if verdict.word in ("learned", "sharpened"):
         return replace(verdict, because=(*_obstacles(trained, recipe), *_used_up(trained)))
     causes = _causes(trained, recipe)
     count = len(trained)
     updates = trained[-1]["updates"] if trained else 0
+    skipped = sum(line.get("update/skipped", 0) for line in trained)
+    if skipped and not updates:
+        reason = f"nothing was trained: all {skipped:,} updates were skipped, for the reasons in the notes of the run"
+        return replace(verdict, because=(reason,))
     warmup = recipe.training.warmup_updates
     if verdict.word == "no difference" and (count < SHORT_RUN or updates <= warmup):
         changed = verdict.sentence.removeprefix("no difference: ").split(";")[0]
-        told = f"{count} iterations ({updates} updates, {min(updates, warmup)} of them warm-up)"
+        told = f"{counted(count, 'iteration')} ({counted(updates, 'update')}, {min(updates, warmup)} of them warm-up)"
         verdict = Verdict("too short", f"too few iterations to tell: {changed} in {told}: raise training.iterations")
     elif verdict.word == "worse" and not causes:
         causes = [f"nothing else is amiss: lower training.learning_rate ({recipe.training.learning_rate:g})"]
@@ -116,14 +124,14 @@ def _causes(trained: Lines, recipe: Recipe) -> list[str]:
     return [*obstacles, *(list(_no_signal(trained, recipe)) or _still(trained, recipe))]
 
 
-def _held_out(lines: Lines, recipe: Recipe) -> Verdict | None:
+def judge_held_out(lines: Lines, recipe: Recipe) -> Verdict | None:
     """The verdict by the first and the last evaluation, prompt by prompt; None without two evaluations."""
     n = recipe.evaluation.samples
     evaluated = [line for line in lines if "eval/solved" in line]
     if len(evaluated) < 2 or evaluated[0]["iteration"] != 0:
         return None
     first, last = _scores_by_prompt(evaluated[0], n), _scores_by_prompt(evaluated[-1], n)
-    before = {name: bootstrap_interval(values) for name, values in first.items()}
+    before = {name: mean_interval(values) for name, values in first.items()}
     change = {name: paired_interval(values, last[name]) for name, values in first.items()}
     return judge(before, change, n, f"{len(evaluated[0]['eval/solved']):,} held-out prompts")
 
@@ -263,7 +271,9 @@ def percent(share: float) -> str:
 
 
 def signed(change: Interval, digits: int = 3) -> str:
-    """A change with its sign and interval, such as "+0.120 [+0.050, +0.190]"."""
+    """A change with its sign and interval, such as "+0.120 [+0.050, +0.190]"; one value has no interval."""
+    if not change.known:
+        return f"{change.value:+.{digits}f}"
     return f"{change.value:+.{digits}f} [{change.low:+.{digits}f}, {change.high:+.{digits}f}]"
 
 

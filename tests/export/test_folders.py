@@ -102,12 +102,17 @@ def python_of(card: Path) -> str:
     return code
 
 
-def test_the_adapter_loads_as_its_card_says(finished, adapter, monkeypatch):
+def test_the_adapter_loads_and_answers_as_its_card_says(finished, adapter, monkeypatch, capsys):
     code = python_of(adapter / "README.md")
     assert len([line for line in code.splitlines() if "from_pretrained" in line]) == 3
     monkeypatch.chdir(adapter)
     names: dict = {}
     exec(code, names)
+    printed = capsys.readouterr().out
+    asked, count = names["ids"]["input_ids"], names["completion"].shape[1]
+
+    assert "9*7+4=?" in names["tokenizer"].decode(asked[0])
+    assert asked.shape[1] < count <= asked.shape[1] + 32 and "9*7" in printed
     trained = load_file(finished / "adapter" / WEIGHTS)
     loaded = {k.replace(".default", ""): v for k, v in names["model"].state_dict().items() if "lora_" in k}
     assert loaded.keys() == trained.keys() and all(torch.equal(loaded[k].float(), trained[k]) for k in trained)

@@ -14,6 +14,14 @@ from hapo_lite.inspect.tokens import QUANTITIES, DualWord, token_table, what_if
 from tests.inspector.traces import ENTROPIES, make_trace, trained
 
 
+def test_named_rewards_have_a_panel_of_their_own():
+    lines = [{"iteration": i, "reward/mean": 0.5, "reward/correct_share": 0.5, "reward/<b>": 9} for i in (1, 2)]
+    assert "rewards by name" not in dict(figures.curve_figures(lines))
+    named = [line | {"reward/brief": -0.1, "reward/correct": 0.6} for line in lines]
+    panel = dict(figures.curve_figures(named))["rewards by name"]
+    assert [(curve["name"], curve["y"]) for curve in panel["data"]] == [("brief", [-0.1] * 2), ("correct", [0.6] * 2)]
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("kind", ["s", "d"])
 def test_text_stands_out_on_every_colour(kind, theme):

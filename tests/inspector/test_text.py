@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from hapo_lite.algo.methods import Method
 from hapo_lite.inspect import markup, views
-from hapo_lite.inspect.tokens import csv_text, token_pieces, token_table, visible
+from hapo_lite.inspect.tokens import csv_text, show_number, token_pieces, token_table, visible
 from hapo_lite.model.origins import TINY_MODEL
 from tests.inspector.traces import HOSTILE, make_trace, strip_known
 
@@ -24,7 +24,7 @@ def tokenizer():
 
 def test_hostile_text_is_text_everywhere():
     alternatives = [[[text, 0.5, 0.4] for text in HOSTILE] for _ in HOSTILE]
-    trace = make_trace(HOSTILE, messages=[["<i>", "<script>"]], gold="<gold>", outcome="<b>")
+    trace = make_trace(HOSTILE, messages=[["<i>", "<script>"]], gold="<gold>", outcome="<b>", rewards={"<u>": 0.5})
     trace.tokens["alternatives"] = alternatives
     table = token_table(trace)
     parts = views.generation(trace, table, Method())
@@ -36,6 +36,15 @@ def test_hostile_text_is_text_everywhere():
         assert "<" not in left and ">" not in left.replace("->", ""), left[:300]
     for text in HOSTILE:
         assert html.escape(visible(text)) in parts.tokens
+
+
+def test_a_completion_shows_each_of_its_rewards():
+    trace = make_trace(reward=0.85, rewards={"correct": 1.0, "brief": -0.15})
+    summary = markup.summary(trace, token_table(trace))
+    for fact in (f"reward {show_number(0.85)}", f"correct {show_number(1.0)}", f"brief {show_number(-0.15)}"):
+        assert f'<span class="hapo-chip">{fact}</span>' in summary
+    single = make_trace(reward=0.85)
+    assert "reward" not in markup.summary(single, token_table(single))
 
 
 def test_the_hidden_json_reads_back():

@@ -10,6 +10,7 @@ import gradio as gr
 from hapo_lite.algo.methods import PRESETS
 from hapo_lite.errors import UserError
 from hapo_lite.inspect.generate import MOST_SECONDS, MOST_TOKENS, GenerationSettings
+from hapo_lite.inspect.runs import Run
 from hapo_lite.inspect.tabs.state import FIRST_PASS, FROM_RUN, NO_PROGRESS, AppState, latest_signal
 from hapo_lite.model.policy import Policy
 from hapo_lite.tiny.task import problems
@@ -126,15 +127,24 @@ class ModelBoxes:
         ]
 
     def policy(self, values: Values) -> Policy:
-        """The model that the boxes name. It is loaded unless it is held already. Raises UserError."""
-        return self.app.shelf.get(values[self.model], values[self.adapter] or "", values[self.quantization])
+        """The model that the boxes name. It is loaded unless it is held already. Raises UserError.
+
+        While the model is that of the picked run, prompts are rendered as in that run.
+        """
+        run = self._run(values)
+        model = run.recipe.model if run and run.recipe else None
+        return self.app.shelf.get(values[self.model], values[self.adapter] or "", values[self.quantization], model)
+
+    def _run(self, values: Values) -> Run | None:
+        """The run that is picked. Raises UserError if it is not a run."""
+        return self.app.run(values[self.run]) if values[self.run] else None
 
     def settings(self, values: Values, problem: str | None, limits: LimitBoxes) -> GenerationSettings:
         """The settings in the boxes. The constants of a run's method hold while that method is chosen.
 
         Raises UserError for a value that is out of range, or if the run has no signal.
         """
-        run = self.app.run(values[self.run]) if values[self.run] else None
+        run = self._run(values)
         method = PRESETS[values[self.method]]
         if run and run.recipe and run.recipe.method.preset == method.preset:
             method = run.recipe.method
@@ -151,5 +161,13 @@ class ModelBoxes:
             seed=int(values[limits.seed] or 0),
             seconds=values[limits.seconds] or 0.0,
             signal=signal,
-            system_prompt=values[limits.system_prompt].strip(),
+            system_prompt=_system_prompt(values[limits.system_prompt], run),
         )
+
+
+def _system_prompt(text: str, run: Run | None) -> str | None:
+    """The system prompt of a box. An empty box stands for no system message, or for that of the run if it is empty."""
+    if text.strip():
+        return text
+    own = run.recipe.data.system_prompt if run and run.recipe else None
+    return own if own is not None and not own.strip() else None

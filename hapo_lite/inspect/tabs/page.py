@@ -72,14 +72,17 @@ def launch(app: AppState, host: str, port: int, block: bool = True) -> tuple[gr.
         _, address, _ = blocks.queue().launch(
             server_name=host,
             server_port=port or None,
-            prevent_thread_lock=not block,
+            prevent_thread_lock=True,
             share=False,  # by default, gradio opens a public tunnel on Colab
             height=INLINE_HEIGHT,
             theme=theme(),
             head=head(),
             footer_links=[],
-            quiet=not block,
+            quiet=True,
         )
     except OSError as error:
         raise UserError(f"port {port} of {host} cannot be used: {error}") from error
+    if block:
+        print(f"the inspector is at {address} (Ctrl-C ends it)", flush=True)
+        blocks.block_thread()
     return blocks, address

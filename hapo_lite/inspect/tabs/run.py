@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from hapo_lite.errors import UserError
+from hapo_lite.errors import UserError, counted
 from hapo_lite.inspect import markup, views
 from hapo_lite.inspect.runs import Entry, Run
 from hapo_lite.inspect.tabs.state import (
@@ -170,7 +170,7 @@ class RunTab:
         problems = run.metrics()[1]
         for number in run.iterations():
             problems = problems + run.entries(number)[1]
-        choices = [(f"{name}: {len(entries)} completions", name) for name, entries in run.prompts().items()]
+        choices = [(f"{name}: {counted(len(entries), 'completion')}", name) for name, entries in run.prompts().items()]
         return {self.problems: problems_html(run, problems), self.prompt: gr.Dropdown(choices=choices)}
 
     # --- an iteration and a completion ------------------------------------------------------------------------------

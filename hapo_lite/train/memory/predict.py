@@ -25,17 +25,17 @@ from hapo_lite.head import tile_shape
 from hapo_lite.model.attention import takes_grouped_keys
 from hapo_lite.model.decoder import cache_name, decoder_of, head_input
 from hapo_lite.model.load import resolve_dtype
+from hapo_lite.model.lora import held_factors
 from hapo_lite.model.policy import trainers_head
 from hapo_lite.model.refusals import no_cache, place_in_model
-from hapo_lite.model.unpacked import UnpackedBase
+from hapo_lite.model.unpacked import BESIDE_ACTIVATIONS, UnpackedBase
 from hapo_lite.recipe import Recipe
 from hapo_lite.rollout.attention import NotCovered, covers
 from hapo_lite.rollout.cache import FixedCache
 from hapo_lite.rollout.forward import FixedForward, GrowingForward, read_prompts
-from hapo_lite.rollout.lora import two_products
 from hapo_lite.rollout.sampling import AdaptiveTemperature, draw
 from hapo_lite.rollout.transcript import Transcript
-from hapo_lite.train.memory.live import LiveBytes, tensors_of, total_bytes
+from hapo_lite.train.memory.live import LiveBytes, TooManyOperators, tensors_of, total_bytes
 from hapo_lite.train.memory.shapes import FUSED, build, computing_in, load_config
 
 PARTS = (
@@ -69,6 +69,8 @@ def predicting(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         place = place_in_model(error, through_ours=True)  # tensors are counted by code of ours
+        if isinstance(error, TooManyOperators):
+            place = place or "its backward pass"  # which runs no line of the model's code
         if place is None:
             raise
         advice = "start the run where the card is, which halves its batches if memory runs out"
@@ -193,6 +195,8 @@ class Predictor:
             rollout = rollout.beside(self.unpacked)
             if self.device == "cpu":  # On a GPU scoring uses the packed kernels, as the update does.
                 scoring = scoring.beside(self.unpacked)
+        if self.unpacks_in_update(recipe, room):
+            update = update.beside(self.unpacked)
         return [rollout, scoring, update]
 
     @property
@@ -203,7 +207,7 @@ class Predictor:
     def unpacks(self, recipe: Recipe, rollout: Stage, room: int) -> bool:
         """Whether the base is unpacked: as the recipe says or, if that is "auto", if the copy fits beside the rollout.
 
-        On a CPU the copy must fit twice, as `UnpackedBase.fits` asks.
+        On a CPU the copy must fit twice, as `UnpackedBase` asks.
         """
         if not self.unpacked:
             return False
@@ -212,6 +216,12 @@ class Predictor:
             return wanted
         copies = 1 if self.device == "cuda" else 2
         return rollout.total + copies * self.unpacked <= room
+
+    def unpacks_in_update(self, recipe: Recipe, room: int) -> bool:
+        """Whether an update uses the copy: on a CPU, if it is small beside what is free then."""
+        free = room - sum(self.resident.values())
+        asked = self.device == "cpu" and unpacking(recipe) is not False
+        return asked and 0 < self.unpacked <= BESIDE_ACTIVATIONS * free
 
     def rollout(self, recipe: Recipe, sizes: Sizes) -> Stage:
         """Reading the prompts, or the last step of all rows at full length, whichever takes more memory."""
@@ -233,7 +243,7 @@ class Predictor:
             computing_in(self.dtype, self.device),
             trainers_head(self.base),
             LiveBytes(tensors_of(self.model)) as live,
-            two_products(self.model, self.dtype),
+            held_factors(self.model, self.dtype),
         ):
             transcript = Transcript(sizes.completion, sizes.rows, torch.device("cpu"))
             mask = torch.ones(sizes.prompts, sizes.prompt, dtype=torch.long)
@@ -245,7 +255,9 @@ class Predictor:
                 logits = forward.logits(some, some[:, None])
             layers = cast(list[Any], forward.cache.layers)
             kept = total_bytes([tensor for layer in layers for tensor in cached_tensors(layer)])
-            processor = AdaptiveTemperature(None, settings.temperature, 0.0, settings.top_p, settings.top_k)
+            processor = AdaptiveTemperature(
+                None, settings.temperature, 0.0, settings.top_p, settings.top_k, settings.min_p
+            )
             transcript.write(some[:1], torch.arange(sizes.rows), draw(processor, logits, torch.empty(sizes.rows)))
         self.model.train()
         return Stage("rollout", self.resident | {"KV cache": kept, "at work": live.peak - kept})

@@ -31,6 +31,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hapo_lite.errors import UserError, first_line
 from hapo_lite.model.adapter import peft_packages
+from hapo_lite.model.lora import use_two_products
 from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.model.refusals import known_problem, no_fused_attention
 from hapo_lite.model.targets import check_head_is_free, check_targets, peft_targets, untouched_layers
@@ -154,6 +155,7 @@ def _adapted(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dty
     except ValueError as error:
         raise UserError(f"model.lora.targets = {targets!r} does not fit {settings.name}: {error}") from error
     check_head_is_free(base, lora, settings.name)
+    use_two_products(model)
     assert isinstance(model, PeftModel)  # A mixed model is made only where it is asked for.
     return model
 
