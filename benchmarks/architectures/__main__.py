@@ -2,7 +2,7 @@
 
     python -m benchmarks.architectures [FAMILY ...] [--results FILE] [--again] [--page]
 
-A family takes 10 to 20 seconds on one core. What has been found of a family is a line of the results file; a family
+A family takes 4 seconds on one idle core. What has been found of a family is a line of the results file; a family
 that has a line is not tried again.
 """
 
