@@ -24,7 +24,8 @@ HEADER = """\
 Every family of models for which transformers has a causal language model was tried as a small random model: one
 iteration of training on a 4-bit base, then evaluation, a merged export that is read back, and a prediction of memory.
 {trains} families train, {limited} of them with short rows alone, {refused} are refused with a sentence that says why,
-and {left} could not be made small. A small model has its family's layers, but says nothing about memory, speed or learning at the size of a real one.
+and {left} could not be made small. A small model has its family's layers, but says nothing about memory, speed or
+learning at the size of a real one.
 
     make architectures                                    # all families, a quarter of an hour; writes this page
     python -m benchmarks.architectures llama mamba2       # some of them
@@ -37,8 +38,9 @@ TRAINS = """\
 ## Families that train
 
 For each of these, the [check before training](engines.md#the-check-before-training) passed, and the sampler's
-log-probabilities equal the trainer's to {close:g} nats in fp32, with a trained adapter that was perturbed where training
-had moved it, prompts of 3 to 41 tokens in one batch, and rows that end at different steps. {most:.0e} is the largest difference found.
+log-probabilities equal the trainer's to {close:g} nats in fp32, with a trained adapter that was perturbed where
+training had moved it, prompts of 3 to 41 tokens in one batch, and rows that end at different steps. {most:.0e} is the
+largest difference found.
 
 - **In 4 bits**: which layers that multiply by a matrix bitsandbytes packs. "all but experts": experts that are stacked
   in one tensor stay in 16 bits. "none": `model.quantization=nf4` leaves this family as it is. "not in 4 bits": the
