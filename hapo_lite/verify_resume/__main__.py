@@ -29,12 +29,11 @@ def main(argv: list[str] | None = None) -> None:
     settings = list(arguments.overrides)
     if arguments.command == "train":
         # Every completion is recorded, so that all prompts and completions are compared.
-        recipe = recipe_from(arguments)
-        rollout = recipe.rollout
+        rollout = recipe_from(arguments).rollout
         completions = rollout.prompts_per_iteration * rollout.completions_per_prompt
         settings += [f"logging.traces_per_iteration={completions}", "logging.progress=false"]
-        if recipe.model.adapter is not None:
-            print(f"every run goes on from the adapter {recipe.model.adapter}", flush=True)
+    if arguments.command != "compare" and (adapter := recipe_from(arguments).model.adapter):
+        print(f"every run goes on from the adapter {adapter}", flush=True)
     start = [sys.executable]
     if arguments.processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(arguments.processes)]
