@@ -27,13 +27,14 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.kills < 1 or arguments.processes < 1:
         raise UserError("--kills and --processes must be at least 1")
     settings = list(arguments.overrides)
-    if arguments.command == "train":
-        # Every completion is recorded, so that all prompts and completions are compared.
-        rollout = recipe_from(arguments).rollout
-        completions = rollout.prompts_per_iteration * rollout.completions_per_prompt
-        settings += [f"logging.traces_per_iteration={completions}", "logging.progress=false"]
-    if arguments.command != "compare" and (adapter := recipe_from(arguments).model.adapter):
-        print(f"every run goes on from the adapter {adapter}", flush=True)
+    if arguments.command != "compare":
+        recipe = recipe_from(arguments)
+        if recipe.model.adapter is not None:
+            print(f"every run goes on from the adapter {recipe.model.adapter}", flush=True)
+        if arguments.command == "train":
+            # Every completion is recorded, so that all prompts and completions are compared.
+            completions = recipe.rollout.prompts_per_iteration * recipe.rollout.completions_per_prompt
+            settings += [f"logging.traces_per_iteration={completions}", "logging.progress=false"]
     start = [sys.executable]
     if arguments.processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(arguments.processes)]
