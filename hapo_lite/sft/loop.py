@@ -110,7 +110,8 @@ class WarmLoop(Loop):
             return self.total_loss([solutions[i] for i in batch]) / denominator
 
         def attempt(parts: Parts) -> Tensor:
-            return sum_gradients(parts[0], Passes(loss_of, loss_of, lengths), self.learner, self.resources)
+            passes = Passes(self.policy, loss_of, loss_of, lengths)
+            return sum_gradients(parts[0], passes, self.learner, self.resources)
 
         _, loss = self.resources.oom.fit("update", [batches], lengths, attempt, weights_unchanged=True)
         return float(self.accelerator.reduce(loss, "sum"))

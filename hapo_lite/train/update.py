@@ -30,10 +30,11 @@ from hapo_lite.train.scoring import logprobs
 class Passes:
     """The forward passes of an optimiser step, by micro-batch. lengths: tokens of each sequence, by member.
 
-    loss_of: a micro-batch's part of the loss, a scalar with its graph. idle: a scalar of a dummy micro-batch, for a
-    process that has no more of its own while a split base takes all processes.
+    policy: whose passes they are. loss_of: a micro-batch's part of the loss, a scalar with its graph. idle: a scalar of
+    a dummy micro-batch, for a process that has no more of its own while a split base takes all processes.
     """
 
+    policy: Policy
     loss_of: Callable[[list[int]], Tensor]
     idle: Callable[[list[int]], Tensor]
     lengths: Sequence[int]
@@ -48,7 +49,8 @@ def sum_gradients(batches: list[list[int]], passes: Passes, learner: Learner, re
     accelerator, processes = resources.accelerator, resources.processes
     learner.optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=accelerator.device)
-    with resources.oom.together(lockstep=processes.sharded):
+    unpacked = passes.policy.unpacked(exact=True, in_update=True)
+    with unpacked, resources.oom.together(lockstep=processes.sharded):
         for batch in processes.rank_share(batches):
             part = passes.loss_of(batch)
             accelerator.backward(part)
@@ -171,10 +173,8 @@ class Update:
         def idle(batch: list[int]) -> Tensor:
             return logprobs(self.policy, experience.select(batch).completions, self.temperature)[0].sum()
 
-        passes = Passes(loss_of, idle, experience.sequence_lengths)
-        with self.policy.unpacked(exact=True, in_update=True):
-            loss = sum_gradients(batches, passes, self.learner, self.resources)
-        return LossAndOutcomes(loss, outcomes)
+        passes = Passes(self.policy, loss_of, idle, experience.sequence_lengths)
+        return LossAndOutcomes(sum_gradients(batches, passes, self.learner, self.resources), outcomes)
 
     def micro_batch(self, batch: Experience, denominator: float) -> LossAndOutcomes:
         """The loss of one micro-batch, with its graph, and its effect on each token. The outcomes are by row."""
