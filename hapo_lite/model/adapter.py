@@ -46,6 +46,11 @@ def fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> 
     Raises UserError if model.lora.targets does not fit the model.
     """
     torch.manual_seed(seed)
+    return adapted(base, settings)
+
+
+def adapted(base: PreTrainedModel, settings: ModelSettings) -> PeftModel:
+    """The base with the layers of an adapter. Raises UserError if model.lora.targets does not fit the model."""
     lora, targets = settings.lora, peft_targets(settings.lora)
     check_targets(base, lora, settings.name)
     config = LoraConfig(

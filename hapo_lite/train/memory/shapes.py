@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
@@ -30,11 +30,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hapo_lite.errors import UserError, first_line
-from hapo_lite.model.adapter import peft_packages
-from hapo_lite.model.lora import use_two_products
+from hapo_lite.model.adapter import adapted
 from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.model.refusals import known_problem, no_fused_attention
-from hapo_lite.model.targets import check_head_is_free, check_targets, peft_targets, untouched_layers
 from hapo_lite.recipe import ModelSettings
 
 BLOCK = 64
@@ -137,27 +135,11 @@ def _adapted(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dty
             if chosen and module is not head:
                 base.set_submodule(name, _Linear4bit(module, dtype))
         base.is_loaded_in_4bit = True
-        base.config.get_text_config()._is_quantized = (
-            True  # read by models that multiply by a layer's weight themselves
-        )
+        # Read by models that multiply by a layer's weight themselves.
+        base.config.get_text_config()._is_quantized = True
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    lora, targets = settings.lora, peft_targets(settings.lora)
-    check_targets(base, lora, settings.name)
-    try:
-        # alpha changes no size, and peft's annotation of it is int.
-        with peft_packages():
-            excluded = untouched_layers(base, lora)
-            config_of_peft = LoraConfig(
-                r=lora.rank, target_modules=targets, exclude_modules=excluded, task_type="CAUSAL_LM"
-            )
-            model = get_peft_model(base, config_of_peft)
-    except ValueError as error:
-        raise UserError(f"model.lora.targets = {targets!r} does not fit {settings.name}: {error}") from error
-    check_head_is_free(base, lora, settings.name)
-    use_two_products(model)
-    assert isinstance(model, PeftModel)  # A mixed model is made only where it is asked for.
-    return model
+    return adapted(base, settings)
 
 
 def _base(settings: ModelSettings, config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
