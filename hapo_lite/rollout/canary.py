@@ -32,7 +32,7 @@ from hapo_lite.records import Completion, EncodedPrompt, Request, Sequences, pad
 from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.engine import Engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.rollout.transcript import pad_left
+from hapo_lite.rollout.transcript import pad_left, positions
 
 PROMPTS, TOKENS, OFFERED = 4, 16, 32
 """Two samples are taken of PROMPTS completions with at most TOKENS tokens each, for the shortest of the first OFFERED
@@ -257,8 +257,7 @@ def _row_states(policy: Policy, completions: Sequence[Completion]) -> list[Tenso
     # A policy may sample outside autocast; this pass has the trainer's precision all the same.
     with policy.sampling(), policy.autocast():
         for step in range(tokens.shape[1]):
-            position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)[:, -ids.shape[1] :]}
             found.append(head_input(policy.base, policy.whole, cache, **inputs)[:, -1])
             ids, mask = tokens[:, step : step + 1], torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return [row[: c.length] for row, c in zip(torch.stack(found, dim=1), completions, strict=True)]

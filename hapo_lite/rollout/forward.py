@@ -18,6 +18,7 @@ from hapo_lite.model.decoder import call
 from hapo_lite.records import put
 from hapo_lite.rollout.attention import NotCovered, attending
 from hapo_lite.rollout.cache import FixedCache
+from hapo_lite.rollout.transcript import positions
 
 
 class Forward(Protocol):
@@ -119,9 +120,7 @@ class GrowingForward:
 
 def read_prompts(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor, cache: Cache) -> Tensor:
     """Read the prompts, [P, L], into an empty cache: logits [P, V] of the first tokens."""
-    # Padding has position 0 as well: a table of positions has no entry -1.
-    position = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    return _next_logits(model, cache, ids, attention_mask, position)
+    return _next_logits(model, cache, ids, attention_mask, positions(attention_mask))
 
 
 def _next_logits(

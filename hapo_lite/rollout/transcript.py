@@ -25,6 +25,14 @@ def pad_left(prompts: Sequence[EncodedPrompt], pad_id: int, device: torch.device
     return put(ids, device), put(mask.long(), device)
 
 
+def positions(mask: Tensor) -> Tensor:
+    """The positions of tokens that are padded on the left, [B, L]. mask: [B, L], 1 on tokens.
+
+    Padding has position 0 as well: a table of positions has no entry -1.
+    """
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
 class Transcript:
     """The tokens drawn so far and their records, in [S, B] tensors on the model's device."""
 
