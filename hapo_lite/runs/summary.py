@@ -23,11 +23,11 @@ class HeldOutSummary(TypedDict):
     after: dict[str, Any] | None
 
 
-class RunSummary(TypedDict):
-    """A finished run. It is empty in other processes than the main one.
+class FinishedSummary(TypedDict):
+    """What is told of every finished training.
 
-    sampled_tokens: completion tokens sampled in training. origins: by what was loaded (model, data, adapter).
-    adapter_sha256: of the weights in adapter/. versions: by package. machine: device, processes, cpu, cores.
+    origins: by what was loaded (model, data, adapter). adapter_sha256: of the weights in adapter/. versions: by
+    package. machine: device, processes, cpu, cores.
     """
 
     name: str
@@ -35,7 +35,6 @@ class RunSummary(TypedDict):
     seed: int
     iterations: int
     updates: int
-    sampled_tokens: int
     training_seconds: float
     evaluation: HeldOutSummary
     origins: dict[str, str]
@@ -43,6 +42,15 @@ class RunSummary(TypedDict):
     versions: dict[str, str]
     machine: dict[str, Any]
     verdict: VerdictSummary
+
+
+class RunSummary(FinishedSummary):
+    """A finished run. It is empty in other processes than the main one.
+
+    sampled_tokens: completion tokens sampled in training.
+    """
+
+    sampled_tokens: int
 
 
 class EndsSummary(TypedDict):
@@ -53,11 +61,11 @@ class EndsSummary(TypedDict):
 
 
 class IntervalSummary(TypedDict):
-    """A number and its 95 % interval over the prompts."""
+    """A number and its 95 % interval over the prompts. low, high: None for a single prompt."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 class AccuracySummary(TypedDict):
@@ -68,31 +76,19 @@ class AccuracySummary(TypedDict):
     change: IntervalSummary
 
 
-class WarmSummary(TypedDict):
+class WarmSummary(FinishedSummary):
     """A finished warm start. It is empty in other processes than the main one.
 
     trained_tokens: completion tokens of the solutions trained on. solutions: their number, for training and held out.
     held_out_loss: nats a token; None without solutions kept aside. accuracy: None without held-out prompts. minutes: of
-    training and of evaluation. The other fields are as in RunSummary.
+    training and of evaluation.
     """
 
-    name: str
-    method: str
-    seed: int
-    iterations: int
-    updates: int
     trained_tokens: int
-    training_seconds: float
     minutes: dict[str, float]
     solutions: dict[str, int]
     held_out_loss: EndsSummary | None
     accuracy: AccuracySummary | None
-    evaluation: HeldOutSummary
-    origins: dict[str, str]
-    adapter_sha256: str
-    versions: dict[str, str]
-    machine: dict[str, Any]
-    verdict: VerdictSummary
 
 
 class SuiteSummary(TypedDict, total=False):
