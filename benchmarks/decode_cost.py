@@ -44,11 +44,11 @@ from transformers import (  # noqa: E402
     AttentionMaskInterface,
     AutoTokenizer,
     DynamicCache,
-    Qwen2Config,
     Qwen2ForCausalLM,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
+from benchmarks.shapes import LLAMA_8B, QWEN_1_5B, QWEN_7B, Shape  # noqa: E402
 from hapo_lite.algo.signal import EntropySignal  # noqa: E402
 from hapo_lite.head.product import Product  # noqa: E402
 from hapo_lite.model.lora import TwoProducts, held_factors, use_two_products  # noqa: E402
@@ -159,36 +159,7 @@ def extent(tensor: Tensor) -> int:
     return count * tensor.element_size()
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a Qwen2 model: layers, hidden width, query heads, key heads, MLP width, vocabulary."""
-
-    layers: int
-    hidden: int
-    heads: int
-    key_heads: int
-    inner: int
-    vocabulary: int
-
-    def config(self) -> Qwen2Config:
-        return Qwen2Config(
-            hidden_size=self.hidden,
-            intermediate_size=self.inner,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.key_heads,
-            vocab_size=self.vocabulary,
-            max_position_embeddings=4096,
-            tie_word_embeddings=self.hidden < 3000,
-        )
-
-
-LARGE = {
-    "1.5B": Shape(layers=28, hidden=1536, heads=12, key_heads=2, inner=8960, vocabulary=151_936),
-    "7B": Shape(layers=28, hidden=3584, heads=28, key_heads=4, inner=18_944, vocabulary=152_064),
-    "8B": Shape(layers=32, hidden=4096, heads=32, key_heads=8, inner=14_336, vocabulary=128_256),
-}
-"""Qwen2.5 of 1.5B and 7B, and Llama 3.1 of 8B."""
+LARGE = {"1.5B": QWEN_1_5B, "7B": QWEN_7B, "8B": LLAMA_8B}
 ROWS, PROMPT, TOKENS, RANK = 128, 256, 1024, 32
 """For the large shapes: rows, tokens of a prompt, tokens of a row at the step that is counted; the adapter's rank."""
 SMALL = Shape(layers=4, hidden=192, heads=12, key_heads=2, inner=1120, vocabulary=18_992)

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.shapes import QWEN_1_5B, QWEN_7B, Shape  # noqa: E402
 from hapo_lite.algo.methods import PRESETS  # noqa: E402
 from hapo_lite.cli import keep_freed_memory, quiet_libraries  # noqa: E402
 from hapo_lite.model.origins import TINY_MODEL  # noqa: E402
@@ -35,44 +36,18 @@ from hapo_lite.runs.checkpoint import TrainState  # noqa: E402
 from hapo_lite.train.loop import Loop  # noqa: E402
 from hapo_lite.train.memory.predict import Predictor, Stage  # noqa: E402
 
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model. tied: whether its head is its embedding."""
-
-    hidden: int
-    feed_forward: int
-    layers: int
-    heads: int
-    key_heads: int
-    vocabulary: int
-    tied: bool
-
-
 SHAPES = {
-    "small": Shape(hidden=256, feed_forward=704, layers=4, heads=4, key_heads=2, vocabulary=8192, tied=True),
-    "1.5b": Shape(hidden=1536, feed_forward=8960, layers=28, heads=12, key_heads=2, vocabulary=151936, tied=True),
-    "7b": Shape(hidden=3584, feed_forward=18944, layers=28, heads=28, key_heads=4, vocabulary=152064, tied=False),
+    "small": Shape(layers=4, hidden=256, heads=4, key_heads=2, inner=704, vocabulary=8192),
+    "1.5b": QWEN_1_5B,
+    "7b": QWEN_7B,
 }
-"""The last two are the shapes of Qwen2.5-Math-1.5B and -7B."""
 
 
 def write_model(folder: Path, name: str) -> Path:
     """The folder of a model of that shape, which is written unless it is there."""
-    shape = SHAPES[name]
     path = folder / name
     if not (path / "config.json").is_file():
-        config = Qwen2Config(
-            hidden_size=shape.hidden,
-            intermediate_size=shape.feed_forward,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.key_heads,
-            vocab_size=shape.vocabulary,
-            tie_word_embeddings=shape.tied,
-            max_position_embeddings=4096,
-            dtype="bfloat16",
-        )
+        config = SHAPES[name].config(dtype="bfloat16")
         torch.manual_seed(0)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             Qwen2ForCausalLM(config).bfloat16().save_pretrained(path)
