@@ -25,6 +25,17 @@ SMALL = [
     "reward.workers=1",
     "logging.traces_per_iteration=2",
 ]
+RUN_FILES = {
+    "recipe.yaml",
+    "status.json",
+    "metrics.jsonl",
+    "traces",
+    "checkpoints",
+    "adapter",
+    "summary.json",
+    "curves.png",
+}
+"""The content of a finished run's folder."""
 
 
 @contextlib.contextmanager

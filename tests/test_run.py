@@ -26,7 +26,7 @@ from hapo_lite.runs.status import read_status
 from hapo_lite.runs.trace import read_traces
 from hapo_lite.train.__main__ import main
 from hapo_lite.verify_resume.verify import left_by
-from tests.commands import ENVIRONMENT, SMALL, own_precision
+from tests.commands import ENVIRONMENT, RUN_FILES, SMALL, own_precision
 from tests.conftest import ROOT, TINY
 
 
@@ -58,16 +58,7 @@ def finished(tmp_path_factory) -> tuple[Path, str]:
 
 def test_a_run_leaves_everything_it_promises(finished):
     run, printed = finished
-    assert {p.name for p in run.iterdir()} == {
-        "recipe.yaml",
-        "status.json",
-        "metrics.jsonl",
-        "traces",
-        "checkpoints",
-        "adapter",
-        "summary.json",
-        "curves.png",
-    }
+    assert {p.name for p in run.iterdir()} == RUN_FILES
     lines = MetricsFile(run / "metrics.jsonl").read()
     assert [line["iteration"] for line in lines] == list(range(7))
     assert [line["iteration"] for line in lines if "eval/accuracy" in line] == [0, 3, 6]

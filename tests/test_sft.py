@@ -36,6 +36,7 @@ from hapo_lite.train.collect import Collector
 from hapo_lite.train.prompts import load_data
 from hapo_lite.verify_resume.__main__ import main as verify_resume
 from hapo_lite.verify_resume.verify import left_by
+from tests.commands import RUN_FILES
 from tests.conftest import ROOT, TINY, noisy_adapter
 from tests.loops import adapter_digest
 from tests.rows import jsonl
@@ -194,16 +195,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_a_warm_start_leaves_a_run_folder(finished):
-    assert {p.name for p in finished.iterdir()} == {
-        "recipe.yaml",
-        "status.json",
-        "metrics.jsonl",
-        "traces",
-        "checkpoints",
-        "adapter",
-        "summary.json",
-        "curves.png",
-    }
+    assert {p.name for p in finished.iterdir()} == RUN_FILES
     lines = MetricsFile(finished / "metrics.jsonl").read()
     assert [line["iteration"] for line in lines] == list(range(6))
     assert [line["iteration"] for line in lines if "sft/held_out_loss" in line] == [0, 2, 4, 5]

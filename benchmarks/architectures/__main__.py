@@ -34,7 +34,7 @@ DEADLINE_S = 120.0
 
 
 def read(path: Path) -> dict[str, Report]:
-    """What has been found so far, by family. A line that was cut off, or is an older version's, does not count."""
+    """The reports so far, by family. A line that was cut off, or is an older version's, does not count."""
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -70,7 +70,7 @@ def tried(family: str) -> Report:
 
 
 def headline(report: Report) -> str:
-    """What is printed of a family."""
+    """The line that is printed for a family."""
     results = " ".join(f"{command} {result}" for command, result in report.results.items())
     facts = " ".join(str(report.facts[name]) for name in ("cache", "gap") if name in report.facts)
     return " | ".join(part for part in (results, facts, " ".join(report.settings)) if part)

@@ -1,4 +1,4 @@
-"""What makes a configuration small: sizes by the name of a field, and what single families need besides."""
+"""Changes that make a configuration small: sizes by the name of a field, and changes for single families."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ Apart = Callable[[Step], Done]
 
 @dataclass
 class Report:
-    """What was found of a family. results, sentences: by command; facts: see `facts_of`."""
+    """The findings about one family. results, sentences: by command; facts: see `facts_of`."""
 
     family: str
     example: str
@@ -103,7 +103,7 @@ class Report:
 
     @property
     def trains(self) -> bool:
-        """Whether an iteration ran, and sampler and trainer agree."""
+        """Whether an iteration ran, with a sampler and a trainer that agree."""
         return self.results.get("train") == "ran" and self.facts.get("gap", math.inf) <= CLOSE
 
     @property
@@ -193,7 +193,7 @@ def run_command(main: Callable[[list[str] | None], object], arguments: list[str]
 
 
 def facts_of(recipe: Recipe, run: Path) -> dict[str, Any]:
-    """What a table says of a model that trains.
+    """The facts that the table gives about a model that trains.
 
     packed, unpacked: kinds of layers in 4 bits, and of those that multiply and are not; adapted: kinds with an adapter;
     unmoved: those of them that an iteration did not change; cache: `fixed` or `growing`; gap: the largest difference
