@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +47,27 @@ class EncodedPrompt:
     index: int
     prompt: Prompt
     ids: tuple[int, ...]
+
+
+class GroupResult(NamedTuple):
+    """How a group of completions was graded. prompt: the id of its prompt. right, attempts: completions."""
+
+    prompt: str
+    right: int
+    attempts: int
+
+
+class Standing(NamedTuple):
+    """What a run knows of one training prompt.
+
+    right, attempts: completions, earlier groups counting less than later ones. solved_in_a_row: its latest groups that
+    were right throughout. rests_until: the last iteration in which it rests.
+    """
+
+    right: float = 0.0
+    attempts: float = 0.0
+    solved_in_a_row: int = 0
+    rests_until: int = 0
 
 
 @dataclass(frozen=True)

@@ -239,6 +239,11 @@ ERRORS = [
         ["training={iterations: 1, max_tokens: 9, schedule: cosine}"],
         "must be constant with training.max_tokens",
     ),
+    (
+        rules.an_order_needs_pass_rates,
+        ["data.curriculum=easy_first"],
+        "easy_first needs data.pass_rate.file, the pass rates that it orders prompts by",
+    ),
 ]
 """Rules of RULES, the overrides that break each of them, and words of its sentence."""
 
@@ -354,7 +359,7 @@ def test_help_lists_every_field_with_a_meaning():
                 yield prefix + key
 
     fields = set(leaves(yaml.safe_load(Recipe.model_validate(MINIMAL | {"name": "x"}).to_yaml())))
-    assert fields - {"evaluation.data"} <= set(listed)
+    assert fields - {"evaluation.data", "data.pass_rate"} <= set(listed)
     assert all(listed.values())
 
 

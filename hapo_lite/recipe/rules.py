@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Protocol
 
 from hapo_lite.algo.methods import PRESETS, Method
+from hapo_lite.recipe.curriculum import TrainingDataSettings
 from hapo_lite.recipe.sections import (
-    DataSettings,
     EvaluationSettings,
     ModelSettings,
     RewardSettings,
@@ -27,7 +27,7 @@ class Sections(Protocol):
     @property
     def model(self) -> ModelSettings: ...
     @property
-    def data(self) -> DataSettings: ...
+    def data(self) -> TrainingDataSettings: ...
     @property
     def reward(self) -> RewardSettings: ...
     @property
@@ -182,6 +182,16 @@ def held_out_data_is_other_data(recipe: Sections) -> str | None:
     )
 
 
+def an_order_needs_pass_rates(recipe: Sections) -> str | None:
+    """Prompts can be put in order only by pass rates that are known before the run."""
+    if recipe.data.curriculum == "easy_first" and recipe.data.pass_rate is None:
+        return (
+            "data.curriculum=easy_first needs data.pass_rate.file, the pass rates that it orders prompts by: python -m "
+            "hapo_lite.probe measures them"
+        )
+    return None
+
+
 def none_is_a_word(recipe: Sections) -> str | None:
     """YAML writes nothing as null. Every other word is a text, which the model would read as its system message."""
     for name, data in {"data": recipe.data, "evaluation.data": recipe.evaluation.data}.items():
@@ -274,6 +284,7 @@ RULES: tuple[Rule, ...] = (
     normalising_each_is_by_group,
     truncated_sampling_needs_its_weight,
     a_limit_of_tokens_needs_a_constant_schedule,
+    an_order_needs_pass_rates,
 )
 """The rules that every recipe keeps. A recipe that breaks several is refused with the sentence of the first."""
 

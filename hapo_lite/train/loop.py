@@ -94,6 +94,7 @@ class Loop:
         collected = self.sample(state)
         clock.lap("rollout")
         state = state.after_rollout(collected.prompts_used, collected.tokens_sampled)
+        state = replace(state, standings=self.stream.after(state.standings, collected.results, state.iteration))
         metrics = rollout_metrics(collected)
         traces: list[Trace] = []
         if collected.completions:
@@ -118,7 +119,8 @@ class Loop:
             self.recipe.token_budget if rollout.dynamic_sampling else None,
             tuple(self.recipe.reward.normalised),
         )
-        return self.collector.collect(self.stream, state.cursor, wanted)
+        draw = self.stream.draw(state.cursor, state.iteration, state.standings)
+        return self.collector.collect(draw, wanted)
 
     def learn(self, state: TrainState, graded: Graded, clock: Stopwatch) -> Iteration:
         """Score and update. A non-finite value found before the first update skips every update of the iteration."""

@@ -42,7 +42,8 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
         "groups/sampled": collected.groups_sampled,
         "groups/equal_share": collected.groups_equal / max(collected.groups_sampled, 1),
         "groups/discarded": collected.groups_discarded,
-        "groups/too_long": collected.prompts_used - collected.groups_sampled,
+        "groups/too_long": collected.too_long,
+        "groups/resting": collected.resting,
     }
     for name in scores[0].rewards if scores else ():
         values = torch.tensor([s.rewards[name] for s in scores], dtype=torch.float64)
