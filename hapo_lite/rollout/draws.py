@@ -26,6 +26,8 @@ class Stage(IntEnum):
     """`hapo_lite.evaluate`, and the benchmarks."""
     CANARY = 3
     """The check of the engine before training."""
+    PROBE = 4
+    """`hapo_lite.probe`."""
 
 
 @dataclass(frozen=True)
