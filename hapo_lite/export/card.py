@@ -21,6 +21,8 @@ TITLES = {
     "gguf-ready": "merged into its base, for llama.cpp",
     "adapter": "LoRA adapter",
 }
+VARIANTS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
+"""By the value of model.lora.variant, the name of the method."""
 LOAD_MERGED = (
     "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
     'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")\n'
@@ -36,8 +38,8 @@ def model_card(source: Source, record: dict[str, Any], output: Path) -> str:
     parts = [
         f"---\n{front_matter(source, record).to_yaml()}\n---",
         f"# {source.recipe.name}: {TITLES[record['kind']]}",
-        f"Trained from {_base(source)} with {source.method} by hapo_lite, on one LoRA adapter of rank "
-        f"{source.model.lora.rank}.",
+        f"Trained from {_base(source)} with {source.method} by hapo_lite, on one {VARIANTS[source.model.lora.variant]} "
+        f"adapter of rank {source.model.lora.rank}.",
         "## How to load it\n\n" + how_to_load(source, record, output),
         "## What it is\n\n" + facts(source, record),
         "## Before and after\n\n" + before_and_after(source),
@@ -61,7 +63,12 @@ def front_matter(source: Source, record: dict[str, Any]) -> ModelCardData:
         license="other",
         license_name="that-of-the-base-model",
         pipeline_tag="text-generation",
-        tags=["hapo_lite", source.method, "lora", *([] if source.method == "sft" else ["reinforcement-learning"])],
+        tags=[
+            "hapo_lite",
+            source.method,
+            source.model.lora.variant,
+            *([] if source.method == "sft" else ["reinforcement-learning"]),
+        ],
     )
 
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 _NONE = "hapo_lite has no such setting: "
 
+_WHOLE_LAYERS = (
+    _NONE + "every weight of the base stays frozen, because the head gives no gradient to its own weight, samplers are "
+    "handed the adapter alone, and a divergence is from the base without it; model.lora.targets takes more layers"
+)
+
 OURS = {
     # TRL's GRPOConfig, and what open-r1 and Unsloth's notebooks pass to it
     "num_generations": "rollout.completions_per_prompt",
@@ -61,6 +66,10 @@ OURS = {
     "adapter_name_or_path": "model.adapter",
     "lora_dropout": _NONE + "with dropout the ratios would not begin at 1",
     "lora_target_modules": "model.lora.targets",
+    "use_rslora": "model.lora.variant=rslora",
+    "use_dora": "model.lora.variant=dora",
+    "lora_modules_to_save": _WHOLE_LAYERS,
+    "modules_to_save": _WHOLE_LAYERS,
     "chat_template_kwargs": "model.chat_template_options",
     "chat_template": _NONE + "the tokenizer's own template is used; model.chat_template_options reach it",
     "dataset_name": "data.source",
