@@ -1,4 +1,4 @@
-"""Export a run: `python -m hapo_lite.export RUN --to merged|gguf-ready|adapter [--output FOLDER]`."""
+"""Export a run: `python -m hapo_lite.export RUN --to merged|gguf-ready|adapter [--onto trained|original]`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandParser(
         prog=program_name("export"),
         description="Write a run's adapter as a model to pass on, with a model card, after comparing what was written "
-        f"with the adapter on its 16-bit base ({page('export.md')}).",
+        f"with the adapter on its base ({page('export.md')}).",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/tiny_cpu")
     parser.add_argument(
@@ -35,10 +35,16 @@ def main(argv: list[str] | None = None) -> None:
         default="auto",
         help="dtype of the merged weights; auto: that of the base",
     )
+    parser.add_argument(
+        "--onto",
+        choices=("trained", "original"),
+        help="of a run on a 4-bit base: merge into that base, unpacked, which is what was trained, or into the "
+        "original one; default: the one on which the adapter is nearer to what was trained",
+    )
     arguments = parser.parse_args(argv)
     from hapo_lite.export.export import export
 
-    export(arguments.run, arguments.to, arguments.output, arguments.adapter, arguments.dtype)
+    export(arguments.run, arguments.to, arguments.output, arguments.adapter, arguments.dtype, arguments.onto)
 
 
 def command() -> int:

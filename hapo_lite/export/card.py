@@ -9,8 +9,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hapo_lite.errors import counted
+from hapo_lite.export.bases import BASES, Choice
 from hapo_lite.export.gguf import COMMAND, QUANTISE
-from hapo_lite.export.parity import Drift, QuantisationGap
+from hapo_lite.export.parity import Drift
 from hapo_lite.export.source import Source
 from hapo_lite.train.curves import closing_table
 
@@ -145,6 +146,9 @@ def facts(source: Source, record: dict[str, Any]) -> str:
         **{_ORIGINS.get(what, f"{what} as loaded"): origin for what, origin in source.origins.items() if origin},
         "seed": recipe.seed,
     }
+    choice = Choice.from_json(record)
+    if choice is not None:
+        rows["merged into"] = BASES[choice.onto]
     if summary:
         rows["training"] = (
             f"{counted(summary['iterations'], 'iteration')}, {counted(summary['updates'], 'update')}, "
@@ -159,8 +163,8 @@ def facts(source: Source, record: dict[str, Any]) -> str:
     if "drift" in record:
         drift = Drift(**record["drift"])
         lines += ["", f"Checked: {drift.sentence()}. Computed in fp32, written in {drift.dtype}."]
-        if record["four_bit"]:
-            lines += ["", f"Note: {QuantisationGap(**record['four_bit']).sentence()}."]
+        if choice is not None:
+            lines += ["", f"Note: {choice.sentence()}."]
     elif source.model.quantization == "nf4":
         lines += ["", "The adapter was trained on the 4-bit base. On the 16-bit base it behaves a little differently."]
     return "\n".join(lines)

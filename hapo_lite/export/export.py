@@ -27,14 +27,22 @@ MARK = "export.json"
 
 
 def export(
-    run: Path, kind: str, output: Path | None = None, adapter: Path | None = None, dtype: str = "auto"
+    run: Path,
+    kind: str,
+    output: Path | None = None,
+    adapter: Path | None = None,
+    dtype: str = "auto",
+    onto: str | None = None,
 ) -> dict[str, Any]:
     """Write the run's adapter as `kind` (merged, gguf-ready or adapter), and return the content of export.json.
 
     output: the folder to write; None: RUN/export/KIND. adapter: the folder of a checkpoint; None: the run's last
-    adapter. dtype: that of the merged weights (auto, bf16, fp16 or fp32). Raises UserError if the run, the folder or
-    the disk cannot be used, or if the merged model differs from the adapter on its base; nothing new is left behind.
+    adapter. dtype: that of the merged weights (auto, bf16, fp16 or fp32). onto: see `merge`. Raises UserError if the
+    run, the folder or the disk cannot be used, or if the merged model differs from the adapter on its base; nothing new
+    is left behind.
     """
+    if kind == "adapter" and onto is not None:
+        raise UserError("--onto names the base of a merge, and --to adapter merges nothing: leave --onto out")
     source = open_source(run, adapter)
     check_place(source.folder)
     output = (output or run / "export" / kind).resolve()
@@ -51,8 +59,9 @@ def export(
         if kind == "adapter":
             write_adapter(source, aside)
         else:
-            drift, gap = merge(source, aside, dtype, print)
-            record |= {"dtype": drift.dtype, "drift": asdict(drift), "four_bit": asdict(gap) if gap else None}
+            merged = merge(source, aside, dtype, onto, print)
+            record |= {"dtype": merged.drift.dtype, "drift": asdict(merged.drift)}
+            record |= merged.choice.as_json() if merged.choice else {"onto": None, "four_bit": None}
             if kind == "gguf-ready":
                 check_for_converter(aside)
         (aside / MARK).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

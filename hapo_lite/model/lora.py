@@ -117,7 +117,8 @@ class TwoProducts:
         A row of zeros has the smallest norm above 0 instead, so that its output stays 0.
         """
         [name] = self.layer.active_adapters
-        down, up = self.layer.lora_A[name].weight, self.layer.lora_B[name].weight
+        down = cast(nn.Linear, self.layer.lora_A[name]).weight
+        up = cast(nn.Linear, self.layer.lora_B[name]).weight
         with torch.autocast(up.device.type, enabled=False):
             changed = torch.addmm(self._weight().float(), up.float(), down.float(), alpha=self.layer.scaling[name])
             norm = torch.linalg.vector_norm(changed, dim=1)
