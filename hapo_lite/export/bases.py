@@ -110,6 +110,8 @@ def through_four_bits(weight: Tensor, transposed: bool = False) -> Tensor:
     transposed: the weight is [in, out], as in a Conv1D, which is packed the other way round.
     """
     rows = weight.T if transposed else weight
-    packed = Params4bit(rows.float().contiguous(), requires_grad=False, quant_type="nf4").to(weight.device)
+    # bitsandbytes declares `to` with a type that its own class does not fit.
+    packed: Any = Params4bit(rows.float().contiguous(), requires_grad=False, quant_type="nf4")
+    packed = packed.to(weight.device)
     unpacked = dequantize_4bit(packed, packed.quant_state).to(weight.dtype)
     return unpacked.T.contiguous() if transposed else unpacked

@@ -370,5 +370,6 @@ class LoggingSettings(Section):
     """What a run shows and records of itself."""
 
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field("none", description="Tracker")
+    table_rows: NonNegative = Field(8, description="Completions in the tracker's table, each iteration and evaluation")
     traces_per_iteration: NonNegative = Field(4, description="Completions whose tokens are recorded each iteration")
     progress: bool = Field(True, description="Show what the run is doing, and the bar of iterations")
