@@ -200,10 +200,6 @@ def test_a_model_adapter_of_another_variant_is_refused_in_a_sentence(tmp_path):
     ("overrides", "sentence"),
     [
         (
-            ["model.lora.variant=dora", "rollout.engine=vllm"],
-            r"cannot be sampled by rollout\.engine=vllm, which has no Do",
-        ),
-        (
             ["model.lora.modules_to_save=[lm_head]"],
             "every weight of the base stays frozen, because the head gives no gra",
         ),

@@ -41,10 +41,22 @@ def main(argv: list[str] | None = None) -> None:
         help="of a run on a 4-bit base: merge into that base, unpacked, which is what was trained, or into the "
         "original one; default: the one on which the adapter is nearer to what was trained",
     )
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the export to that repository of the hub")
+    parser.add_argument("--public", action="store_true", help="with --push: a public repository; default: private")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="with --push: list what would be uploaded, without a network or a token"
+    )
     arguments = parser.parse_args(argv)
+    from hapo_lite.errors import UserError
     from hapo_lite.export.export import export
+    from hapo_lite.export.merge import MergeSettings
+    from hapo_lite.export.push import Push
 
-    export(arguments.run, arguments.to, arguments.output, arguments.adapter, arguments.dtype, arguments.onto)
+    if arguments.push is None and (arguments.public or arguments.dry_run):
+        raise UserError("--public and --dry-run are about an upload: give --push OWNER/NAME with them")
+    push = Push(arguments.push, arguments.public, arguments.dry_run) if arguments.push is not None else None
+    settings = MergeSettings(arguments.dtype, arguments.onto)
+    export(arguments.run, arguments.to, arguments.output, arguments.adapter, settings, push)
 
 
 def command() -> int:

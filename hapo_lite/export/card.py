@@ -31,10 +31,11 @@ LOAD_MERGED = (
 )
 
 
-def model_card(source: Source, record: dict[str, Any], output: Path) -> str:
+def model_card(source: Source, record: dict[str, Any], output: Path | str) -> str:
     """The text of README.md: YAML for the hub, how to load the model, its training, its results and the recipe.
 
-    record: the content of export.json. output: the folder that is exported.
+    record: the content of export.json. output: the folder that is exported, or the name on the hub that it is
+    uploaded to.
     """
     parts = [
         f"---\n{front_matter(source, record).to_yaml()}\n---",
@@ -78,16 +79,21 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
-def how_to_load(source: Source, record: dict[str, Any], output: Path) -> str:
+def how_to_load(source: Source, record: dict[str, Any], output: Path | str) -> str:
     """Python lines that load the export, how to prompt it, and for llama.cpp the commands that convert it."""
     lines = _load_adapter(source) if record["kind"] == "adapter" else LOAD_MERGED
+    run, folder = "Run this in the folder, or replace the dot by its path:", str(output)
+    if isinstance(output, str):
+        run, folder = "Run this:", output.partition("/")[2]
+        lines = lines.replace('"."', f'"{output}"')
     lines += "\n\n" + _ask(source)
-    text = [f"Run this in the folder, or replace the dot by its path:\n\n```python\n{lines}\n```", how_to_ask(source)]
+    text = [f"{run}\n\n```python\n{lines}\n```", how_to_ask(source)]
     if record["kind"] == "gguf-ready":
-        names = {"folder": output, "name": source.recipe.name}
+        names = {"folder": folder, "name": source.recipe.name}
+        first = f"hf download {output} --local-dir {folder}\n" if isinstance(output, str) else ""
         text.append(
             "For llama.cpp, in a checkout of it with `requirements/requirements-convert_hf_to_gguf.txt` installed:\n\n"
-            f"```\n{COMMAND.format(**names)}\n{QUANTISE.format(**names)}\n```\n\n"
+            f"```\n{first}{COMMAND.format(**names)}\n{QUANTISE.format(**names)}\n```\n\n"
             "The converter recognises a tokenizer by how it splits a test text, and refuses one that it does not know."
         )
     return "\n\n".join(text)

@@ -29,6 +29,18 @@ MEMORY_FACTOR = 1.3
 
 
 @dataclass(frozen=True)
+class MergeSettings:
+    """How a merge is made. dtype: that of the written weights (auto, bf16, fp16 or fp32); auto: that of the base.
+
+    onto: "trained" or "original", the base of a run on a 4-bit base; None: the base on which the adapter is nearer to
+    what was trained.
+    """
+
+    dtype: str = "auto"
+    onto: str | None = None
+
+
+@dataclass(frozen=True)
 class Merged:
     """What a merge was compared with. drift: from the adapter on the base that it was merged into. choice: of that
     base; None for a run whose base was not in 4 bits."""
@@ -37,14 +49,13 @@ class Merged:
     choice: Choice | None
 
 
-def merge(source: Source, folder: Path, dtype: str, onto: str | None, say: Callable[[str], None]) -> Merged:
+def merge(source: Source, folder: Path, settings: MergeSettings, say: Callable[[str], None]) -> Merged:
     """Write the merged model into `folder`, and compare it, read back, with the adapter on its base.
 
-    dtype: that of the written weights, by name; auto: that of the base. onto: "trained" or "original" for a run on a
-    4-bit base; None: the base on which the adapter is nearer to what was trained. say: prints a line. All sides are
-    computed in fp32, so a difference comes from the weights. Raises UserError if the merged model differs by more than
-    rounding explains, or if there is no such base.
+    say: prints a line. All sides are computed in fp32, so a difference comes from the weights. Raises UserError if the
+    merged model differs by more than rounding explains, or if there is no such base.
     """
+    dtype, onto = settings.dtype, settings.onto
     four_bit = source.model.quantization == "nf4"
     if onto == TRAINED and not four_bit:
         raise UserError(
