@@ -173,6 +173,11 @@ def test_missing_file_names_its_nearest_neighbour(tmp_path):
 
 ERRORS = [
     (
+        rules.dora_is_sampled_by_the_policys_own_model,
+        ["model.lora.variant=dora", "rollout.engine=vllm"],
+        r"cannot be sampled by rollout\.engine=vllm, which has no DoRA: use rollout\.engine=transformers",
+    ),
+    (
         rules.groups_have_two_completions,
         ["rollout.completions_per_prompt=1"],
         "a group of one has no advantage",

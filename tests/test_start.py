@@ -202,7 +202,11 @@ def test_another_shape_than_the_recipes_is_named_with_what_to_set(adapter, make_
             {"base_model_name_or_path": "Qwen/Qwen3-8B"},
             r"belongs to the base Qwen/Qwen3-8B, and model\.name = tiny: set model\.name=Qwen/Qwen3-8B, or",
         ),
-        ({"use_rslora": True}, r"has rsLoRA \(use_rslora\), and plain LoRA is trained here"),
+        (
+            {"use_rslora": True},
+            r"is of the variant rslora, and model\.lora\.variant = lora: set model\.lora\.variant=rslora$",
+        ),
+        ({"use_rslora": True, "use_dora": True}, r"has rsLoRA and DoRA at once, and one of them is trained here"),
         ({"modules_to_save": ["lm_head"]}, r"has whole layers \(modules_to_save\)"),
         ({"bias": "all"}, r"has biases \(bias = all\)"),
         ({"peft_type": "IA3"}, r"is of peft's kind IA3, and LORA is trained here"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
 from collections.abc import Iterator
 from typing import cast
@@ -115,6 +116,7 @@ class _Dense:
         return nn.functional.linear(x.to(dtype), self.weight, self.bias).to(x.dtype)
 
 
+@functools.singledispatch
 @torch.no_grad()
 def unpack(layer: Linear4bit, dtype: torch.dtype) -> Tensor:
     """The weight of a 4-bit layer, [out, in], as bitsandbytes unpacks it for a product in `dtype`."""

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 _NONE = "hapo_lite has no such setting: "
 
+_WHOLE_LAYERS = (
+    _NONE + "every weight of the base stays frozen, because the head gives no gradient to its own weight, samplers are "
+    "handed the adapter alone, and a divergence is from the base without it; model.lora.targets takes more layers"
+)
+
 OURS = {
     # TRL's GRPOConfig, and what open-r1 and Unsloth's notebooks pass to it
     "num_generations": "rollout.completions_per_prompt",
@@ -61,6 +66,10 @@ OURS = {
     "adapter_name_or_path": "model.adapter",
     "lora_dropout": _NONE + "with dropout the ratios would not begin at 1",
     "lora_target_modules": "model.lora.targets",
+    "use_rslora": "model.lora.variant=rslora",
+    "use_dora": "model.lora.variant=dora",
+    "lora_modules_to_save": _WHOLE_LAYERS,
+    "modules_to_save": _WHOLE_LAYERS,
     "chat_template_kwargs": "model.chat_template_options",
     "chat_template": _NONE + "the tokenizer's own template is used; model.chat_template_options reach it",
     "dataset_name": "data.source",
@@ -77,14 +86,15 @@ OURS = {
     "do_eval": "evaluation.prompts, where 0 is no evaluation",
     "logging_steps": _NONE + "every iteration is logged",
     "logging_strategy": _NONE + "every iteration is logged",
-    "log_completions": "logging.traces_per_iteration",
-    "num_completions_to_print": "logging.traces_per_iteration",
+    "log_completions": "logging.table_rows for a tracker, and logging.traces_per_iteration for the inspector",
+    "num_completions_to_print": "logging.table_rows for a tracker, and logging.traces_per_iteration for the inspector",
     "run_name": "name",
     "wandb_project": _NONE + "runs go to the project hapo_lite (logging.report_to)",
     "overwrite_output_dir": _NONE + "choose another name for a new run",
     "resume_from_checkpoint": "checkpoint.resume; the same command goes on where a run was stopped",
-    "push_to_hub": _NONE + "hapo_lite.export writes folders that you may upload",
-    "hub_model_id": _NONE + "hapo_lite.export writes folders that you may upload",
+    "push_to_hub": _NONE + "hapo_lite.export uploads a finished run with --push NAME",
+    "hub_model_id": _NONE + "hapo_lite.export uploads a finished run with --push NAME",
+    "hub_private_repo": _NONE + "hapo_lite.export --push uploads privately unless --public is given",
     "ddp_timeout": _NONE + "accelerate launch takes the settings of processes",
     "sync_ref_model": _NONE + "the reference is the base without its adapter",
     # Unsloth

@@ -50,6 +50,17 @@ def offload_needs_checkpointing(recipe: Sections) -> str | None:
     return None
 
 
+def dora_is_sampled_by_the_policys_own_model(recipe: Sections) -> str | None:
+    """vLLM refuses DoRA adapters, and Unsloth's inference adds the two products without the magnitudes."""
+    engine = recipe.rollout.engine
+    if recipe.model.lora.variant == "dora" and engine in ("vllm", "unsloth"):
+        return (
+            f"model.lora.variant=dora cannot be sampled by rollout.engine={engine}, which has no DoRA: use "
+            "rollout.engine=transformers or paged, or model.lora.variant=rslora"
+        )
+    return None
+
+
 def groups_have_two_completions(recipe: Sections) -> str | None:
     """An advantage compares a completion with the others of its group."""
     if recipe.rollout.completions_per_prompt < 2:
@@ -273,6 +284,7 @@ def grpo_with_overlong_penalty(recipe: Sections) -> str | None:
 Rule = Callable[[Sections], str | None]
 
 RULES: tuple[Rule, ...] = (
+    dora_is_sampled_by_the_policys_own_model,
     groups_have_two_completions,
     overlong_ramp_starts_after_the_first_token,
     every_update_has_a_completion,

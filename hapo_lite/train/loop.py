@@ -98,6 +98,7 @@ class Loop:
         metrics = rollout_metrics(collected)
         traces: list[Trace] = []
         if collected.completions:
+            self.observer.on_graded(collected.graded)
             state, learned, traces = self.learn(state, collected.graded, clock)
             metrics |= learned
         else:

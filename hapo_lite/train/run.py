@@ -22,7 +22,7 @@ from hapo_lite.model.policy import Policy
 from hapo_lite.model.sharding import fsdp_requested, shard_base
 from hapo_lite.model.template import reads_date
 from hapo_lite.recipe import Recipe, flatten
-from hapo_lite.records import EncodedPrompt
+from hapo_lite.records import EncodedPrompt, Graded
 from hapo_lite.rollout.canary import check_engine
 from hapo_lite.rollout.engine import Engine, make_engine
 from hapo_lite.rollout.whole_base import WholeBaseEngine
@@ -265,6 +265,9 @@ class RunObserver(Observer):
 
     def before_update(self) -> None:
         self.interrupts.shield()
+
+    def on_graded(self, graded: Graded) -> None:
+        self.recorder.graded = graded
 
     def on_skip(self, step: SkippedStep) -> None:
         self.recorder.keep_step(step)
