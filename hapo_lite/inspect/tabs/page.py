@@ -9,13 +9,12 @@ import gradio as gr
 import plotly
 
 from hapo_lite.errors import UserError
-from hapo_lite.inspect import colour, figures
+from hapo_lite.inspect import assets, figures
 from hapo_lite.inspect.tabs.compare import CompareTab
 from hapo_lite.inspect.tabs.generate import GenerateTab
 from hapo_lite.inspect.tabs.run import RunTab
 from hapo_lite.inspect.tabs.state import AppState, Session
 
-ASSETS = Path(figures.__file__).parent
 INLINE_HEIGHT = 900
 """Height of the page in a notebook, pixels."""
 PLOTLY_JS = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
@@ -53,10 +52,10 @@ def head() -> str:
     """
     return (
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{(ASSETS / 'page.css').read_text('utf-8')}{colour.palette_css()}</style>"
+        f"<style>{assets.style()}</style>"
         f'<script src="/gradio_api/file={PLOTLY_JS}" defer></script>'
         f"<script>window.HAPO_TEMPLATES = {json.dumps(figures.templates())};</script>"
-        f"<script>{(ASSETS / 'page.js').read_text('utf-8')}</script>"
+        f"<script>{assets.script()}</script>"
     )
 
 
