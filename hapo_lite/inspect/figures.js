@@ -49,7 +49,7 @@
     const token = section && section.querySelector(`.t[data-i="${position}"]`);
     if (!token) return;
     token.scrollIntoView({ block: "nearest" });
-    window.HAPO.show(token);
+    window.HAPO.pin(token);
   }
   function dress(holder) {
     if (window.Plotly && holder.data) Plotly.relayout(holder, window.HAPO_TEMPLATES[dark() ? "dark" : "light"]);
@@ -57,18 +57,27 @@
 
   const drawn = new WeakMap();
   const keyOf = (plot) => plot.closest(".hapo-figure").dataset.key;
+  function drawOnce(plot) {
+    if (drawn.get(plot) === keyOf(plot)) return;
+    drawn.set(plot, keyOf(plot));
+    draw(plot);
+  }
   const inView = new IntersectionObserver((entries) => {
-    for (const entry of entries) {
-      if (!entry.isIntersecting || drawn.get(entry.target) === keyOf(entry.target)) continue;
-      drawn.set(entry.target, keyOf(entry.target));
-      draw(entry.target);
-    }
+    for (const entry of entries) if (entry.isIntersecting) drawOnce(entry.target);
   }, { rootMargin: "200px" });
+  // A figure of few points is also drawn below the fold when the browser has nothing else to do, as for a picture of the
+  // whole page.
+  const SMALL = 100_000;
+  const drawLater = (plot) => requestIdleCallback(() => {
+    if (!plot.isConnected || !plot.offsetParent) return;
+    if (plot.closest(".hapo-figure").querySelector(".hapo-spec").textContent.length < SMALL) drawOnce(plot);
+  });
 
   welcomed((root) => within(root, ".hapo-plot").forEach((plot) => {
     // An element that is observed again reports at once whether it is in view.
     inView.unobserve(plot);
     inView.observe(plot);
+    drawLater(plot);
   }));
   function followTheme() {
     new MutationObserver(() => {

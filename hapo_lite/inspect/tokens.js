@@ -2,7 +2,7 @@
 (() => {
   "use strict";
   const { data, make, welcomed, within } = window.HAPO;
-  const SUFFIX = { entropy: " nats", logp: " nats", percentile: " %", temperature_move: " %" };
+  const SUFFIX = { entropy: " nats", logp: " nats", surprise: " nats", gap: " nats", kl_base: " nats", percentile: " %", temperature_move: " %" };
   const CLIPPED = { low: "stopped at the lower bound", high: "stopped at the upper bound" };
   let chosenQuantity = "entropy";
 
@@ -11,10 +11,10 @@
     if (!all || !all.colours[quantity]) return;
     const steps = all.colours[quantity], kind = all.kinds[quantity];
     section.querySelectorAll(".hapo-tokens > .t").forEach((token, i) => {
-      token.className = token.className.replace(/\b[sd][0-9a-f]\b/, kind + steps[i]);
+      token.className = token.className.replace(/\b[sdc][0-9a-f]\b/, kind + steps[i]);
     });
-    section.querySelectorAll(".hapo-legend").forEach((legend) => {
-      legend.hidden = legend.dataset.name !== quantity;
+    section.querySelectorAll(".hapo-legend, .hapo-meaning").forEach((part) => {
+      part.hidden = part.dataset.name !== quantity;
     });
     section.querySelector(".hapo-choose").value = quantity;
   }
@@ -63,15 +63,34 @@
   }
 
   const tokenOf = (event) => event.target instanceof Element && event.target.closest(".hapo-text .t[data-i]");
-  for (const kind of ["pointerover", "click", "focusin"]) {
-    document.addEventListener(kind, (event) => {
-      const token = tokenOf(event);
-      if (!token) return;
-      show(token);
-      // On a narrow page the details lie below the tokens, often below the fold.
-      if (kind === "click") token.closest(".hapo-text").querySelector(".hapo-details").scrollIntoView({ block: "nearest" });
-    });
+  // A click or the keyboard keeps a token's numbers; a pointer shows another token's only while it is there.
+  function pin(token) {
+    const section = token.closest(".hapo-text"), kept = section.querySelector(".t.pinned");
+    if (kept) kept.classList.remove("pinned");
+    token.classList.add("pinned");
+    show(token);
   }
+  document.addEventListener("pointerover", (event) => {
+    const token = tokenOf(event);
+    if (token) show(token);
+  });
+  document.addEventListener("pointerout", (event) => {
+    const token = tokenOf(event), to = event.relatedTarget;
+    if (!token || to instanceof Element && to.closest(".hapo-tokens") === token.parentElement) return;
+    const kept = token.closest(".hapo-text").querySelector(".t.pinned");
+    if (kept) show(kept);
+  });
+  document.addEventListener("focusin", (event) => {
+    const token = tokenOf(event);
+    if (token) pin(token);
+  });
+  document.addEventListener("click", (event) => {
+    const token = tokenOf(event);
+    if (!token) return;
+    pin(token);
+    // On a narrow page the details lie below the tokens, often below the fold.
+    token.closest(".hapo-text").querySelector(".hapo-details").scrollIntoView({ block: "nearest" });
+  });
   document.addEventListener("keydown", (event) => {
     const token = tokenOf(event);
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -94,6 +113,9 @@
     const panel = section.querySelector(".hapo-details");
     if (panel && known && known !== section.dataset.key) panel.replaceChildren(make("p", "hapo-note", panel.dataset.hint));
     if (section.querySelector(".hapo-choose")) colour(section, chosenQuantity);
+    // At first the numbers of the most uncertain token are kept, except on a phone, where they would cover the text.
+    const first = section.querySelector(`.t[data-i="${section.dataset.first}"]`);
+    if (first && known !== section.dataset.key && !matchMedia("(pointer: coarse)").matches) pin(first);
   }));
-  Object.assign(window.HAPO, { show });
+  Object.assign(window.HAPO, { pin });
 })();

@@ -22,9 +22,7 @@ Values = dict[Any, Any]
 def problem_box() -> gr.Dropdown:
     """The box for the problem, with examples."""
     examples = [p.prompt for p in problems("test")[:8]]
-    return gr.Dropdown(
-        examples, value=examples[0], label="Problem", info="type one or pick one", allow_custom_value=True
-    )
+    return gr.Dropdown(examples, value=examples[0], label="Problem", allow_custom_value=True, scale=1)
 
 
 class LimitBoxes:
