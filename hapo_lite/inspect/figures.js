@@ -68,7 +68,8 @@
   // A figure of few points is also drawn below the fold when the browser has nothing else to do, as for a picture of the
   // whole page.
   const SMALL = 100_000;
-  const drawLater = (plot) => requestIdleCallback(() => {
+  const whenIdle = window.requestIdleCallback || ((work) => setTimeout(work, 500));
+  const drawLater = (plot) => whenIdle(() => {
     if (!plot.isConnected || !plot.offsetParent) return;
     if (plot.closest(".hapo-figure").querySelector(".hapo-spec").textContent.length < SMALL) drawOnce(plot);
   });

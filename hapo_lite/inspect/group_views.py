@@ -59,16 +59,18 @@ def prompt_table(run: str, iteration: int, entries: Sequence[Entry]) -> str:
     groups = groups_of(entries)
     if not groups:
         return markup.note("No completion of this iteration was recorded.")
-    rewards = list(dict.fromkeys(name for group in groups for name in group.rewards))
+    found = dict.fromkeys(name for group in groups for name in group.rewards)
+    rewards = {name: name if name == "reward" else visible(name, 40) for name in found}
     outcomes = sorted({entry.outcome for entry in entries})
-    head = ["prompt", "stage", "right", *rewards, "entropy, nats", "length, tokens", "outcomes", "recorded"]
-    numbers = {"right", *rewards, "entropy, nats", "length, tokens", "recorded"}
+    numbers = ["right", *rewards.values(), "entropy, nats", "length, tokens"]
+    head = ["prompt", "stage", *numbers, "outcomes", "recorded"]
     top = "".join(
-        f'<th class="{"n" if name in numbers else ""}" aria-sort="none"><button type="button" class="hapo-sort">'
-        f"{html.escape(visible(name, 40))}</button></th>"
+        f'<th class="{"n" if name in (*numbers, "recorded") else ""}" aria-sort="none">'
+        f'<button type="button" class="hapo-sort">'
+        f"{html.escape(name)}</button></th>"
         for name in head
     )
-    rows = "".join(_prompt_row(run, iteration, group, rewards) for group in groups)
+    rows = "".join(_prompt_row(run, iteration, group, list(rewards)) for group in groups)
     options = "".join(f"<option>{html.escape(outcome)}</option>" for outcome in outcomes)
     inner = (
         f'<div class="hapo-bar"><label>Search <input type="search" class="hapo-search" placeholder="text or id">'

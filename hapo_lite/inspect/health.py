@@ -6,7 +6,6 @@ The verdict is that of `train.verdict`, and the warnings are those that the run 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from hapo_lite.errors import UserError, counted
+from hapo_lite.inspect.figures import is_number
 from hapo_lite.inspect.runs import Run
 from hapo_lite.runs.files import inside
 from hapo_lite.train.collapse import CollapseWatch
@@ -94,13 +94,9 @@ def _verdict_so_far(run: Run, lines: Lines) -> Verdict | None:
 
 
 def _sound(line: dict[str, Any]) -> dict[str, Any]:
-    """The fields that are finite numbers, or lists of such."""
-    return {
-        key: value
-        for key, value in line.items()
-        if _is_number(value) or (isinstance(value, list) and all(map(_is_number, value)))
-    }
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    """The fields that are finite numbers, and the list that an evaluation writes if it holds such."""
+    sound = {key: value for key, value in line.items() if is_number(value)}
+    solved = line.get("eval/solved")
+    if isinstance(solved, list) and all(map(is_number, solved)):
+        sound["eval/solved"] = solved
+    return sound

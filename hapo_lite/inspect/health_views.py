@@ -11,7 +11,6 @@ from hapo_lite.inspect import figures, markup
 from hapo_lite.inspect.figures import BLUE, ORANGE, SERIES, Figure
 from hapo_lite.inspect.health import Health, Lines, Warned
 from hapo_lite.inspect.places import Place
-from hapo_lite.inspect.tokens import show_number
 
 REWARDS = {"reward/mean": "reward", "eval/accuracy": "held out"}
 STAGES = ("rollout", "grade", "score", "update", "evaluate")
@@ -19,6 +18,8 @@ HEIGHT = 170
 """Height of a figure of the grid, pixels."""
 MOST_WARNINGS = 6
 """Warnings that are listed. The figure marks them all."""
+LONG = 300
+"""Seconds beyond which a time is given in minutes."""
 LATE = 10
 """Iterations over which a rate is averaged."""
 
@@ -64,10 +65,11 @@ def _facts(lines: Lines) -> list[str]:
         facts.append(f"{int(last['tokens']):,} tokens sampled")
     rates = [line["tokens_per_second/sampled"] for line in trained[-LATE:] if _has(line, "tokens_per_second/sampled")]
     if rates:
-        facts.append(f"{show_number(round(sum(rates) / len(rates)))} tokens/s of late")
+        facts.append(f"{sum(rates) / len(rates):,.0f} tokens/s of late")
     seconds = [line["seconds/iteration"] for line in trained if _has(line, "seconds/iteration")]
     if seconds:
-        facts.append(f"{show_number(sum(seconds) / 60)} minutes of training")
+        whole = sum(seconds)
+        facts.append(f"{whole / 60:,.0f} minutes of training" if whole > LONG else f"{whole:.0f} s of training")
     memory = [line["memory/peak_mb"] for line in trained if _has(line, "memory/peak_mb")]
     if memory:
         facts.append(f"{max(memory):,.0f} MiB at most")

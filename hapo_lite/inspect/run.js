@@ -10,8 +10,11 @@
   });
   welcomed((root) => within(root, ".hapo-crumbs").forEach((nav) => {
     const { address, history: kind } = nav.dataset;
-    if (nav.dataset.written === address || location.hash === address || !nav.offsetParent) return;
+    if (nav.dataset.written === address || !nav.offsetParent) return;
+    // A reader who comes from the end of a long table is taken to the beginning of what the row opened.
+    if (nav.dataset.written && nav.getBoundingClientRect().top < 0) nav.scrollIntoView();
     nav.dataset.written = address;
+    if (location.hash === address) return;
     if (kind === "push") history.pushState(null, "", address);
     else history.replaceState(null, "", address);
   }));

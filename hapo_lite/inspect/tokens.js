@@ -2,7 +2,7 @@
 (() => {
   "use strict";
   const { data, make, welcomed, within } = window.HAPO;
-  const SUFFIX = { entropy: " nats", logp: " nats", surprise: " nats", gap: " nats", kl_base: " nats", percentile: " %", temperature_move: " %" };
+  const SUFFIX = { entropy: " nats", logp: " nats", gap: " nats", kl_base: " nats", percentile: " %", temperature_move: " %" };
   const CLIPPED = { low: "stopped at the lower bound", high: "stopped at the upper bound" };
   let chosenQuantity = "entropy";
 
@@ -31,7 +31,9 @@
     title.append(make("b", "", `${i}`), " ", Object.assign(make("bdi", "", all.shown[i].replace("\n", "")), { dir: "auto" }));
     const list = make("dl");
     for (const [name, values] of Object.entries(all.rows)) {
-      list.append(make("dt", "", all.labels[name].split(",")[0]), make("dd", "", values[i] + (SUFFIX[name] || "")));
+      const row = make("div");
+      row.append(make("dt", "", all.labels[name].split(",")[0]), make("dd", "", values[i] + (SUFFIX[name] || "")));
+      list.append(row);
     }
     panel.replaceChildren(title);
     if (all.parts.length && all.parts[i]) panel.append(make("p", "hapo-note", `part ${all.parts[i]}`));

@@ -54,7 +54,7 @@ class Quantity:
         return self.names[int(value)] if self.names else show_number(value)
 
 
-STOPS = ("none", "lower bound", "upper bound", "dual clip", "masked", "no advantage")
+STOPS = ("none", "lower bound", "upper bound", "dual clip", "masked", "no credit")
 """What stopped a token's gradient. The order is that of the codes in `TokenTable.numbers["stopped"]`."""
 
 
@@ -92,7 +92,7 @@ QUANTITIES: dict[str, Quantity] = {
         centre=0.0,
     ),
     "stopped": Quantity(
-        "What stopped the gradient",
+        "Gradient stopped by",
         "The ratio left its bounds (Eq. 12-13), the loss reached the dual clip, or the token takes no part in the loss",
         names=STOPS,
     ),
@@ -180,9 +180,9 @@ def token_table(
         "weight": _weights(stored, at_one.advantage[0].tolist()),
     }
     numbers |= {name: stored[name] for name in ("ratio", "advantage", "credit") if name in stored}
-    if {"advantage", "credit"} <= stored.keys() and "clipped" in trace.tokens:
+    if "credit" in stored and "clipped" in trace.tokens:
         trained = trained_tokens(method, signals.uncertain, trace.truncated)
-        numbers["stopped"] = _stops(stored, trace.tokens["clipped"], trained[0].tolist())
+        numbers["stopped"] = _stops(stored["credit"], trace.tokens["clipped"], trained[0].tolist())
     if "logp_old" in stored:
         numbers["gap"] = [old - base for old, base in zip(logp, _column(trace, "logp_base"), strict=True)]
     numbers |= {name: stored[name] for name in ("kl_base",) if name in stored}
@@ -346,15 +346,15 @@ def _weights(stored: dict[str, list[float]], at_one: list[float]) -> list[float]
     return at_one
 
 
-def _stops(stored: dict[str, list[float]], clipped: Sequence[str], trained: Sequence[bool]) -> list[float]:
+def _stops(credits: Sequence[float], clipped: Sequence[str], trained: Sequence[bool]) -> list[float]:
     """The code in STOPS of each token. The dual clip is what limits a token of negative credit from above."""
     codes = []
-    for advantage, credit, clip, counts in zip(stored["advantage"], stored["credit"], clipped, trained, strict=True):
+    for credit, clip, counts in zip(credits, clipped, trained, strict=True):
         stop = "none"
-        if advantage == 0.0:
-            stop = "no advantage"
-        elif not counts:
+        if not counts:
             stop = "masked"
+        elif credit == 0.0:
+            stop = "no credit"
         elif clip == "low":
             stop = "lower bound"
         elif clip == "high":

@@ -40,7 +40,7 @@ class CompareTab:
         for side, column, preset in zip(SIDES, columns, ("", "dapo"), strict=True):
             with column:
                 gr.HTML(f'<h3 class="hapo-h">{side.capitalize()}</h3>')
-                self.boxes.append(ModelBoxes(app, side, self.limits, preset))
+                self.boxes.append(ModelBoxes(app, side, self.limits, preset, open_all=False))
         self.status = gr.HTML(elem_id="compare-status")
         self.views = []
         with gr.Row():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 from hapo_lite.algo.methods import Method
 from hapo_lite.inspect import example, group_views, markup
@@ -17,7 +18,10 @@ class Example:
     @functools.cached_property
     def all_shown(self) -> list[Shown]:
         """The completions with their tables."""
-        return [Shown(trace, token_table(trace), Method()) for trace in example.load()]
+        signal_from = "a signal fitted on all tokens of these answers"
+        return [
+            Shown(trace, replace(token_table(trace), signal_from=signal_from), Method()) for trace in example.load()
+        ]
 
     @property
     def first(self) -> int:
@@ -39,7 +43,7 @@ class Example:
         trace = self.all_shown[0].trace
         sentence = (
             f"Recorded: the bundled model answered {trace.messages[-1][1]} {group.size} times, {group.correct} right. "
-            "Look at the dark tokens: there the model was unsure, there the answers part, and there HAPO gives more or "
-            "less credit. Click an answer for its tokens, or generate one of your own."
+            "Look at the dark tokens: there the model was unsure, and there the answers part. HAPO gives less credit "
+            "to the light ones, which follow by themselves. Click an answer for its tokens, or generate one of your own."
         )
         return markup.note(sentence, "reading"), group_views.group_page(answers, group, number)

@@ -42,7 +42,8 @@ class Navigation:
     def arrive(self, session: Session, address: str) -> Update:
         """The whole page at its opening: the recorded group, and the place that the address names, or the first run."""
         update = self.generate.show_example(session, self.generate.example.first)
-        update |= self.run.refresh(session, self.app.first_run)
+        if Place.parse(address or "").run not in self.app.runs():
+            update |= self.run.refresh(session, self.app.first_run)
         return update | self.go(session, address)
 
     def go(self, session: Session, address: str) -> Update:

@@ -214,8 +214,10 @@ class RunTab:
         low, high = (iterations[0], iterations[-1]) if iterations else (0, 0)
         slider = gr.Slider(minimum=low, maximum=max(high, low + 1), value=found.number)
         names, beside = trail(found)
+        # The address of a run that is followed names no iteration, so that it leads to the newest one later too.
+        here = Place(place.run) if session.following and found.level == "overview" else found.place
         update: Update = {
-            self.crumbs: group_views.crumbs(found.place, names, beside, push),
+            self.crumbs: group_views.crumbs(here, names, beside, push),
             self.iteration: slider,
             **self._level(found.level),
         }
