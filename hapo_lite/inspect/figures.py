@@ -21,6 +21,8 @@ BLUE, ORANGE, GREY = "#2f7fb8", "#d9822b", "#8a8f98"
 """Colours that differ for every common form of colour blindness, in both themes."""
 MOST_MARKERS = 600
 """A longer text is drawn as a line without a marker for each token."""
+MOST_DOTS = 120
+"""Iterations up to which a curve has a dot for each. Thousands of dots take a browser seconds to draw."""
 SERIES = (BLUE, ORANGE, "#7a68a6", "#3a9c8b", GREY)
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
 DASHED = {"color": ORANGE, "dash": "dash", "width": 1.5}
@@ -209,7 +211,7 @@ def metric_curve(lines: Sequence[dict[str, Any]], key: str, name: str, look: dic
         "x": [line["iteration"] for line in measured],
         "y": [line[key] for line in measured],
         "name": name,
-        "mode": "lines+markers",
+        "mode": "lines+markers" if len(measured) <= MOST_DOTS else "lines",
         "line": look,
         "marker": {"size": 4},
     }

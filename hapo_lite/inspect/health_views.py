@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from hapo_lite.inspect.places import Place
 
 REWARDS = {"reward/mean": "reward", "eval/accuracy": "held out"}
 STAGES = ("rollout", "grade", "score", "update", "evaluate")
+MOST_BARS = 120
+"""Bars that the figure of the stages has at most."""
 HEIGHT = 170
 """Height of a figure of the grid, pixels."""
 MOST_WARNINGS = 6
@@ -93,32 +96,36 @@ def health_figures(lines: Lines, warned: Sequence[Warned]) -> str:
 
 
 def stages_figure(lines: Lines, warned: Sequence[Warned]) -> Figure:
-    """Seconds of each stage by iteration, one above the other, with a sign where a warning fell."""
+    """Seconds of each stage by iteration, one above the other, with a sign where a warning fell.
+
+    A bar of a long run stands for several iterations, with their mean, so that no run has more than MOST_BARS.
+    """
+    step = max(1, math.ceil(len(lines) / MOST_BARS))
+    parts = [lines[start : start + step] for start in range(0, len(lines), step)]
+    starts = [int(part[0]["iteration"]) for part in parts]
     data: list[dict[str, Any]] = []
-    tops: dict[int, float] = {}
+    tops = [0.0] * len(parts)
     for stage, colour in zip(STAGES, SERIES, strict=True):
-        measured = [line for line in lines if _has(line, f"seconds/{stage}")]
-        if not measured:
+        key = f"seconds/{stage}"
+        if not any(_has(line, key) for line in lines):
             continue
-        seconds = [line[f"seconds/{stage}"] for line in measured]
-        iterations = [int(line["iteration"]) for line in measured]
-        bars = {"type": "bar", "x": iterations, "y": seconds, "name": stage, "marker": {"color": colour}}
-        data.append(bars | {"hovertemplate": "iteration %{x}<br>%{y:.3~g} s<extra>" + stage + "</extra>"})
-        for iteration, value in zip(iterations, seconds, strict=True):
-            tops[iteration] = tops.get(iteration, 0.0) + value
+        means = [sum(line[key] for line in part if _has(line, key)) / len(part) for part in parts]
+        tops = [top + mean for top, mean in zip(tops, means, strict=True)]
+        bars = {"type": "bar", "x": starts, "y": means, "name": stage, "marker": {"color": colour}, "width": 0.9 * step}
+        data.append(bars | {"offset": 0, "hovertemplate": "iteration %{x}<br>%{y:.3~g} s<extra>" + stage + "</extra>"})
     if data and warned:
         signs = {
             "type": "scatter",
             "mode": "markers",
             "name": "warning",
             "x": [one.iteration for one in warned],
-            "y": [1.05 * max(tops.values())] * len(warned),
+            "y": [1.05 * max(tops)] * len(warned),
             "text": [f"iteration {one.iteration}: {html.escape(one.sentence[:100], quote=False)}" for one in warned],
             "hovertemplate": "%{text}<extra></extra>",
             "marker": {"color": "#b3261e", "symbol": "triangle-up", "size": 10},
         }
         data.append(signs)
-    return _small(data, barmode="stack", bargap=0.1, showlegend=True)
+    return _small(data, barmode="stack", showlegend=True)
 
 
 def _curves(lines: Lines, named: dict[str, str]) -> Figure:

@@ -87,12 +87,17 @@ def test_a_foreign_summary_and_foreign_metrics_say_nothing(sick, text):
 def test_the_stages_stand_on_one_another():
     lines = make_lines(10)
     figure = health_views.stages_figure(lines, [Warned(3, "<b>no</b>")])
-    assert [(series["name"], len(series["x"])) for series in figure["data"]] == [
-        *(("rollout", 10), ("update", 10), ("evaluate", 1), ("warning", 1)),
-    ]
-    assert figure["data"][0]["y"][0] == 1.5 and figure["layout"]["barmode"] == "stack"
+    seconds = {series["name"]: series["y"] for series in figure["data"][:-1]}
+    assert seconds == {"rollout": [0.0, *[1.5] * 10], "update": [0.0, *[0.5] * 10], "evaluate": [2.0, *[0.0] * 10]}
+    assert figure["data"][0]["x"] == list(range(11)) and figure["layout"]["barmode"] == "stack"
     assert figure["data"][-1]["text"] == ["iteration 3: &lt;b&gt;no&lt;/b&gt;"]
     assert go.Figure(data=figure["data"], layout=figure["layout"]).data
+
+
+def test_a_bar_of_a_long_run_is_the_mean_of_several_iterations():
+    lines = [{"iteration": i, "seconds/rollout": float(i)} for i in range(1, 501)]
+    [bars] = health_views.stages_figure(lines, [])["data"]
+    assert (bars["x"][:3], bars["y"][:3]) == ([1, 6, 11], [3.0, 8.0, 13.0]) and len(bars["x"]) == 100
 
 
 def test_the_page_of_a_run_that_trains_shows_its_health(browser, serve, sick):

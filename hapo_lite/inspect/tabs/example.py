@@ -44,6 +44,6 @@ class Example:
         sentence = (
             f"Recorded: the bundled model answered {trace.messages[-1][1]} {group.size} times, {group.correct} right. "
             "Look at the dark tokens: there the model was unsure, and there the answers part. HAPO gives less credit "
-            "to the light ones, which follow by themselves. Click an answer for its tokens, or generate one of your own."
+            "to the light ones, which follow by themselves. Click an answer for its tokens, or generate your own."
         )
         return markup.note(sentence, "reading"), group_views.group_page(answers, group, number)
