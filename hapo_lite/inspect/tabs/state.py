@@ -14,6 +14,7 @@ from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.errors import UserError
 from hapo_lite.inspect import markup
 from hapo_lite.inspect.generate import ModelShelf
+from hapo_lite.inspect.places import Place
 from hapo_lite.inspect.runs import Run, Stamp, open_run, run_names
 from hapo_lite.inspect.tokens import csv_text
 from hapo_lite.inspect.views import Shown
@@ -31,14 +32,8 @@ Fingerprint = tuple[list[int], int]
 """A run's iterations with traces, and the modification time of its metrics, ns."""
 
 
-@dataclass(frozen=True)
-class OnPage:
-    """The completion of a run that the page shows. stamp: that of its file when it was read."""
-
-    run: Path
-    iteration: int
-    place: int
-    stamp: Stamp
+Drawn = tuple[Path, Place, Stamp | None]
+"""A run's folder, a place of the run, and the stamp of the iteration's file when it was read."""
 
 
 @dataclass
@@ -46,16 +41,31 @@ class Session:
     """The state of one browser tab.
 
     shown: the generation of each view, by its slot. cancel: the generation under way is to end. run: the open run.
-    seen: the fingerprint of its files when the page was filled. on_page: the completion of it on the page. unfolded:
+    place: the place of it on the page. following: nobody has picked an iteration, so the page goes to each new one.
+    seen: the fingerprint of its files when the page was filled. drawn: what each level of the tab Run shows. unfolded:
     the names of the parts that are unfolded.
     """
 
     shown: dict[str, Shown] = field(default_factory=dict)
     cancel: bool = False
     run: Run | None = None
+    place: Place = field(default_factory=Place)
+    following: bool = True
     seen: Fingerprint | None = None
-    on_page: OnPage | None = None
+    drawn: dict[str, Drawn] = field(default_factory=dict)
     unfolded: set[str] = field(default_factory=set)
+
+    def draws(self, level: str, run: Run, place: Place) -> bool:
+        """Whether a level of the tab Run is to be drawn anew. What it shows already stays, as a reader may read it."""
+        try:
+            stamp = run.stamp(place.iteration or 0)
+        except (UserError, OSError):
+            stamp = None
+        wanted = (run.path, place, stamp)
+        if self.drawn.get(level) == wanted:
+            return False
+        self.drawn[level] = wanted
+        return True
 
 
 @dataclass(frozen=True)
