@@ -26,6 +26,8 @@ class Stage(IntEnum):
     """`hapo_lite.evaluate`, and the benchmarks."""
     CANARY = 3
     """The check of the engine before training."""
+    FORK = 4
+    """The inspector's continuations from one token of a completion."""
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,10 @@ class Batch:
         lengths = torch.where(stopped, stops.int().argmax(dim=0) + 1, self._written)
         return Ends(lengths.tolist(), stopped.tolist())
 
+    def ids(self, row: int, length: int) -> list[int]:
+        """The first tokens of one completion."""
+        return self.transcript.ids[:length, row].tolist()
+
     def completions(self) -> list[Completion]:
         """The completion of each request, of a batch that is whole."""
         return self.transcript.completions(self.requests, *self.ends(), self.policy)
