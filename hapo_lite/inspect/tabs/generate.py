@@ -11,7 +11,8 @@ import torch
 from hapo_lite.errors import UserError
 from hapo_lite.inspect import markup
 from hapo_lite.inspect.tabs.controls import LimitBoxes, ModelBoxes, Values, problem_box
-from hapo_lite.inspect.tabs.state import NO_PROGRESS, ONE_AT_A_TIME, AppState, arm, error_note, explain, stop
+from hapo_lite.inspect.tabs.fork import ForkPart
+from hapo_lite.inspect.tabs.state import NO_PROGRESS, ONE_AT_A_TIME, AppState, Written, arm, error_note, explain, stop
 from hapo_lite.inspect.tabs.stream import snapshots
 from hapo_lite.inspect.tabs.view import GenerationView, Update
 from hapo_lite.inspect.views import Shown
@@ -34,9 +35,10 @@ class GenerateTab:
             cancel = gr.Button("Cancel", elem_id="cancel")
         self.status = gr.HTML(elem_id="generate-status")
         self.view = GenerationView(app, "generated", session)
+        self.fork = ForkPart(session)
         inputs = {session, self.problem, *self.boxes.inputs, *self.limits.inputs}
         written = start.click(arm, session, None, queue=False).then(
-            self.stream, inputs, [self.status, *self.view.outputs], **ONE_AT_A_TIME
+            self.stream, inputs, [self.status, *self.view.outputs, *self.fork.outputs], **ONE_AT_A_TIME
         )
         written.then(self.view.write_csv, session, self.view.csv, **NO_PROGRESS)
         cancel.click(stop, session, None, queue=False)
@@ -46,9 +48,10 @@ class GenerateTab:
         view = self.view
         session = values[self.session]
         try:
-            yield {self.status: markup.note("Loading the model."), **view.blank()}
+            yield {self.status: markup.note("Loading the model."), **view.blank(), **self.fork.hide()}
             settings = self.boxes.settings(values, values[self.problem], self.limits)
-            policy = self.boxes.policy(values)
+            load = self.boxes.loader(values)
+            policy = load()
             started = time.monotonic()
             for snapshot in snapshots(policy, settings, session):
                 count = f"{len(snapshot.table):,} tokens"
@@ -58,6 +61,8 @@ class GenerateTab:
                     continue
                 sentence = f"{count} in {time.monotonic() - started:.1f} s; {snapshot.ended}."
                 shown = Shown(snapshot.trace, snapshot.table, settings.method)
-                yield {self.status: markup.note(sentence), **view.fill(session, shown)}
+                session.written = Written(load, settings)
+                filled = view.fill(session, shown)
+                yield {self.status: markup.note(sentence), **filled, **self.fork.show(settings.problem)}
         except (UserError, torch.OutOfMemoryError) as error:
             yield {self.status: error_note(error), **view.blank()}

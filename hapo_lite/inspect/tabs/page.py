@@ -46,6 +46,11 @@ def theme() -> gr.themes.Base:
     )
 
 
+def asset(name: str) -> str:
+    """The text of a file of the page."""
+    return (ASSETS / name).read_text("utf-8")
+
+
 def head() -> str:
     """The page's head: Plotly from its package, the figures' templates, the page's script and its style.
 
@@ -53,10 +58,10 @@ def head() -> str:
     """
     return (
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{(ASSETS / 'page.css').read_text('utf-8')}{colour.palette_css()}</style>"
+        f"<style>{asset('page.css')}{asset('fork.css')}{colour.palette_css()}</style>"
         f'<script src="/gradio_api/file={PLOTLY_JS}" defer></script>'
         f"<script>window.HAPO_TEMPLATES = {json.dumps(figures.templates())};</script>"
-        f"<script>{(ASSETS / 'page.js').read_text('utf-8')}</script>"
+        f"<script>{asset('page.js')}{asset('fork.js')}</script>"
     )
 
 

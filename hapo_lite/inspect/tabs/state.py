@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +14,11 @@ from hapo_lite.algo.methods import Method
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.errors import UserError
 from hapo_lite.inspect import markup
-from hapo_lite.inspect.generate import ModelShelf
+from hapo_lite.inspect.generate import GenerationSettings, ModelShelf
 from hapo_lite.inspect.runs import Run, Stamp, open_run, run_names
 from hapo_lite.inspect.tokens import csv_text
 from hapo_lite.inspect.views import Shown
+from hapo_lite.model.policy import Policy
 
 FIRST_PASS = "first pass"
 FROM_RUN = "run's latest"
@@ -41,13 +43,21 @@ class OnPage:
     stamp: Stamp
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a generation was written with. policy: loads the model, unless the shelf still holds it."""
+
+    policy: Callable[[], Policy]
+    settings: GenerationSettings
+
+
 @dataclass
 class Session:
     """The state of one browser tab.
 
     shown: the generation of each view, by its slot. cancel: the generation under way is to end. run: the open run.
     seen: the fingerprint of its files when the page was filled. on_page: the completion of it on the page. unfolded:
-    the names of the parts that are unfolded.
+    the names of the parts that are unfolded. written: what the last generation was written with.
     """
 
     shown: dict[str, Shown] = field(default_factory=dict)
@@ -56,6 +66,7 @@ class Session:
     seen: Fingerprint | None = None
     on_page: OnPage | None = None
     unfolded: set[str] = field(default_factory=set)
+    written: Written | None = None
 
 
 @dataclass(frozen=True)
