@@ -1,4 +1,4 @@
-"""The inspector's page: its three tabs, its look, and the server that serves it."""
+"""The inspector's page: its tabs, its look, and the server that serves it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hapo_lite.errors import UserError
 from hapo_lite.inspect import colour, figures
 from hapo_lite.inspect.tabs.compare import CompareTab
 from hapo_lite.inspect.tabs.generate import GenerateTab
+from hapo_lite.inspect.tabs.rules import RulesTab
 from hapo_lite.inspect.tabs.run import RunTab
 from hapo_lite.inspect.tabs.state import AppState, Session
 
@@ -22,7 +23,7 @@ PLOTLY_JS = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 
 
 def build(app: AppState) -> gr.Blocks:
-    """The page with its three tabs."""
+    """The page with its tabs."""
     with gr.Blocks(title="HAPO inspector", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.HTML('<h1 class="hapo-title">HAPO inspector <small>what every token is given</small></h1>')
         session = gr.State(Session())
@@ -31,6 +32,8 @@ def build(app: AppState) -> gr.Blocks:
                 GenerateTab(app, session)
             with gr.Tab("Run"):
                 RunTab(app, blocks, session)
+            with gr.Tab("Rules"):
+                RulesTab(app)
             with gr.Tab("Compare"):
                 CompareTab(app, session)
     return blocks
@@ -58,7 +61,7 @@ def head() -> str:
     """
     return (
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{asset('page.css')}{asset('fork.css')}{colour.palette_css()}</style>"
+        f"<style>{asset('page.css')}{asset('fork.css')}{asset('rules.css')}{colour.palette_css()}</style>"
         f'<script src="/gradio_api/file={PLOTLY_JS}" defer></script>'
         f"<script>window.HAPO_TEMPLATES = {json.dumps(figures.templates())};</script>"
         f"<script>{asset('page.js')}{asset('fork.js')}</script>"
