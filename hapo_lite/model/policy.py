@@ -181,7 +181,8 @@ class Policy:
             with torch.no_grad(), self.autocast(), self.unpacked(), trainers_head(self.base):
                 yield cast(PreTrainedModel, self.model)  # a PeftModel passes on the base's methods
         finally:
-            self.model.train(was_training)
+            if was_training:
+                self.model.train()
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from hapo_lite.recipe.sections import DataSettings, HomePath, Positive
-from hapo_lite.recipe.settings import Section
+from hapo_lite.recipe.sections import DataSettings, HomePath
+from hapo_lite.recipe.settings import Positive, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

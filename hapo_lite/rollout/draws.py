@@ -28,6 +28,8 @@ class Stage(IntEnum):
     """The check of the engine before training."""
     PROBE = 4
     """`hapo_lite.probe`."""
+    FORK = 5
+    """The inspector's continuations from one token of a completion."""
 
 
 @dataclass(frozen=True)

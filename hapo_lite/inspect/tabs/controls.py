@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -130,13 +132,16 @@ class ModelBoxes:
         ]
 
     def policy(self, values: Values) -> Policy:
-        """The model that the boxes name. It is loaded unless it is held already. Raises UserError.
+        """The model that the boxes name. It is loaded unless it is held already. Raises UserError."""
+        return self.loader(values)()
 
-        While the model is that of the picked run, prompts are rendered as in that run.
-        """
+    def loader(self, values: Values) -> Callable[[], Policy]:
+        """What gives the model that the boxes name. While it is that of the picked run, prompts are rendered as in that
+        run. Raises UserError if the run is none."""
         run = self._run(values)
         model = run.recipe.model if run and run.recipe else None
-        return self.app.shelf.get(values[self.model], values[self.adapter] or "", values[self.quantization], model)
+        adapter, quantization = values[self.adapter] or "", values[self.quantization]
+        return partial(self.app.shelf.get, values[self.model], adapter, quantization, model)
 
     def _run(self, values: Values) -> Run | None:
         """The run that is picked. Raises UserError if it is not a run."""

@@ -13,7 +13,18 @@ from hapo_lite.errors import UserError
 from hapo_lite.inspect import markup
 from hapo_lite.inspect.tabs.controls import LimitBoxes, ModelBoxes, Values, problem_box
 from hapo_lite.inspect.tabs.example import Example
-from hapo_lite.inspect.tabs.state import NO_PROGRESS, ONE_AT_A_TIME, AppState, Session, arm, error_note, explain, stop
+from hapo_lite.inspect.tabs.fork import ForkPart
+from hapo_lite.inspect.tabs.state import (
+    NO_PROGRESS,
+    ONE_AT_A_TIME,
+    AppState,
+    Session,
+    Written,
+    arm,
+    error_note,
+    explain,
+    stop,
+)
 from hapo_lite.inspect.tabs.stream import snapshots
 from hapo_lite.inspect.tabs.view import GenerationView, Update
 from hapo_lite.inspect.views import Shown
@@ -41,6 +52,7 @@ class GenerateTab:
         self.example = Example()
         self.group = gr.HTML(elem_id="generate-group")
         self.view = GenerationView(app, "generated", session)
+        self.fork = ForkPart(session)
         inputs = {session, self.problem, *self.boxes.inputs, *self.limits.inputs}
         written = start.click(arm, session, None, queue=False).then(self.stream, inputs, self.outputs, **ONE_AT_A_TIME)
         written.then(self.view.write_csv, session, self.view.csv, **NO_PROGRESS)
@@ -49,22 +61,29 @@ class GenerateTab:
     @property
     def outputs(self) -> list[Any]:
         """The components that a generation or the example fills."""
-        return [self.status, self.group, *self.view.outputs]
+        return [self.status, self.group, *self.view.outputs, *self.fork.outputs]
 
     def show_example(self, session: Session, number: int) -> Update:
         """The recorded group with the tokens of one of its completions. number: of the completion, from 0 on."""
         shown = self.example.shown(number)
         sentence, group = self.example.group_html(number)
-        return {self.status: sentence, self.group: group, **self.view.fill(session, shown)}
+        session.written = None
+        return {self.status: sentence, self.group: group, **self.view.fill(session, shown), **self.fork.hide()}
 
     def stream(self, values: Values) -> Iterator[Update]:
         """The tab while tokens arrive, and at the end the whole view."""
         view = self.view
         session = values[self.session]
         try:
-            yield {self.status: markup.note("Loading the model."), self.group: "", **view.blank()}
+            yield {
+                self.status: markup.note("Loading the model."),
+                self.group: "",
+                **view.blank(),
+                **self.fork.hide(),
+            }
             settings = self.boxes.settings(values, values[self.problem], self.limits)
-            policy = self.boxes.policy(values)
+            load = self.boxes.loader(values)
+            policy = load()
             started = time.monotonic()
             for snapshot in snapshots(policy, settings, session):
                 count = f"{len(snapshot.table):,} tokens"
@@ -74,6 +93,8 @@ class GenerateTab:
                     continue
                 sentence = f"{count} in {time.monotonic() - started:.1f} s; {snapshot.ended}."
                 shown = Shown(snapshot.trace, snapshot.table, settings.method)
-                yield {self.status: markup.note(sentence), **view.fill(session, shown)}
+                session.written = Written(load, settings)
+                filled = view.fill(session, shown)
+                yield {self.status: markup.note(sentence), **filled, **self.fork.show(settings.problem)}
         except (UserError, torch.OutOfMemoryError) as error:
             yield {self.status: error_note(error), **view.blank()}

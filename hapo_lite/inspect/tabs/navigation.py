@@ -12,7 +12,7 @@ from hapo_lite.inspect.tabs.run import RunTab
 from hapo_lite.inspect.tabs.state import QUIET, AppState, Session
 from hapo_lite.inspect.tabs.view import Update
 
-GENERATE, RUN, COMPARE = "generate", "run", "compare"
+GENERATE, RUN, RULES, COMPARE = "generate", "run", "rules", "compare"
 """The ids of the tabs."""
 READ_ADDRESS = "(session, address) => [session, window.location.hash]"
 

@@ -12,7 +12,8 @@ from hapo_lite.errors import UserError
 from hapo_lite.inspect import assets, figures
 from hapo_lite.inspect.tabs.compare import CompareTab
 from hapo_lite.inspect.tabs.generate import GenerateTab
-from hapo_lite.inspect.tabs.navigation import COMPARE, GENERATE, RUN, Navigation
+from hapo_lite.inspect.tabs.navigation import COMPARE, GENERATE, RULES, RUN, Navigation
+from hapo_lite.inspect.tabs.rules import RulesTab
 from hapo_lite.inspect.tabs.run import RunTab
 from hapo_lite.inspect.tabs.state import AppState, Session
 
@@ -22,7 +23,7 @@ PLOTLY_JS = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 
 
 def build(app: AppState) -> gr.Blocks:
-    """The page with its three tabs. With a run it opens on the tab Run."""
+    """The page with its tabs. With a run it opens on the tab Run."""
     with gr.Blocks(title="HAPO inspector", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.HTML('<h1 class="hapo-title">HAPO inspector <small>what every token is given</small></h1>')
         session = gr.State(Session())
@@ -31,6 +32,8 @@ def build(app: AppState) -> gr.Blocks:
                 generate = GenerateTab(app, session)
             with gr.Tab("Run", id=RUN):
                 run = RunTab(app, session)
+            with gr.Tab("Rules", id=RULES):
+                RulesTab(app)
             with gr.Tab("Compare", id=COMPARE):
                 CompareTab(app, session)
         Navigation(app, tabs, generate, run).connect(blocks, session)
