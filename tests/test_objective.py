@@ -80,7 +80,7 @@ def batch(seed=0, rows=6, columns=7):
 
 def denominator_of(method, data):
     trained = data["mask"] & data["tokens"].uncertain if method.trained_tokens == "uncertain" else data["mask"]
-    return loss_denominator(trained.sum(dim=1), method.loss_average)
+    return loss_denominator(trained.sum(dim=1), method.loss_average, limit=data["mask"].shape[1])
 
 
 def gradient(method, data, rows, denominator, width=None):
@@ -146,6 +146,7 @@ PIECES_OFF = dict.fromkeys(("adaptive_temperature", "token_level_advantage", "re
         ("dapo", {"eps_high": 0.2, "dual_clip": None, "loss_average": "sequence"}, "grpo"),
         ("edge_grpo", {"entropy_scale": False}, "grpo"),
         ("entropy_adv", {"entropy_bonus": 0.0}, "grpo"),
+        ("dr_grpo", {"scale": "group", "loss_average": "sequence"}, "grpo"),
         (
             "archer",
             {"eps_uncertain": None, "kl_certain": 0.0, "uncertain_among": "iteration", "eps_high": 0.28},
@@ -173,6 +174,7 @@ def test_every_method_with_its_pieces_off_is_the_one_it_is_built_on(preset, off,
         ("edge_grpo", {"entropy_scale": False}),
         ("entropy_adv", {"entropy_bonus": 0.2}),
         ("entropy_adv", {"entropy_bonus_limit": 4.0}),
+        ("dr_grpo", {"loss_average": "sequence"}),
     ],
 )
 def test_each_piece_changes_the_gradient(preset, off):

@@ -18,6 +18,8 @@ from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.temperature import adaptive_temperature
 from hapo_lite.algo.tokens import TokenSignals, fit_signal, uncertain_tokens
 
+LIMIT = 9
+"""Most tokens that a completion may have."""
 OFTEN = settings(max_examples=150, deadline=None)
 
 rewards = st.sampled_from([0.0, 1.0, -1.0, 0.5, 1e-9, 1e6]) | st.floats(-10, 10)
@@ -39,7 +41,7 @@ def methods(draw) -> Method:
         **{name: draw(st.booleans()) for name in flags},
         low_side=draw(st.sampled_from(["negative", "positive"])),
         neutral_zone=draw(st.sampled_from(["base", "adapted"])),
-        loss_average=draw(st.sampled_from(["token", "sequence"])),
+        loss_average=draw(st.sampled_from(["token", "sequence", "constant"])),
         trained_tokens=draw(st.sampled_from(["all", "uncertain"])),
         uncertain_among=draw(st.sampled_from(["iteration", "completion"])),
         importance=draw(st.sampled_from(["none", "truncated"])),
@@ -101,7 +103,7 @@ def in_micro_batches(
     """Loss of a step and its gradient by completion, summed over padded micro-batches. beyond: what padding holds."""
     known = signals(method, completions)
     counts = [k["uncertain"].sum() if method.trained_tokens == "uncertain" else len(k["h"]) for k in known]
-    denominator = loss_denominator(torch.tensor(counts), method.loss_average)
+    denominator = loss_denominator(torch.tensor(counts), method.loss_average, LIMIT)
     total, gradients = 0.0, [torch.empty(0)] * len(completions)
     for batch in batches:
         columns = max(width, *(len(known[i]["h"]) for i in batch))
@@ -188,7 +190,9 @@ def in_plain_python(method: Method, completions: list[dict[str, Tensor]], advant
         counts.append(sum(k["uncertain"].tolist()) if method.trained_tokens == "uncertain" else len(tokens))
         losses.append(sum(loss for loss, _ in tokens))
         slopes.append([slope for _, slope in tokens])
-    if method.loss_average == "token":
+    if method.loss_average == "constant":
+        weights = [1.0 / (LIMIT * len(counts))] * len(counts)
+    elif method.loss_average == "token":
         weights = [1.0 / max(sum(counts), 1)] * len(counts)
     else:
         weights = [1.0 / max(count, 1) / max(sum(c > 0 for c in counts), 1) for count in counts]

@@ -53,8 +53,10 @@ class Method:
         "base", "Neutral zone of C: half the distance to the base bounds, or to the adapted bounds"
     )
     dual_clip: float | None = _option(10.0, "Limit on the loss of a token with A < 0, in units of -A (null: none)")
-    loss_average: Literal["token", "sequence"] = _option(
-        "token", "Mean over all tokens, or mean over the completions' means"
+    loss_average: Literal["token", "sequence", "constant"] = _option(
+        "token",
+        "Mean over all tokens; mean over the completions' means; or the sum over completions x max_new_tokens "
+        "(Dr. GRPO)",
     )
     trained_tokens: Literal["all", "uncertain"] = _option(
         "all", "Forking tokens: only uncertain tokens have a gradient, and only they count in the mean"
@@ -130,6 +132,7 @@ _DAPO = replace(
     adaptive_clip=False,
 )
 _GRPO = replace(_DAPO, preset="grpo", eps_high=0.2, dual_clip=None, loss_average="sequence")
+_DR_GRPO = replace(_GRPO, preset="dr_grpo", scale="none", loss_average="constant")
 
 PRESETS: dict[str, Method] = {
     method.preset: method
@@ -149,5 +152,6 @@ PRESETS: dict[str, Method] = {
         ),
         replace(_GRPO, preset="edge_grpo", entropy_scale=True),  # arXiv 2507.21848
         replace(_GRPO, preset="entropy_adv", entropy_bonus=0.4),  # arXiv 2506.14758
+        _DR_GRPO,  # arXiv 2503.20783
     )
 }

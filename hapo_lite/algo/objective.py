@@ -16,6 +16,8 @@ from hapo_lite.algo.clipping import clip_bounds, grouped_bounds
 from hapo_lite.algo.methods import Method
 from hapo_lite.algo.tokens import TokenSignals, trained_tokens
 
+LossAverage = Literal["token", "sequence", "constant"]
+
 
 @dataclass(frozen=True)
 class PolicyLoss:
@@ -140,29 +142,32 @@ def _bounds(method: Method, tokens: TokenSignals) -> tuple[Tensor, Tensor]:
     return clip_bounds(h, method.eps_low, method.eps_high)
 
 
-def loss_weights(
-    mask: Tensor, average: Literal["token", "sequence"] = "token", trained: Tensor | None = None
-) -> Tensor:
+def loss_weights(mask: Tensor, average: LossAverage = "token", trained: Tensor | None = None) -> Tensor:
     """The weight of each token in the loss, [B, T].
 
-    average "token": every token weighs 1, so a long completion weighs more (DAPO). average "sequence": a token weighs
-    1 / length, so all completions weigh the same (GRPO). trained: bool [B, T]; if given, the length counts only these
-    tokens.
+    average "token" and "constant": every token weighs 1, so a long completion weighs more (DAPO, Dr. GRPO). average
+    "sequence": a token weighs 1 / length, so all completions weigh the same (GRPO). trained: bool [B, T]; if given, the
+    length counts only these tokens.
     """
     weights = mask.to(torch.float32)
-    if average == "token":
+    if average != "sequence":
         return weights
     counted = weights if trained is None else weights * trained
     return weights / counted.sum(dim=1, keepdim=True).clamp_min(1.0)
 
 
-def loss_denominator(trained_counts: Tensor, average: Literal["token", "sequence"] = "token") -> float:
+def loss_denominator(trained_counts: Tensor, average: LossAverage = "token", limit: int | None = None) -> float:
     """The number that an optimiser step's loss is divided by. trained_counts: [B], trained tokens of each completion.
 
     B counts all completions of the step. average "token": the number of trained tokens. average "sequence": the number
-    of completions with at least one trained token. The result is at least 1, so a step without a trained token has
-    loss 0.
+    of completions with at least one trained token. average "constant": B times `limit`, the most tokens that a
+    completion may have. The result is at least 1, so a step without a trained token has loss 0. Raises ValueError for
+    "constant" without a limit.
     """
+    if average == "constant":
+        if limit is None:
+            raise ValueError("loss_average: constant needs the limit on the tokens of a completion")
+        return float(len(trained_counts) * limit)
     count = trained_counts.sum() if average == "token" else (trained_counts > 0).sum()
     return float(count.clamp_min(1))
 

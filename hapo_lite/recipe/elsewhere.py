@@ -20,7 +20,7 @@ OURS = {
     "epsilon": "method.eps_low and method.eps_high",
     "epsilon_high": "method.eps_high",
     "delta": "method.dual_clip",
-    "loss_type": "method, the name of a preset, and method.loss_average",
+    "loss_type": "method, the name of a preset such as dr_grpo, and method.loss_average",
     "scale_rewards": "method.scale: group, batch or none",
     "importance_sampling_level": _NONE + "ratios are of tokens",
     "vllm_importance_sampling_correction": "method.importance=truncated",

@@ -179,7 +179,7 @@ class Loop:
         return Update(
             self.policy,
             recipe.method,
-            recipe.rollout.temperature,
+            recipe.rollout,
             recipe.training.max_grad_norm,
             self.learner,
             self.resources,

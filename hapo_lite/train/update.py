@@ -16,6 +16,7 @@ from torch import Tensor
 from hapo_lite.algo.methods import Method
 from hapo_lite.algo.objective import Credit, PolicyLoss, loss_denominator, method_loss
 from hapo_lite.model.policy import Policy
+from hapo_lite.recipe import RolloutSettings
 from hapo_lite.records import Experience, TokenOutcome, pad
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.runs.skipped import SkippedStep
@@ -118,7 +119,7 @@ class Update:
 
     policy: Policy
     method: Method
-    temperature: float
+    rollout: RolloutSettings
     max_grad_norm: float
     learner: Learner
     resources: Resources
@@ -132,7 +133,7 @@ class Update:
         share = [batch for part in plan.updates for batch in processes.rank_share(part)]
         progress.count(len(share), "micro-batches", padded_tokens(share, lengths))
         for number, (members, batches) in enumerate(zip(plan.members, plan.updates, strict=True), 1):
-            denominator = loss_denominator(trained[members], self.method.loss_average)
+            denominator = self.denominator(trained[members])
             parts, gradients = self.resources.oom.fit(
                 "update",
                 [batches],
@@ -154,6 +155,10 @@ class Update:
         updated.outcomes = processes.gather(updated.outcomes)
         return updated
 
+    def denominator(self, trained_counts: Tensor) -> float:
+        """`loss_denominator` of a step. trained_counts: trained tokens of each of its completions."""
+        return loss_denominator(trained_counts, self.method.loss_average, self.rollout.max_new_tokens)
+
     def _attempt(self, experience: Experience, denominator: float, parts: Parts) -> LossAndOutcomes:
         [batches] = parts
         return self.gradients(experience, batches, denominator)
@@ -161,7 +166,7 @@ class Update:
     def gradients(self, experience: Experience, batches: list[list[int]], denominator: float) -> LossAndOutcomes:
         """`sum_gradients` of a step's micro-batches, with the outcomes of this process's.
 
-        denominator: `loss_denominator` of the whole step.
+        denominator: that of the whole step.
         """
         outcomes: dict[int, TokenOutcome] = {}
 
@@ -171,14 +176,14 @@ class Update:
             return part.loss
 
         def idle(batch: list[int]) -> Tensor:
-            return logprobs(self.policy, experience.select(batch).completions, self.temperature)[0].sum()
+            return logprobs(self.policy, experience.select(batch).completions, self.rollout.temperature)[0].sum()
 
         passes = Passes(self.policy, loss_of, idle, experience.sequence_lengths)
         return LossAndOutcomes(sum_gradients(batches, passes, self.learner, self.resources), outcomes)
 
     def micro_batch(self, batch: Experience, denominator: float) -> LossAndOutcomes:
         """The loss of one micro-batch, with its graph, and its effect on each token. The outcomes are by row."""
-        logp, _ = logprobs(self.policy, batch.completions, self.temperature)
+        logp, _ = logprobs(self.policy, batch.completions, self.rollout.temperature)
         inputs = batch.padded(self.method, logp.device)
         loss, credit = method_loss(self.method, logp, inputs, denominator)
         return LossAndOutcomes(loss.loss, outcomes_of(batch, logp, loss, credit))
