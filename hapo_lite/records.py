@@ -233,8 +233,8 @@ class TokenOutcome:
     advantage: that of the completion within its group. old_logp, entropy: log-probability and entropy under the policy
     before the iteration's first update, at the base temperature, nats. h: the entropy signal. uncertain: bool, above
     the method's quantile. logp: log-probability at the moment of the update. credit: the final advantage of each token.
-    lower, upper: bounds on the ratio. kl_base: divergence from the base model, nats; None for a method without a KL
-    weight.
+    lower, upper: bounds on the ratio or, where there is one, on `measure` (`algo.surrogate`): None if the ratio is what
+    they hold. kl_base: divergence from the base model, nats; None for a method without a KL weight.
     """
 
     advantage: float
@@ -250,3 +250,4 @@ class TokenOutcome:
     clipped_low: Tensor
     clipped_high: Tensor
     kl_base: Tensor | None = None
+    measure: Tensor | None = None

@@ -147,6 +147,10 @@ PIECES_OFF = dict.fromkeys(("adaptive_temperature", "token_level_advantage", "re
         ("edge_grpo", {"entropy_scale": False}, "grpo"),
         ("entropy_adv", {"entropy_bonus": 0.0}, "grpo"),
         ("dr_grpo", {"scale": "group", "loss_average": "sequence"}, "grpo"),
+        ("gspo", {"surrogate": "clip", "eps_low": 0.2, "eps_high": 0.2}, "grpo"),
+        ("cispo", {"surrogate": "clip", "eps_high": 0.28, "dual_clip": 10.0}, "dapo"),
+        ("sapo", {"surrogate": "clip"}, "grpo"),
+        ("dppo", {"surrogate": "clip", "eps_low": 0.2, "eps_high": 0.28, "dual_clip": 10.0}, "dapo"),
         (
             "archer",
             {"eps_uncertain": None, "kl_certain": 0.0, "uncertain_among": "iteration", "eps_high": 0.28},
@@ -175,6 +179,13 @@ def test_every_method_with_its_pieces_off_is_the_one_it_is_built_on(preset, off,
         ("entropy_adv", {"entropy_bonus": 0.2}),
         ("entropy_adv", {"entropy_bonus_limit": 4.0}),
         ("dr_grpo", {"loss_average": "sequence"}),
+        ("gspo", {"surrogate": "clip"}),
+        ("cispo", {"eps_high": 0.28}),
+        ("sapo", {"gate_positive": 2.0}),
+        ("sapo", {"gate_negative": 2.0}),
+        ("dppo", {"eps_low": 0.01}),
+        ("dppo", {"eps_high": 0.01}),
+        ("dppo", {"dual_clip": 1.1}),
     ],
 )
 def test_each_piece_changes_the_gradient(preset, off):
@@ -222,6 +233,8 @@ def test_importance_weights_are_truncated():
         {"entropy_bonus_limit": 1.0},
         {"entropy_bonus": -0.1},
         {"kl_certain": -0.1},
+        {"gate_positive": 0.0},
+        {"gate_negative": -1.0},
         {"eps_uncertain": 0.4},  # with adaptive_clip, which sets the bounds already
     ],
 )

@@ -48,6 +48,9 @@ def methods(draw) -> Method:
         quantile=draw(st.floats(0, 1)),
         eps_low=draw(st.floats(0.01, 0.49)),
         eps_high=draw(st.floats(0.01, 2.0)),
+        surrogate=draw(st.sampled_from(["clip", "sequence", "cispo", "sapo", "dppo"])),
+        gate_positive=draw(st.floats(0.1, 4.0)),
+        gate_negative=draw(st.floats(0.1, 4.0)),
         dual_clip=draw(st.none() | st.floats(1.5, 10.0)),
         entropy_bonus=draw(st.sampled_from([0.0, 0.4])),
         kl_certain=draw(st.sampled_from([0.0, 0.1])),
@@ -144,7 +147,38 @@ def in_micro_batches(
     return total, gradients
 
 
-def one_token(m: Method, a: float, h: float, entropy: float, uncertain: bool, c: dict[str, float]) -> tuple:
+def clipped(ratio: float, a: float, lower: float, upper: float, dual_clip: float | None) -> tuple[float, float]:
+    """PPO's gain of one token, with the dual clip, and its derivative by the token's logp."""
+    gain, slope = ratio * a, ratio * a
+    if min(max(ratio, lower), upper) * a < gain:
+        gain, slope = min(max(ratio, lower), upper) * a, 0.0
+    if dual_clip is not None and a < 0 and gain < dual_clip * a:
+        gain, slope = dual_clip * a, 0.0
+    return gain, slope
+
+
+def gain_of_one(m: Method, a: float, bounds: tuple[float, float], whole: float, c: dict[str, float]) -> tuple:
+    """The gain of one token under the method's surrogate, and its derivative by logp. whole: its completion's ratio."""
+    ratio = math.exp(c["logp"] - c["old_logp"])
+    if m.surrogate == "clip":
+        return clipped(ratio, a, *bounds, m.dual_clip)
+    if m.surrogate == "sequence":
+        return clipped(whole, a, *bounds, m.dual_clip)
+    if m.surrogate == "cispo":
+        return (min(ratio, bounds[1]) * a,) * 2
+    if m.surrogate == "sapo":
+        tau = m.gate_positive if a > 0 else m.gate_negative
+        gate = 1 / (1 + math.exp(-tau * (ratio - 1))) if tau * (ratio - 1) > -700 else 0.0
+        return 4 / tau * gate * a, 4 * gate * (1 - gate) * ratio * a
+    change = 1 + math.exp(c["logp"]) - math.exp(c["old_logp"])
+    if (a > 0 and change > bounds[1]) or (a < 0 and change < bounds[0]):
+        return 0.0, 0.0
+    return (min(ratio, m.dual_clip or math.inf) * a,) * 2
+
+
+def one_token(
+    m: Method, a: float, h: float, entropy: float, uncertain: bool, whole: float, c: dict[str, float]
+) -> tuple:
     """Loss of one token and its derivative by logp, in plain Python: the equations read once more, from the paper."""
     ratio = math.exp(c["logp"] - c["old_logp"])
     if m.eps_uncertain is not None and uncertain:
@@ -152,6 +186,10 @@ def one_token(m: Method, a: float, h: float, entropy: float, uncertain: bool, c:
     else:
         wider = h if m.adaptive_clip else 0.0
         lower, upper = 1 - m.eps_low * (1 - min(wider, 0.0)), 1 + m.eps_high * (1 + max(wider, 0.0))
+    if m.surrogate in ("cispo", "sapo"):
+        lower = 0.0
+    if m.surrogate == "sapo":
+        upper = math.inf
     if m.entropy_bonus:
         a += min(m.entropy_bonus * entropy, abs(a) / m.entropy_bonus_limit)
     if m.redistribution:
@@ -161,12 +199,7 @@ def one_token(m: Method, a: float, h: float, entropy: float, uncertain: bool, c:
             a *= 1 + h
     if m.trained_tokens == "uncertain" and not uncertain:
         a = 0.0
-    gain, slope = ratio * a, ratio * a
-    clipped = min(max(ratio, lower), upper) * a
-    if clipped < gain:
-        gain, slope = clipped, 0.0
-    if m.dual_clip is not None and a < 0 and gain < m.dual_clip * a:
-        gain, slope = m.dual_clip * a, 0.0
+    gain, slope = gain_of_one(m, a, (lower, upper), whole, c)
     if m.importance == "truncated":
         weight = min(math.exp(c["old_logp"] - c["sampling_logp"]), m.importance_cap)
         gain, slope = gain * weight, slope * weight
@@ -180,9 +213,10 @@ def in_plain_python(method: Method, completions: list[dict[str, Tensor]], advant
     losses, slopes, counts = [], [], []
     for c, k, a in zip(completions, known, advantage.tolist(), strict=True):
         a *= float(k["scale"]) if method.entropy_scale else 1.0
+        whole = math.exp(sum((c["logp"] - c["old_logp"]).tolist()) / len(c["logp"]))
         names = ("logp", "old_logp", "sampling_logp", "reference_logp")
         tokens = [
-            one_token(method, a, h, e, u, {name: float(c[name][t]) for name in names})
+            one_token(method, a, h, e, u, whole, {name: float(c[name][t]) for name in names})
             for t, (h, e, u) in enumerate(
                 zip(k["h"].tolist(), c["entropy"].tolist(), k["uncertain"].tolist(), strict=True)
             )

@@ -271,6 +271,7 @@ DOUBTS = [
         ["method=archer", "training.updates_per_iteration=1"],
         "eps_uncertain does nothing",
     ),
+    (rules.a_soft_gate_has_no_bounds, ["method=sapo", "method.adaptive_clip=true"], "sapo has no bounds"),
     (rules.low_side_needs_a_reader, ["method=dapo", "method.low_side=positive"], "low_side has no effect"),
     (
         rules.redistribution_needs_certain_tokens,

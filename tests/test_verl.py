@@ -146,7 +146,16 @@ def test_what_cannot_be_done_is_refused():
         verl.clipped_loss(method, zero, zero, zero, torch.ones(1, 2), "token-sum", config)
 
 
-@pytest.mark.parametrize(("preset", "piece"), [("dr_grpo", "loss_average: constant")])
+@pytest.mark.parametrize(
+    ("preset", "piece"),
+    [
+        ("dr_grpo", "loss_average: constant"),
+        ("gspo", "surrogate: sequence"),
+        ("cispo", "surrogate: cispo"),
+        ("sapo", "surrogate: sapo"),
+        ("dppo", "surrogate: dppo"),
+    ],
+)
 def test_a_piece_that_another_trainer_would_not_run_is_refused(preset, piece):
     with pytest.raises(ValueError, match=f"^{preset}: verl has no place for {piece} here; its own are"):
         refuse_others(PRESETS[preset], "verl", "loss_agg_mode")

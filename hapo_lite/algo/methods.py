@@ -44,15 +44,28 @@ class Method:
     low_side: Literal["negative", "positive"] = _option(
         "negative", "Sign of h below the pivot; positive: what HAPO's public code does"
     )
-    eps_low: float = _option(0.2, "How far the ratio may fall below 1 before its gradient stops")
-    eps_high: float = _option(0.28, "How far the ratio may rise above 1 before its gradient stops")
+    surrogate: Literal["clip", "sequence", "cispo", "sapo", "dppo"] = _option(
+        "clip",
+        "What the bounds hold: each token's ratio (clip), its completion's (sequence), the weight of a token (cispo), "
+        "the token's probability (dppo); sapo has a soft gate instead",
+    )
+    eps_low: float = _option(
+        0.2, "How far the ratio may fall below 1 before its gradient stops; dppo: the probability below the old one"
+    )
+    eps_high: float = _option(
+        0.28, "How far the ratio may rise above 1 before its gradient stops; dppo: the probability above the old one"
+    )
     eps_uncertain: float | None = _option(
         None, "Archer: how far an uncertain token's ratio may move, both ways (null: the same bounds for all tokens)"
     )
     neutral_zone: Literal["base", "adapted"] = _option(
         "base", "Neutral zone of C: half the distance to the base bounds, or to the adapted bounds"
     )
-    dual_clip: float | None = _option(10.0, "Limit on the loss of a token with A < 0, in units of -A (null: none)")
+    dual_clip: float | None = _option(
+        10.0, "Limit on the loss of a token with A < 0, in units of -A; dppo: on every token's weight (null: none)"
+    )
+    gate_positive: float = _option(1.0, "sapo: how fast the gradient of a token with A > 0 fades as it moves")
+    gate_negative: float = _option(1.05, "sapo: the same for A < 0")
     loss_average: Literal["token", "sequence", "constant"] = _option(
         "token",
         "Mean over all tokens; mean over the completions' means; or the sum over completions x max_new_tokens "
@@ -86,6 +99,8 @@ class Method:
             "eps_high": (self.eps_high > 0.0, "above 0"),
             "eps_uncertain": within,
             "dual_clip": (self.dual_clip is None or self.dual_clip > 1.0, "above 1, or null"),
+            "gate_positive": (self.gate_positive > 0.0, "above 0"),
+            "gate_negative": (self.gate_negative > 0.0, "above 0"),
             "entropy_bonus": (self.entropy_bonus >= 0.0, "0 or more"),
             "entropy_bonus_limit": (self.entropy_bonus_limit > 1.0, "above 1"),
             "kl_certain": (self.kl_certain >= 0.0, "0 or more"),
@@ -153,5 +168,11 @@ PRESETS: dict[str, Method] = {
         replace(_GRPO, preset="edge_grpo", entropy_scale=True),  # arXiv 2507.21848
         replace(_GRPO, preset="entropy_adv", entropy_bonus=0.4),  # arXiv 2506.14758
         _DR_GRPO,  # arXiv 2503.20783
+        replace(_GRPO, preset="gspo", surrogate="sequence", eps_low=3e-4, eps_high=4e-4),  # arXiv 2507.18071
+        replace(_DAPO, preset="cispo", surrogate="cispo", eps_high=4.0, dual_clip=None),  # arXiv 2506.13585
+        replace(_GRPO, preset="sapo", surrogate="sapo"),  # arXiv 2511.20347
+        replace(  # arXiv 2602.04879
+            _DAPO, preset="dppo", surrogate="dppo", eps_low=0.15, eps_high=0.15, dual_clip=20.0
+        ),
     )
 }

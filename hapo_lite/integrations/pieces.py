@@ -8,6 +8,7 @@ from hapo_lite.algo.methods import Method
 def refuse_others(method: Method, trainer: str, own: str) -> None:
     """Raise ValueError if `method` has more pieces than A-D and DAPO's. own: settings that `trainer` has instead."""
     lacking = {
+        f"surrogate: {method.surrogate}": method.surrogate != "clip",
         "loss_average: constant": method.loss_average == "constant",
         "trained_tokens": method.trained_tokens != "all",
         "eps_uncertain": method.eps_uncertain is not None,

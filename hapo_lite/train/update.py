@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hapo_lite.algo.methods import Method
-from hapo_lite.algo.objective import Credit, PolicyLoss, loss_denominator, method_loss
+from hapo_lite.algo.objective import PolicyLoss, loss_denominator, method_loss
+from hapo_lite.algo.surrogate import Credit
 from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import RolloutSettings
 from hapo_lite.records import Experience, TokenOutcome, pad
@@ -203,6 +204,8 @@ def outcomes_of(batch: Experience, logp: Tensor, loss: PolicyLoss, credit: Credi
         "clipped_low": loss.clipped_low,
         "clipped_high": loss.clipped_high,
     }
+    if loss.measure is not None:
+        by_token["measure"] = loss.measure
     if loss.kl_base is not None:
         by_token["kl_base"] = loss.kl_base
     # Stacked, they are one copy from a GPU.
