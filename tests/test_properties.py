@@ -16,7 +16,7 @@ from hapo_lite.algo.methods import PRESETS, Method
 from hapo_lite.algo.objective import LossInputs, assign_credit, loss_denominator, loss_weights, method_loss
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.temperature import adaptive_temperature
-from hapo_lite.algo.tokens import TokenSignals, fit_signal, uncertain_tokens
+from hapo_lite.algo.tokens import TokenSignals, fit_signal, trained_tokens, uncertain_tokens
 
 LIMIT = 9
 """Most tokens that a completion may have."""
@@ -42,7 +42,7 @@ def methods(draw) -> Method:
         low_side=draw(st.sampled_from(["negative", "positive"])),
         neutral_zone=draw(st.sampled_from(["base", "adapted"])),
         loss_average=draw(st.sampled_from(["token", "sequence", "constant"])),
-        trained_tokens=draw(st.sampled_from(["all", "uncertain"])),
+        trained_tokens=draw(st.sampled_from(["all", "uncertain", "random"])),
         uncertain_among=draw(st.sampled_from(["iteration", "completion"])),
         importance=draw(st.sampled_from(["none", "truncated"])),
         quantile=draw(st.floats(0, 1)),
@@ -76,7 +76,8 @@ def steps(draw) -> tuple[list[dict[str, Tensor]], Tensor]:
         old = -3.0 * noise(length).abs()
         entropy = torch.tensor(draw(st.lists(entropies, min_size=length, max_size=length)), dtype=torch.float64)
         near = {name: old + spread * noise(length) for name in ("logp", "sampling_logp", "reference_logp")}
-        completions.append({"old_logp": old, "entropy": entropy, **near})
+        singled = {"drawn": noise(length) > 0, "factor": 1.0 + 0.1 * (noise(length) > 0)}
+        completions.append({"old_logp": old, "entropy": entropy, **near, **singled})
     chosen = st.sampled_from([0.0, 1.0, -1.0, 0.3, -4.0])
     return completions, torch.tensor([draw(chosen) for _ in lengths], dtype=torch.float64)
 
@@ -105,7 +106,8 @@ def in_micro_batches(
 ) -> tuple[float, list[Tensor]]:
     """Loss of a step and its gradient by completion, summed over padded micro-batches. beyond: what padding holds."""
     known = signals(method, completions)
-    counts = [k["uncertain"].sum() if method.trained_tokens == "uncertain" else len(k["h"]) for k in known]
+    pairs = zip(known, completions, strict=True)
+    counts = [trained_tokens(method, k["uncertain"], drawn=c["drawn"]).sum() for k, c in pairs]
     denominator = loss_denominator(torch.tensor(counts), method.loss_average, LIMIT)
     total, gradients = 0.0, [torch.empty(0)] * len(completions)
     for batch in batches:
@@ -123,9 +125,11 @@ def in_micro_batches(
             padded(completions, "entropy"),
             uncertain,
             torch.stack([known[i]["scale"] for i in batch]),
+            padded(completions, "factor"),
+            padded(completions, "drawn") == 1.0,
         )
         logp = padded(completions, "logp").requires_grad_()
-        trained = uncertain if method.trained_tokens == "uncertain" else torch.ones_like(mask)
+        trained = trained_tokens(method, uncertain, drawn=tokens.drawn)
         loss, _ = method_loss(
             method,
             logp,
@@ -176,6 +180,10 @@ def gain_of_one(m: Method, a: float, bounds: tuple[float, float], whole: float, 
     return (min(ratio, m.dual_clip or math.inf) * a,) * 2
 
 
+def is_trained(m: Method, uncertain: bool, c: dict[str, float]) -> bool:
+    return {"all": True, "uncertain": uncertain, "random": bool(c["drawn"])}[m.trained_tokens]
+
+
 def one_token(
     m: Method, a: float, h: float, entropy: float, uncertain: bool, whole: float, c: dict[str, float]
 ) -> tuple:
@@ -197,7 +205,8 @@ def one_token(
         settled = 1 - low / 2 <= ratio <= 1 + high / 2
         if (h > 0 and not settled) or (h <= 0 and settled):
             a *= 1 + h
-    if m.trained_tokens == "uncertain" and not uncertain:
+    a *= c["factor"]
+    if not is_trained(m, uncertain, c):
         a = 0.0
     gain, slope = gain_of_one(m, a, (lower, upper), whole, c)
     if m.importance == "truncated":
@@ -214,14 +223,15 @@ def in_plain_python(method: Method, completions: list[dict[str, Tensor]], advant
     for c, k, a in zip(completions, known, advantage.tolist(), strict=True):
         a *= float(k["scale"]) if method.entropy_scale else 1.0
         whole = math.exp(sum((c["logp"] - c["old_logp"]).tolist()) / len(c["logp"]))
-        names = ("logp", "old_logp", "sampling_logp", "reference_logp")
+        names = ("logp", "old_logp", "sampling_logp", "reference_logp", "factor", "drawn")
         tokens = [
             one_token(method, a, h, e, u, whole, {name: float(c[name][t]) for name in names})
             for t, (h, e, u) in enumerate(
                 zip(k["h"].tolist(), c["entropy"].tolist(), k["uncertain"].tolist(), strict=True)
             )
         ]
-        counts.append(sum(k["uncertain"].tolist()) if method.trained_tokens == "uncertain" else len(tokens))
+        rows = zip(k["uncertain"].tolist(), c["drawn"].tolist(), strict=True)
+        counts.append(sum(is_trained(method, u, {"drawn": d}) for u, d in rows))
         losses.append(sum(loss for loss, _ in tokens))
         slopes.append([slope for _, slope in tokens])
     if method.loss_average == "constant":

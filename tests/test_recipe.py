@@ -271,6 +271,11 @@ DOUBTS = [
         ["method=archer", "training.updates_per_iteration=1"],
         "eps_uncertain does nothing",
     ),
+    (
+        rules.one_update_makes_all_surrogates_one,
+        ["method=gspo", "training.updates_per_iteration=1"],
+        "method.surrogate makes no difference",
+    ),
     (rules.a_soft_gate_has_no_bounds, ["method=sapo", "method.adaptive_clip=true"], "sapo has no bounds"),
     (rules.low_side_needs_a_reader, ["method=dapo", "method.low_side=positive"], "low_side has no effect"),
     (

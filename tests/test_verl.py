@@ -154,6 +154,9 @@ def test_what_cannot_be_done_is_refused():
         ("cispo", "surrogate: cispo"),
         ("sapo", "surrogate: sapo"),
         ("dppo", "surrogate: dppo"),
+        ("clip_cov", "covariance_share"),
+        ("stare", "surprisal_factor"),
+        ("random_tokens", "trained_tokens"),
     ],
 )
 def test_a_piece_that_another_trainer_would_not_run_is_refused(preset, piece):

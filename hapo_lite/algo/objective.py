@@ -121,7 +121,10 @@ def assign_credit(method: Method, advantage: Tensor, tokens: TokenSignals, ratio
         credit = redistribute(credit, tokens.h, ratio, method.eps_low, method.eps_high)
     elif method.redistribution:
         credit = redistribute(credit, tokens.h, ratio, 1.0 - lower, upper - 1.0)
-    return Credit(torch.where(trained_tokens(method, tokens.uncertain), credit, 0.0), lower, upper)
+    if tokens.factor is not None:
+        credit = credit * tokens.factor
+    trained = trained_tokens(method, tokens.uncertain, drawn=tokens.drawn)
+    return Credit(torch.where(trained, credit, 0.0), lower, upper)
 
 
 def _bounds(method: Method, tokens: TokenSignals) -> tuple[Tensor, Tensor]:

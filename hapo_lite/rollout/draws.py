@@ -26,6 +26,8 @@ class Stage(IntEnum):
     """`hapo_lite.evaluate`, and the benchmarks."""
     CANARY = 3
     """The check of the engine before training."""
+    SELECTION = 4
+    """No completions: which tokens are trained, where a method draws them (`train/selection.py`)."""
 
 
 @dataclass(frozen=True)

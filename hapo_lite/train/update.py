@@ -184,21 +184,28 @@ class Update:
 
     def micro_batch(self, batch: Experience, denominator: float) -> LossAndOutcomes:
         """The loss of one micro-batch, with its graph, and its effect on each token. The outcomes are by row."""
-        logp, _ = logprobs(self.policy, batch.completions, self.rollout.temperature)
+        logp, _ = logprobs(self.policy, batch.completions, self.rollout.temperature, batch.kept)
         inputs = batch.padded(self.method, logp.device)
         loss, credit = method_loss(self.method, logp, inputs, denominator)
-        return LossAndOutcomes(loss.loss, outcomes_of(batch, logp, loss, credit))
+        return LossAndOutcomes(loss.loss, outcomes_of(batch, self.method, logp, loss, credit))
 
 
-def outcomes_of(batch: Experience, logp: Tensor, loss: PolicyLoss, credit: Credit) -> dict[int, TokenOutcome]:
+def outcomes_of(
+    batch: Experience, method: Method, logp: Tensor, loss: PolicyLoss, credit: Credit
+) -> dict[int, TokenOutcome]:
     """The loss's effect on each token, on the CPU, by row of `batch`. logp: [B, T].
 
     The ratio is measured on completions that the loss leaves out too.
     """
+    old_logp, kept, advantage = pad(batch.old_logp, logp.device), None, credit.advantage
+    if batch.kept is not None:
+        kept = pad(batch.kept, logp.device)
+        logp, advantage = torch.where(kept, logp, old_logp), torch.where(kept, advantage, 0.0)
+    trained = batch.trained(method)
     by_token = {
         "logp": logp,
-        "ratio": (logp.detach() - pad(batch.old_logp, logp.device)).exp(),
-        "credit": credit.advantage,
+        "ratio": (logp.detach() - old_logp).exp(),
+        "credit": advantage,
         "lower": credit.lower,
         "upper": credit.upper,
         "clipped_low": loss.clipped_low,
@@ -218,6 +225,8 @@ def outcomes_of(batch: Experience, logp: Tensor, loss: PolicyLoss, credit: Credi
             batch.entropy[row],
             batch.h[row],
             batch.uncertain[row],
+            trained=trained[row] if batch.factor is None else trained[row] & (batch.factor[row] != 0.0),
+            computed=None if batch.kept is None else batch.kept[row],
             **{name: rows[row, : batch.completions[row].length].clone() for name, rows in by_token.items()},
         )
         for row in range(len(batch))
