@@ -34,7 +34,7 @@ rollout:
 method:
   {preset: hapo, low_side: positive, neutral_zone: adapted, adaptive_clip: false, eps_uncertain: 0.5,
    loss_average: sequence, uncertain_among: completion, entropy_scale: true, entropy_bonus: 0.4, kl_certain: 0.001,
-   kl_uncertain: 0.001, importance: truncated}
+   kl_uncertain: 0.001, importance: truncated, token_share: 0.5, covariance_share: 0.001, surprisal_factor: 1.1}
 training: {iterations: 9, max_tokens: 9999, weight_decay: 0.1, optimizer: adamw_8bit}
 evaluation: {data: {source: held_out.jsonl, system_prompt: null}}
 benchmark: {suites: [tiny], limit: 9, max_new_tokens: 99}
@@ -52,6 +52,7 @@ REFUSED = {
     "method.preset": "one piece of the preset does not go with another that the recipe sets itself",
     "method.importance": "truncated sampling without its weight has a biased gradient, in silence",
     "method.low_side": "with eps_low = 0.6 the lower bound on a ratio would lie below 0",
+    "method.surrogate": "the ratio of a completion takes all its tokens, and a share of them is computed",
     "reward.combine": "rewards are normalised within a list of them, and there is no list",
     "reward.correct": "without a difference between right and wrong there is nothing to learn",
     "reward.functions": "a word is taken as the name of a reward, and none has that name",

@@ -57,7 +57,7 @@ def test_every_shipped_comparison_plans_its_runs(path):
 
 def test_the_comparisons_hold_every_method_and_every_piece():
     methods = {path.stem: {r.recipe.method for r in planned_runs(load_comparison(path))} for path in COMPARISONS}
-    assert methods["compare_tiny"] == set(PRESETS.values())
+    assert methods["compare_tiny"] | methods["rivals_tiny"] == set(PRESETS.values())
     pieces = ("adaptive_temperature", "token_level_advantage", "redistribution", "adaptive_clip")
     switches = {tuple(getattr(m, p) for p in pieces) for m in methods["ablation_tiny"]}
     one_by_one = {tuple(i == j for j in range(4)) for i in range(4)}
@@ -281,6 +281,12 @@ DOUBTS = [
         ["method=archer", "training.updates_per_iteration=1"],
         "eps_uncertain does nothing",
     ),
+    (
+        rules.one_update_makes_all_surrogates_one,
+        ["method=gspo", "training.updates_per_iteration=1"],
+        "method.surrogate makes no difference",
+    ),
+    (rules.a_soft_gate_has_no_bounds, ["method=sapo", "method.adaptive_clip=true"], "sapo has no bounds"),
     (rules.low_side_needs_a_reader, ["method=dapo", "method.low_side=positive"], "low_side has no effect"),
     (
         rules.redistribution_needs_certain_tokens,

@@ -60,6 +60,8 @@ def token_figures(table: TokenTable, method: Method) -> str:
     """The HTML of all figures of one generation, except the what-if."""
     rho = f"{100 * method.quantile:g} %"
     ratios = " Dots: actual ratios; crosses: clipped." if "ratio" in table.numbers else ""
+    if "measure" in table.numbers:
+        ratios = f" Dots: what the bounds hold ({QUANTITIES['measure'].meaning}); crosses: clipped."
     parts = [
         figure_html(
             entropy_figure(table),
@@ -100,19 +102,20 @@ def temperature_figure(table: TokenTable) -> Figure:
 
 
 def bounds_figure(table: TokenTable) -> Figure:
-    """The band between the lower and the upper bound, and the actual ratios if the trace has them."""
+    """The band between the lower and the upper bound, and what they hold if the trace has it: ratios, mostly."""
     line = {"mode": "lines", "line": {"color": BLUE, "width": 1, "shape": "hvh"}}
     lower = _series(table, table.numbers["lower"], "lower", **line)
     upper = _series(table, table.numbers["upper"], "upper", **line, fill="tonexty", fillcolor="rgba(47,127,184,.18)")
-    data = [lower, upper]
-    if "ratio" in table.numbers:
+    data = [lower, upper] if all(map(math.isfinite, table.numbers["upper"])) else []
+    held = "measure" if "measure" in table.numbers else "ratio"
+    if held in table.numbers:
         marker = {
             "color": [ORANGE if c else GREY for c in table.clipped],
             "symbol": ["x" if c else "circle" for c in table.clipped],
             "size": 6,
         }
-        data.append(_series(table, table.numbers["ratio"], "ratio", mode="markers", marker=marker))
-    return framed("ratio", data, shapes=[_level(1.0, {"color": GREY, "width": 1})])
+        data.append(_series(table, table.numbers[held], held, mode="markers", marker=marker))
+    return framed(held, data, shapes=[_level(1.0, {"color": GREY, "width": 1})])
 
 
 def histogram_figure(table: TokenTable) -> Figure:
@@ -247,7 +250,7 @@ def _series(table: TokenTable, values: Sequence[float], name: str, **look: Any) 
     return {
         "type": "scatter",
         "x": list(range(len(table))),
-        "y": list(values),
+        "y": [value if math.isfinite(value) else None for value in values],
         "name": name,
         "text": [_plain(piece.shown, 40) for piece in table.pieces],
         "hovertemplate": "%{x}: %{text}<br>%{y:.4~g}<extra></extra>",

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from hapo_lite.algo.advantage import entropy_scale
 from hapo_lite.algo.methods import PRESETS, Method
-from hapo_lite.algo.objective import Credit, LossInputs, PolicyLoss, loss_denominator, loss_weights, method_loss
+from hapo_lite.algo.objective import LossInputs, PolicyLoss, loss_denominator, loss_weights, method_loss
+from hapo_lite.algo.selection import advantage_factor
 from hapo_lite.algo.signal import EntropySignal
+from hapo_lite.algo.surrogate import Credit
 from hapo_lite.algo.tokens import TokenSignals, trained_tokens, uncertain_tokens
 from hapo_lite.errors import UserError
 from hapo_lite.records import pad
@@ -25,6 +27,8 @@ from hapo_lite.runs.trace import Trace
 
 AS_IN_RUN = "as in the run"
 """The choice of a run's own method, with its constants."""
+REPLAYABLE = tuple(name for name, method in PRESETS.items() if not method.draws)
+"""The presets that a trace can be put under. The others draw tokens at random, and a trace does not hold the draws."""
 TREATMENTS = ("amplified", "kept", "suppressed", "stopped low", "stopped high", "left out")
 """What a rule can do with a token, one of them to each. Amplified, kept, suppressed: the credit is larger than the
 advantage of the completion, equal, or smaller. Stopped low, stopped high: a bound stops the gradient (stopped high also
@@ -93,13 +97,15 @@ def choose_rule(name: str, own: Method) -> Method:
     """The method of that name: AS_IN_RUN or a preset. own: the method of the run.
 
     A preset takes the quantile and the floor of the run, since the recorded signal was fitted with them. Raises
-    UserError for another name.
+    UserError for another name, and for a method that draws its tokens at random.
     """
-    if name == AS_IN_RUN:
-        return own
-    if name not in PRESETS:
-        raise UserError(f"there is no rule {name}: take {AS_IN_RUN} or one of {', '.join(PRESETS)}")
-    return replace(PRESETS[name], quantile=own.quantile, floor=own.floor)
+    if name != AS_IN_RUN and name not in REPLAYABLE:
+        raise UserError(f"there is no rule {name} to compare: take {AS_IN_RUN} or one of {', '.join(REPLAYABLE)}")
+    if name != AS_IN_RUN:
+        return replace(PRESETS[name], quantile=own.quantile, floor=own.floor)
+    if own.draws:
+        raise UserError("the method of this run draws its tokens at random, and a trace does not hold the draws")
+    return own
 
 
 def updated(traces: Sequence[Trace]) -> list[Trace]:
@@ -121,8 +127,8 @@ def compare_rules(traces: Sequence[Trace], left: Method, right: Method) -> RuleC
 def ruled(traces: Sequence[Trace], method: Method) -> list[Ruled]:
     """Each completion under the method, at the recorded ratios.
 
-    The divergence from the base is left out, since a trace of another method does not hold it. Means over the
-    iteration (EDGE-GRPO's factor, the loss's denominator) are taken over these completions.
+    The divergence from the base is left out, since a trace of another method does not hold it. What a method takes from
+    the whole iteration (EDGE-GRPO's factor, STARE's share, the loss's denominator) is taken from these completions.
     """
     method = replace(method, kl_certain=0.0, kl_uncertain=0.0)
     entropies = [_column(trace, "entropy") for trace in traces]
@@ -148,6 +154,7 @@ def _inputs(
         pad(entropies),
         pad(uncertain),
         entropy_scale(torch.stack([e.mean() for e in entropies]), method.floor),
+        _factor(traces, method, entropies),
     )
     advantage = torch.tensor([trace.tokens["advantage"][0] for trace in traces], dtype=torch.float64)
     inputs = LossInputs(
@@ -157,7 +164,17 @@ def _inputs(
         weights=loss_weights(mask, method.loss_average, pad(trained)),
         sampling_logp=pad([_column(trace, "logp_sampling") for trace in traces]),
     )
-    return inputs, loss_denominator(torch.stack([t.sum() for t in trained]), method.loss_average)
+    counts, longest = torch.stack([t.sum() for t in trained]), max(len(t) for t in trained)
+    return inputs, loss_denominator(counts, method.loss_average, longest)
+
+
+def _factor(traces: Sequence[Trace], method: Method, entropies: Sequence[Tensor]) -> Tensor | None:
+    """STARE's factor on the advantage of each token, [B, T]; None for a method without it."""
+    if not method.singles_out:
+        return None
+    logp, advantage = (torch.cat([_column(trace, name) for trace in traces]) for name in ("logp_old", "advantage"))
+    factor = advantage_factor(method, logp, advantage, torch.cat(list(entropies)), torch.zeros_like(logp))
+    return pad(list(factor.split([len(entropy) for entropy in entropies])))
 
 
 def _column(trace: Trace, name: str) -> Tensor:

@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hapo_lite.algo.methods import Method
-from hapo_lite.algo.objective import assign_credit, policy_loss
+from hapo_lite.algo.objective import assign_credit
 from hapo_lite.algo.signal import EntropySignal
+from hapo_lite.algo.surrogate import Moves, surrogate_gain
 from hapo_lite.algo.tokens import TokenSignals, fit_signal, trained_tokens
 from hapo_lite.runs.trace import Trace
 
@@ -68,6 +69,9 @@ QUANTITIES: dict[str, Quantity] = {
     ),
     "lower": Quantity("Lower bound", "Below this ratio, the gradient of a token with A < 0 stops (Eq. 12)"),
     "upper": Quantity("Upper bound", "Above this ratio, the gradient of a token with A > 0 stops (Eq. 13)"),
+    "measure": Quantity(
+        "What the bounds hold", "GSPO: the completion's ratio; DPPO: 1 + new less old probability", centre=1.0
+    ),
     "logp": Quantity("Log-prob, nats", "Log-probability of the token at the base temperature"),
     "surprise": Quantity(
         "Surprisal less entropy, nats",
@@ -163,7 +167,7 @@ def token_table(
     at_one = assign_credit(method, torch.ones(1), signals, torch.ones(1, len(h)))
     stored: dict[str, list[float]] = {
         name: _column(trace, name)
-        for name in ("lower", "upper", "ratio", "advantage", "credit", "logp_old", "kl_base")
+        for name in ("lower", "upper", "ratio", "advantage", "credit", "logp_old", "kl_base", "measure")
         if name in trace.tokens
     }
     logp = stored.get("logp_old") or _column(trace, "logp_base")
@@ -179,7 +183,7 @@ def token_table(
         "surprise": [-p - e for p, e in zip(logp, entropy, strict=True)],
         "weight": _weights(stored, at_one.advantage[0].tolist()),
     }
-    numbers |= {name: stored[name] for name in ("ratio", "advantage", "credit") if name in stored}
+    numbers |= {name: stored[name] for name in ("ratio", "measure", "advantage", "credit") if name in stored}
     if "credit" in stored and "clipped" in trace.tokens:
         trained = trained_tokens(method, signals.uncertain, trace.truncated)
         numbers["stopped"] = _stops(stored["credit"], trace.tokens["clipped"], trained[0].tolist())
@@ -257,17 +261,8 @@ def what_if(table: TokenTable, method: Method, ratio: float, advantage: float) -
     ratios = torch.full_like(h, ratio)
     signals = TokenSignals.of_one(method, table.signal, table.tensor("entropy")[0])
     credit = assign_credit(method, torch.tensor([advantage]), signals, ratios)
-    loss = policy_loss(
-        ratios.log(),
-        torch.zeros_like(h),
-        credit.advantage,
-        torch.ones_like(h),
-        credit.lower,
-        credit.upper,
-        denominator=float(len(table)),
-        dual_clip=method.dual_clip,
-    )
-    flags = zip(loss.clipped_low[0].tolist(), loss.clipped_high[0].tolist(), strict=True)
+    gain = surrogate_gain(method, Moves(ratios.log(), table.tensor("logp"), h.isfinite()), credit)
+    flags = zip(gain.stopped_low[0].tolist(), gain.stopped_high[0].tolist(), strict=True)
     return WhatIf(
         credit=credit.advantage[0].tolist(),
         lower=credit.lower[0].tolist(),

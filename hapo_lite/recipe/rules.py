@@ -242,6 +242,21 @@ def one_update_disables_eps_uncertain(recipe: Sections) -> str | None:
     return None
 
 
+def one_update_makes_all_surrogates_one(recipe: Sections) -> str | None:
+    """Surrogates differ in how they treat a token that has moved. At ratio 1 all of them have the same gradient."""
+    if recipe.training.updates_per_iteration == 1 and recipe.method.surrogate != "clip":
+        return "training.updates_per_iteration is 1, so every ratio is 1: method.surrogate makes no difference."
+    return None
+
+
+def a_soft_gate_has_no_bounds(recipe: Sections) -> str | None:
+    """SAPO's gate takes the place of the bounds, so what widens them by entropy has nothing to act on."""
+    method = recipe.method
+    if method.surrogate == "sapo" and (method.adaptive_clip or method.eps_uncertain is not None):
+        return "method.surrogate=sapo has no bounds: method.adaptive_clip and method.eps_uncertain have no effect."
+    return None
+
+
 def low_side_needs_a_reader(recipe: Sections) -> str | None:
     """The setting decides the sign of h below the pivot, and only three pieces of the method read h."""
     method = recipe.method
@@ -309,6 +324,8 @@ ADVICE: tuple[Rule, ...] = (
     a_preset_brings_its_pieces,
     one_update_disables_hapo,
     one_update_disables_eps_uncertain,
+    one_update_makes_all_surrogates_one,
+    a_soft_gate_has_no_bounds,
     low_side_needs_a_reader,
     redistribution_needs_certain_tokens,
     uncertain_among_needs_a_reader,

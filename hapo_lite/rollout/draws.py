@@ -30,6 +30,8 @@ class Stage(IntEnum):
     """`hapo_lite.probe`."""
     FORK = 5
     """The inspector's continuations from one token of a completion."""
+    SELECTION = 6
+    """No completions: which tokens are trained, where a method draws them (`train/selection.py`)."""
 
 
 @dataclass(frozen=True)

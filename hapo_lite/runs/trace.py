@@ -37,8 +37,9 @@ class Trace:
 
     tokens: lists by name. Every trace has id, text, logp_sampling, logp_base (the sampler's, at the base temperature),
     entropy (nats) and temperature. A training trace also has logp_old, logp_new, h, ratio, advantage (of the
-    completion), credit (of the token), lower, upper, clipped ("", "low" or "high") and, for methods that use it,
-    kl_base. These are the values at the moment of the update that used the completion.
+    completion), credit (of the token), clipped ("", "low" or "high") and, for methods that have them, lower, upper,
+    measure (what the bounds hold, if that is not the ratio) and kl_base. These are the values at the moment of the
+    update that used the completion.
     """
 
     stage: str

@@ -131,7 +131,7 @@ class Loop:
             advantage = advantages(graded, self.recipe.method, self.recipe.reward.normalised)
             plan = self.plan(graded, self.active(advantage.tolist(), traced), state.iteration)
             self.resources.progress.enter("scoring")
-            plan, experience = self.scoring.score(graded, advantage, plan)
+            plan, experience = self.scoring.score(graded, advantage, plan, self.selection_key(state.iteration))
         except NotFinite as found:
             return self.skip(state, graded, str(found))
         clock.lap("score")
@@ -150,6 +150,10 @@ class Loop:
         if self.recipe.method.needs_base:
             return set(range(len(advantage)))  # The divergence from the base has a gradient everywhere.
         return {i for i, value in enumerate(advantage) if value != 0.0} | set(traced)
+
+    def selection_key(self, iteration: int) -> DrawKey:
+        """What the random numbers depend on with which the method singles out tokens."""
+        return DrawKey(self.recipe.seed, Stage.SELECTION, iteration)
 
     def plan(self, graded: Graded, active: set[int], iteration: int) -> Plan:
         """Deal the completions to optimiser steps and micro-batches."""
@@ -182,7 +186,7 @@ class Loop:
         return Update(
             self.policy,
             recipe.method,
-            recipe.rollout.temperature,
+            recipe.rollout,
             recipe.training.max_grad_norm,
             self.learner,
             self.resources,

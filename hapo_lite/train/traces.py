@@ -142,10 +142,12 @@ def _update_columns(outcome: TokenOutcome) -> dict[str, list[Any]]:
         "ratio": _rounded(outcome.ratio),
         "advantage": [_seven_digits(outcome.advantage)] * len(outcome.ratio),
         "credit": _rounded(outcome.credit),
-        "lower": _rounded(outcome.lower),
-        "upper": _rounded(outcome.upper),
         "clipped": clipped,
     }
+    if bool(outcome.upper.isfinite().all()):  # A soft gate has no bounds, and JSON has no infinity.
+        columns |= {"lower": _rounded(outcome.lower), "upper": _rounded(outcome.upper)}
+    if outcome.measure is not None:
+        columns["measure"] = _rounded(outcome.measure)
     if outcome.kl_base is not None:
         columns["kl_base"] = _rounded(outcome.kl_base)
     return columns

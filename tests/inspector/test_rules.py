@@ -20,7 +20,7 @@ from tests.inspector.traces import HOSTILE, make_trace, trained
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["hapo", "entropy_adv", "forking_tokens"])
+@pytest.mark.parametrize("preset", ["hapo", "entropy_adv", "forking_tokens", "gspo", "dppo", "stare", "dr_grpo"])
 def test_a_runs_own_rule_gives_what_the_run_recorded(preset, make_recipe):
     recipe = make_recipe(
         f"method={preset}",
@@ -43,6 +43,14 @@ def test_a_runs_own_rule_gives_what_the_run_recorded(preset, make_recipe):
             assert [found.clipped[i] for i in moved] == [tokens["clipped"][i] for i in moved]
             seen += len(moved)
     assert seen > 20
+
+
+def test_a_method_that_draws_its_tokens_is_refused_since_a_trace_lacks_the_draws():
+    for name in ("random_tokens", "clip_cov"):
+        with pytest.raises(UserError, match="no rule"):
+            choose_rule(name, PRESETS["hapo"])
+        with pytest.raises(UserError, match="draws its tokens at random"):
+            choose_rule(AS_IN_RUN, PRESETS[name])
 
 
 def by_hand():

@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import gradio as gr
 
-from hapo_lite.algo.methods import PRESETS
 from hapo_lite.errors import UserError
 from hapo_lite.inspect import rules_view
-from hapo_lite.inspect.rules import AS_IN_RUN, RuleComparison, choose_rule, compare_rules, updated
+from hapo_lite.inspect.rules import AS_IN_RUN, REPLAYABLE, RuleComparison, choose_rule, compare_rules, updated
 from hapo_lite.inspect.runs import Run
 from hapo_lite.inspect.tabs.controls import Values
 from hapo_lite.inspect.tabs.run_place import nearest
@@ -41,7 +40,7 @@ class RulesTab:
             self.iteration = gr.Number(
                 0, label="Iteration (0: the last)", precision=0, minimum=0, elem_id="rules-iteration"
             )
-            rules = [AS_IN_RUN, *PRESETS]
+            rules = [AS_IN_RUN, *REPLAYABLE]
             self.left = gr.Dropdown(rules, value=AS_IN_RUN, label="Rule", elem_id="rules-left")
             self.right = gr.Dropdown(rules, value="dapo", label="against", elem_id="rules-right")
         with gr.Row(elem_classes="hapo-actions"):
