@@ -82,13 +82,19 @@ def token_text(
     meanings = "".join(_meaning(name, name == quantity) for name in colours)
     return (
         f'<section class="hapo-text" data-key="{content_key(hidden)}" data-name="tokens" data-csv="{csv}" '
-        f'data-first="{max(range(len(table)), key=table.numbers["entropy"].__getitem__)}">'
+        f'data-first="{_first(table)}">'
         f'<div class="hapo-bar"><label>Colour by <select class="hapo-choose">{options}</select></label>{legends}'
         f"{'' if streaming else export_buttons(csv=bool(csv))}</div>{meanings}"
         f'<div class="hapo-pair"><div class="hapo-tokens" dir="auto" role="group" aria-label="Tokens">'
         f'{_spans(table, colours[quantity], differs)}</div><aside class="hapo-details" aria-live="polite" '
         f'data-hint="{POINT_AT}">{note(POINT_AT)}</aside></div>{hidden}</section>'
     )
+
+
+def _first(table: TokenTable) -> int:
+    """The token whose numbers show at first: the most uncertain one, or the first one of a table without entropy."""
+    entropy = table.numbers.get("entropy")
+    return max(range(len(table)), key=entropy.__getitem__) if entropy else 0
 
 
 def _credit_span(table: TokenTable) -> Spans:
