@@ -67,7 +67,7 @@ def token_text(
     button beside the legend starts; "": no such button.
     """
     quantity = quantity if quantity in table.numbers else DEFAULT_QUANTITY
-    spans = (spans or {}) | _credit_span(table)
+    spans = _credit_span(table) | (spans or {})
     colours = {
         name: colour_values(values, QUANTITIES[name], table.signal.floor, spans.get(name))
         for name, values in table.numbers.items()
