@@ -76,8 +76,7 @@ def token_figures(table: TokenTable, method: Method) -> str:
         figure_html(
             bounds_figure(table),
             "bounds",
-            "Clipping bounds around ratio 1: the band reaches lower for certain tokens and higher for uncertain ones "
-            f"(Eq. 12-13).{ratios}",
+            f"Clipping bounds around ratio 1: lower for certain tokens, higher for uncertain ones (Eq. 12-13).{ratios}",
         ),
         figure_html(
             histogram_figure(table),

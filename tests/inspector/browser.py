@@ -30,8 +30,8 @@ def opened_page(browser, address, tab="Generate", **context):
         "request", lambda r: None if re.match(r"data:|blob:|http://127\.0\.0\.1:", r.url) else troubles.append(r.url)
     )
     page.goto(address)
-    # One event fills the page: the tab that it opens on, and the tab behind it.
-    page.wait_for_selector("#generated-tokens .hapo-saves, .hapo-crumbs a, .hapo-crumbs b")
+    # One event fills the page: the tab that it opens on, and the tab behind it. On a busy machine it takes long.
+    page.wait_for_selector("#generated-tokens .hapo-saves, .hapo-crumbs a, .hapo-crumbs b", timeout=4 * WAIT)
     if tab:
         open_tab(page, tab)
     yield page
