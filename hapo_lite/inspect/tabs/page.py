@@ -15,6 +15,7 @@ from hapo_lite.inspect.tabs.generate import GenerateTab
 from hapo_lite.inspect.tabs.rules import RulesTab
 from hapo_lite.inspect.tabs.run import RunTab
 from hapo_lite.inspect.tabs.state import AppState, Session
+from hapo_lite.inspect.tabs.updates import give_updates
 
 ASSETS = Path(figures.__file__).parent
 INLINE_HEIGHT = 900
@@ -36,6 +37,7 @@ def build(app: AppState) -> gr.Blocks:
                 RulesTab(app)
             with gr.Tab("Compare"):
                 CompareTab(app, session)
+    give_updates(blocks)
     return blocks
 
 
