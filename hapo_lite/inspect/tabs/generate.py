@@ -12,6 +12,7 @@ from hapo_lite.errors import UserError
 from hapo_lite.inspect import markup
 from hapo_lite.inspect.tabs.controls import LimitBoxes, ModelBoxes, Values, problem_box
 from hapo_lite.inspect.tabs.fork import ForkPart
+from hapo_lite.inspect.tabs.loading import loading
 from hapo_lite.inspect.tabs.state import NO_PROGRESS, ONE_AT_A_TIME, AppState, Written, arm, error_note, explain, stop
 from hapo_lite.inspect.tabs.stream import snapshots
 from hapo_lite.inspect.tabs.view import GenerationView, Update
@@ -51,6 +52,8 @@ class GenerateTab:
             yield {self.status: markup.note("Loading the model."), **view.blank(), **self.fork.hide()}
             settings = self.boxes.settings(values, values[self.problem], self.limits)
             load = self.boxes.loader(values)
+            for text in loading(load, values[self.boxes.model]):
+                yield {self.status: text}
             policy = load()
             started = time.monotonic()
             for snapshot in snapshots(policy, settings, session):
