@@ -9,10 +9,12 @@ from html.parser import HTMLParser
 import pytest
 
 from hapo_lite.algo.methods import Method
+from hapo_lite.errors import UserError
 from hapo_lite.inspect import fork_view
 from hapo_lite.inspect.fork import CANCELLED, Branch, Continuation, Fork, ForkSettings, fork, processor_of
 from hapo_lite.inspect.fork_view import Given
 from hapo_lite.inspect.generate import GenerationSettings, ModelShelf, generate
+from hapo_lite.inspect.tabs import loading
 from tests.inspector.browser import generated, opened_page
 from tests.inspector.traces import HOSTILE
 
@@ -129,3 +131,18 @@ def test_on_a_phone_a_fork_is_as_wide_as_the_page(browser, address):
         page.tap("#fork-start")
         page.wait_for_selector("#fork-result .hapo-fork details")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_model_that_loads_is_named_with_its_size_and_an_error_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "EVERY_SECONDS", 0.05)
+    (tmp_path / "<b>").mkdir()
+    (tmp_path / "<b>" / "model.safetensors").write_bytes(b"0" * 5_000_000)
+    notes = list(loading.loading(lambda: time.sleep(0.2), str(tmp_path / "<b>")))
+    assert notes and "Loading &lt;b&gt;, 0.005 GB of weights: 0 s." in notes[0]
+    assert "Loading tiny:" in next(iter(loading.loading(lambda: time.sleep(0.2), "tiny")))
+
+    def fail():
+        raise UserError("no such model")
+
+    with pytest.raises(UserError, match="no such model"):
+        list(loading.loading(fail, "nowhere"))

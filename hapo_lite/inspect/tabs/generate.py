@@ -14,6 +14,7 @@ from hapo_lite.inspect import markup
 from hapo_lite.inspect.tabs.controls import LimitBoxes, ModelBoxes, Values, problem_box
 from hapo_lite.inspect.tabs.example import Example
 from hapo_lite.inspect.tabs.fork import ForkPart
+from hapo_lite.inspect.tabs.loading import loading
 from hapo_lite.inspect.tabs.state import (
     NO_PROGRESS,
     ONE_AT_A_TIME,
@@ -83,6 +84,8 @@ class GenerateTab:
             }
             settings = self.boxes.settings(values, values[self.problem], self.limits)
             load = self.boxes.loader(values)
+            for text in loading(load, values[self.boxes.model]):
+                yield {self.status: text}
             policy = load()
             started = time.monotonic()
             for snapshot in snapshots(policy, settings, session):

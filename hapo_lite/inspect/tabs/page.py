@@ -16,6 +16,7 @@ from hapo_lite.inspect.tabs.navigation import COMPARE, GENERATE, RULES, RUN, Nav
 from hapo_lite.inspect.tabs.rules import RulesTab
 from hapo_lite.inspect.tabs.run import RunTab
 from hapo_lite.inspect.tabs.state import AppState, Session
+from hapo_lite.inspect.tabs.updates import give_updates
 
 INLINE_HEIGHT = 900
 """Height of the page in a notebook, pixels."""
@@ -37,6 +38,7 @@ def build(app: AppState) -> gr.Blocks:
             with gr.Tab("Compare", id=COMPARE):
                 CompareTab(app, session)
         Navigation(app, tabs, generate, run).connect(blocks, session)
+    give_updates(blocks)
     return blocks
 
 
