@@ -12,6 +12,9 @@ from hapo_lite.algo.objective import LossInputs, loss_denominator, loss_weights,
 from hapo_lite.algo.tokens import TokenSignals
 from hapo_lite.runs.checkpoint import TrainState
 from tests.conftest import score
+from tests.loops import digest, run_steps
+
+RIVALS = ("dr_grpo", "gspo", "cispo", "sapo", "dppo", "clip_cov", "stare", "random_tokens")
 
 
 def plain_signals(*shape: int) -> TokenSignals:
@@ -174,3 +177,13 @@ def test_a_trace_has_the_bounds_of_its_method(make_recipe, make_loop, preset, co
         mean = sum(math.log(r) for r in tokens["ratio"]) / len(tokens["ratio"])
         assert tokens["measure"] == [pytest.approx(math.exp(mean), rel=1e-5)] * len(tokens["ratio"])
         assert metrics["clip/high_certain_share"] + metrics["clip/high_uncertain_share"] > 0.0
+
+
+@pytest.mark.parametrize("preset", RIVALS)
+def test_every_adapter_weight_moves_and_no_base_weight_does(make_recipe, make_loop, preset):
+    loop = make_loop(make_recipe(f"method={preset}"))
+    frozen = [p for p in loop.policy.model.parameters() if not p.requires_grad]
+    before, start = digest(frozen), {name: p.detach().clone() for name, p in loop.policy.trainable().items()}
+    run_steps(loop, 2)
+    assert digest(frozen) == before
+    assert [name for name, p in loop.policy.trainable().items() if torch.equal(p, start[name])] == []
