@@ -31,6 +31,8 @@ FILE = Path(__file__).with_name("example.jsonl")
 PROBLEM = "9*7+4=?"
 GOLD = "67"
 GROUP = 8
+LONGEST = 64
+"""Tokens of an answer at most."""
 DIGITS = 5
 """Significant digits that are kept, one more than the page shows."""
 LEAST_SHARE = 0.01
@@ -68,7 +70,9 @@ def _answers(policy: Policy, method: Method, signal: EntropySignal | None) -> li
     """One answer for each seed from 0 to G - 1. signal: that of an adaptive temperature."""
     answers = []
     for seed in range(GROUP):
-        *_, last = generate(policy, GenerationSettings(PROBLEM, method, max_new_tokens=64, seed=seed, signal=signal))
+        *_, last = generate(
+            policy, GenerationSettings(PROBLEM, method, max_new_tokens=LONGEST, seed=seed, signal=signal)
+        )
         answers.append(last.trace)
     return answers
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hapo_lite.algo.methods import Method
 from hapo_lite.inspect import example, group_views, markup
+from hapo_lite.inspect.generate import GenerationSettings
 from hapo_lite.inspect.groups import groups_of
 from hapo_lite.inspect.tokens import token_table
 from hapo_lite.inspect.views import Shown
@@ -32,6 +33,13 @@ class Example:
     def shown(self, number: int) -> Shown:
         """One completion. number: from 0 on; a number that no completion has stands for the first one to open."""
         return self.all_shown[number if number < len(self.all_shown) else self.first]
+
+    def settings(self, shown: Shown) -> GenerationSettings:
+        """The settings that a completion was written with."""
+        trace = shown.trace
+        return GenerationSettings(
+            example.PROBLEM, max_new_tokens=example.LONGEST, seed=trace.sample, signal=trace.sampling_signal
+        )
 
     def group_html(self, number: int) -> tuple[str, str]:
         """A sentence on what to look at, and the group. number: of the completion whose tokens stand below."""

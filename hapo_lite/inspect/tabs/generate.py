@@ -11,6 +11,7 @@ import torch
 
 from hapo_lite.errors import UserError
 from hapo_lite.inspect import markup
+from hapo_lite.inspect.example import PROBLEM
 from hapo_lite.inspect.tabs.controls import LimitBoxes, ModelBoxes, Values, problem_box
 from hapo_lite.inspect.tabs.example import Example
 from hapo_lite.inspect.tabs.fork import ForkPart
@@ -39,6 +40,7 @@ class GenerateTab:
             "The colour of a token is what HAPO computes for it. Point at a token for its numbers, click it to keep "
             "them (Eq. 5-13)."
         )
+        self.app = app
         self.session = session
         with gr.Row(elem_classes="hapo-ask"):
             self.problem = problem_box()
@@ -68,20 +70,17 @@ class GenerateTab:
         """The recorded group with the tokens of one of its completions. number: of the completion, from 0 on."""
         shown = self.example.shown(number)
         sentence, group = self.example.group_html(number)
-        session.written = None
-        return {self.status: sentence, self.group: group, **self.view.fill(session, shown), **self.fork.hide()}
+        session.written = Written(lambda: self.app.shelf.get("tiny"), self.example.settings(shown))
+        filled = self.view.fill(session, shown)
+        return {self.status: sentence, self.group: group, **filled, **self.fork.show(PROBLEM)}
 
     def stream(self, values: Values) -> Iterator[Update]:
         """The tab while tokens arrive, and at the end the whole view."""
         view = self.view
         session = values[self.session]
         try:
-            yield {
-                self.status: markup.note("Loading the model."),
-                self.group: "",
-                **view.blank(),
-                **self.fork.hide(),
-            }
+            nothing = {self.group: "", **view.blank(), **self.fork.hide()}
+            yield {self.status: markup.note("Loading the model."), **nothing}
             settings = self.boxes.settings(values, values[self.problem], self.limits)
             load = self.boxes.loader(values)
             for text in loading(load, values[self.boxes.model]):
