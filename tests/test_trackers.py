@@ -33,8 +33,8 @@ GRADED = Graded(
 
 
 def test_a_row_has_what_was_asked_written_and_rewarded():
-    """From each group one right and one wrong completion: the third is a second wrong one."""
-    table = Table.of("completions/training", GRADED, 8)
+    """First from each group one right and one wrong completion: the third is a second wrong one."""
+    table = Table.of("completions/training", GRADED, 3)
     assert table.columns == (
         *("prompt", "completion", "gold answer", "answer", "outcome", "reward", "tokens", "cut off"),
         *("boxed", "correct"),
@@ -50,7 +50,7 @@ def test_a_row_has_what_was_asked_written_and_rewarded():
 
 def test_markdown_keeps_a_cell_in_its_cell():
     """Rows are lines and cells end at bars, so neither may stand in a text; nor what HTML and Markdown would read."""
-    [head, rule, *rows] = Table.of("completions/training", GRADED, 8).markdown().splitlines()
+    [head, rule, *rows] = Table.of("completions/training", GRADED, 3).markdown().splitlines()
     assert len(rows) == 3 and all(line.count("|") == 11 for line in (head, rule, *rows))
     assert "&#60;think&#62;1<br>2" in rows[0] and "user: a&#124;b?" in rows[0] and "| 0.25 |" in rows[0]
     assert "&#92;boxed{&#42;3&#42;}" in rows[2]

@@ -197,15 +197,16 @@ def _of_row(row: int, trace: Trace, loss: PolicyLoss, credit: Credit, fall: Tens
     credits = credit.advantage[row, :count].tolist()
     stops = zip(loss.clipped_low[row].tolist(), loss.clipped_high[row].tolist(), loss.valid[row].tolist(), strict=True)
     treatment = []
-    for value, (low, high, counts) in zip(credits, stops, strict=False):
+    gradient = fall[row, :count].tolist()
+    for value, pull, (low, high, counts) in zip(credits, gradient, stops, strict=False):
         if not counts or value == 0.0:
             treatment.append("left out")
-        elif low or high:
+        elif (low or high) and pull == 0.0:  # CISPO's bound limits a token's weight and stops no gradient.
             treatment.append("stopped low" if low else "stopped high")
         else:
             treatment.append(_compared(abs(value), advantage))
     return Ruled(
-        credits, credit.lower[row, :count].tolist(), credit.upper[row, :count].tolist(), fall[row, :count].tolist(),
+        credits, credit.lower[row, :count].tolist(), credit.upper[row, :count].tolist(), gradient,
         treatment,
     )  # fmt: skip
 

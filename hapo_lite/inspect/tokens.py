@@ -186,7 +186,9 @@ def token_table(
     numbers |= {name: stored[name] for name in ("ratio", "measure", "advantage", "credit") if name in stored}
     if "credit" in stored and "clipped" in trace.tokens:
         trained = trained_tokens(method, signals.uncertain, trace.truncated)
-        numbers["stopped"] = _stops(stored["credit"], trace.tokens["clipped"], trained[0].tolist())
+        # CISPO's bound limits the weight of a token and stops no gradient.
+        clipped = trace.tokens["clipped"] if method.surrogate != "cispo" else [""] * len(h)
+        numbers["stopped"] = _stops(stored["credit"], clipped, trained[0].tolist())
     if "logp_old" in stored:
         numbers["gap"] = [old - base for old, base in zip(logp, _column(trace, "logp_base"), strict=True)]
     numbers |= {name: stored[name] for name in ("kl_base",) if name in stored}

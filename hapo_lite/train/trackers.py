@@ -32,7 +32,7 @@ class Table:
 
     @classmethod
     def of(cls, name: str, graded: Graded, count: int) -> Table:
-        """Up to `count` completions: from each group one that is correct and one that is not, where there are both.
+        """Up to `count` completions, chosen as those of the traces: first one right and one wrong from each group.
 
         Each reward of `reward.functions` has a column of its own, before its weight.
         """

@@ -103,7 +103,7 @@ def test_what_stopped_a_gradient_is_named_where_the_loss_has_none(preset, advant
         assert (stop == "masked") == (not trained[i])
         if low[i] and trained[i]:
             assert stop == "lower bound"
-        if high[i] and trained[i]:
+        if high[i] and trained[i] and preset != "cispo":  # Its bound limits a weight, and the gradient stays.
             assert stop == ("upper bound" if advantage > 0 else "dual clip")
     if preset == "hapo" and advantage < 0:
         assert {"lower bound", "dual clip"} <= set(stops)
