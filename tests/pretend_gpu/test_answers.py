@@ -7,7 +7,7 @@ import math
 import pytest
 
 from hapo_lite.algo.methods import PRESETS
-from hapo_lite.evaluate import evaluation
+from hapo_lite.evaluate import session
 from hapo_lite.evaluate.evaluation import evaluate
 from hapo_lite.export.parity import effect_of_adapter, measure_drift, refer
 from hapo_lite.export.probes import Probes, compute_in_fp32
@@ -37,7 +37,7 @@ def test_evaluate(kind, stage, make_recipe, monkeypatch):
         f"model.dtype={model.dtype}", f"model.quantization={model.quantization}", "benchmark.suites=[tiny]",
         "benchmark.limit=4", "benchmark.samples=4", "benchmark.top_p=0.95",
     )  # fmt: skip
-    monkeypatch.setattr(evaluation, "load_policy", lambda *_: policy_of(kind))
+    monkeypatch.setattr(session, "load_policy", lambda *_: policy_of(kind))
     with stage("evaluation: a suite, the base", kind) as seen:
         summary = evaluate(recipe)["tiny"]
         seen.budget = A_BATCH + recipe.rollout.max_new_tokens // LOOK_EVERY
