@@ -3,9 +3,10 @@
     python benchmarks/engines.py [--repeats 3] [--engines generate,transformers,paged] [section.key=value ...]
 
 `generate` is the loop of transformers, where every completion reads its own prompt and stays in the batch until the
-last has ended. `plain` is `generate` on the layers of peft and bitsandbytes as these libraries make them: the adapter as
-peft computes it, and a 4-bit base that is unpacked in every step. The engines take turns, so that a disturbance of the machine affects all. The numbers are medians; a
-ratio is to the first engine in the same turn. The same random numbers give the same completions, and so the same work.
+last has ended. `plain` is `generate` on the layers of peft and bitsandbytes as these libraries make them: the adapter
+as peft computes it, and a 4-bit base that is unpacked in every step. The engines take turns, so that a disturbance of
+the machine affects all. The numbers are medians; a ratio is to the first engine in the same turn. The same random
+numbers give the same completions, and so the same work.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from tests.pretend_gpu.conftest import KINDS, model_settings, policy_of
 from tests.pretend_gpu.test_rollout import A_BATCH, A_PASS
 
 A_SHOWN_TOKEN = 1
-"""Waits of the inspector for a token: all that it shows comes to the host at once."""
+"""Waits of the inspector for a token at most: all that a look shows comes to the host at once."""
 GREEDY = (7, 2)
 """Waits of `generate` for greedy answers, for all of them and for a step."""
 
