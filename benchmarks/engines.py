@@ -70,7 +70,7 @@ class Speeds(NamedTuple):
 def requests_of(recipe: Recipe, policy: Policy) -> list[Request]:
     """The requests of the recipe's first iteration."""
     settings = recipe.rollout
-    prompts, _ = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None)
+    prompts = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None).training
     encoded = encode_prompts(
         prompts[: settings.prompts_per_iteration], policy, recipe.data, settings.max_new_tokens, say=lambda text: None
     )
