@@ -13,13 +13,13 @@ from hapo_lite.errors import UserError
 from hapo_lite.recipe import PassRateSettings, TrainingDataSettings
 from hapo_lite.records import GroupResult, Prompt, Standing
 from hapo_lite.runs.checkpoint import TrainState, list_checkpoints, read_record
-from hapo_lite.runs.interrupt import Interrupted
 from hapo_lite.tasks.curriculum import make_stream, weights
 from hapo_lite.tasks.data import load_prompts
 from hapo_lite.tasks.pass_rates import PassRate, choose_by_pass_rate, problem_hash, read_pass_rates, write_pass_rates
 from hapo_lite.tasks.stream import LazyPrompts, PromptStream
 from hapo_lite.train import run
 from hapo_lite.verify_resume.verify import left_by
+from tests.loops import train_into_the_third
 
 
 def prompts_of(count: int) -> list[Prompt]:
@@ -238,16 +238,7 @@ def test_a_run_resumes_to_the_same_bytes(make_recipe, tmp_path, monkeypatch, set
     whole = make_recipe(*small, f"output_dir={tmp_path / 'whole'}")
     run.train(whole)
     stopped = whole.model_copy(update={"output_dir": str(tmp_path / "stopped")})
-    original = run.Loop.step
-
-    def stop_in_the_third(loop, state):
-        if state.iteration == 2:
-            raise Interrupted(15)
-        return original(loop, state)
-
-    with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(run.Loop, "step", stop_in_the_third)
-        run.train(stopped)
+    train_into_the_third(stopped, monkeypatch)
     run.train(stopped)
     assert left_by(tmp_path / "stopped") == left_by(tmp_path / "whole")
     [one, two] = [read_record(list_checkpoints(r.run_dir / "checkpoints")[-1])["state"] for r in (whole, stopped)]
