@@ -128,7 +128,7 @@ class RunTab:
     def go(self, session: Session, place: Place) -> Update:
         """Open the run of a place and show the place. Without an iteration, the page follows the run."""
         if session.run is None or session.run.path != self.app.root / place.run:
-            session.run = None
+            session.leave_run()
             session.drawn.clear()
         if not place.run:
             hint = f"No run is open: pick one of {self.app.root}, or start with --run runs/NAME."
@@ -138,12 +138,14 @@ class RunTab:
         except UserError as error:
             return {self.problems: error_note(error), **self.nothing(session)}
         session.following = place.iteration is None
-        return self.overall(session, session.run) | self.show(session, session.run, place)
+        unchanged = session.seen == fingerprint(session.run)
+        whole: Update = {} if unchanged else self.overall(session, session.run)
+        return whole | self.show(session, session.run, place)
 
     def refresh(self, session: Session, name: str | None) -> Update:
         """Read the list of runs and the open run again."""
         stays = session.place.run == name and not session.following
-        session.run = None
+        session.leave_run()
         choices = gr.Dropdown(choices=self.app.runs(), value=name or None)
         return {self.name: choices, **self.go(session, session.place if stays else Place(name or ""))}
 
@@ -190,6 +192,9 @@ class RunTab:
         run = session.run
         if run is None:
             return {self.prompt: gr.Dropdown(choices=[], value=None)}
+        if session.indexed == session.seen:
+            return {self.prompt: gr.skip()}
+        session.indexed = session.seen
         problems = run.metrics()[1]
         for number in run.iterations():
             problems = problems + run.entries(number)[1]
@@ -229,7 +234,11 @@ class RunTab:
             if found.group is not None:
                 return update | self.show_group(run, found, found.group)
         except UserError as error:
-            return update | {self.problems: error_note(error)}
+            del session.drawn[found.level]
+            lost = error_note(error)
+            if found.level == "group":
+                return update | {self.answers: lost}
+            return update | self.view.blank() | {self.view.summary: lost}
         return update | self.show_iteration(session, run, found)
 
     def _level(self, level: str) -> Update:

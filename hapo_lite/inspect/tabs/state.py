@@ -52,8 +52,9 @@ class Session:
 
     shown: the generation of each view, by its slot. cancel: the generation under way is to end. run: the open run.
     place: the place of it on the page. following: nobody has picked an iteration, so the page goes to each new one.
-    seen: the fingerprint of its files when the page was filled. drawn: what each level of the tab Run shows. unfolded:
-    the names of the parts that are unfolded. written: what the last generation was written with.
+    seen: the fingerprint of its files when the page was filled. indexed: that when the prompts of all iterations were
+    listed. drawn: what each level of the tab Run shows. unfolded: the names of the parts that are unfolded. written:
+    what the last generation was written with.
     """
 
     shown: dict[str, Shown] = field(default_factory=dict)
@@ -62,9 +63,14 @@ class Session:
     place: Place = field(default_factory=Place)
     following: bool = True
     seen: Fingerprint | None = None
+    indexed: Fingerprint | None = None
     drawn: dict[str, Drawn] = field(default_factory=dict)
     unfolded: set[str] = field(default_factory=set)
     written: Written | None = None
+
+    def leave_run(self) -> None:
+        """Forget the open run, so that the page is filled with the next one as a whole."""
+        self.run = self.seen = self.indexed = None
 
     def draws(self, level: str, run: Run, place: Place) -> bool:
         """Whether a level of the tab Run is to be drawn anew. What it shows already stays, as a reader may read it."""
