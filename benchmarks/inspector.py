@@ -53,7 +53,9 @@ AT_REST = """(selector) => new Promise((done) => {
 })"""
 FIGURES = """(selector) => new Promise((done) => {
   const look = () => {
-    const plots = [...document.querySelectorAll(selector)].filter((plot) => plot.offsetParent);
+    // A large figure is drawn when it comes into view.
+    const small = (plot) => plot.closest(".hapo-figure").querySelector(".hapo-spec").textContent.length < 100_000;
+    const plots = [...document.querySelectorAll(selector)].filter((plot) => plot.offsetParent && small(plot));
     const drawn = plots.length && plots.every((plot) => plot.matches(".js-plotly-plot"));
     if (drawn) requestIdleCallback(() => done(Date.now() / 1000));
     else setTimeout(look, 20);

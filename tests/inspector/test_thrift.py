@@ -9,7 +9,7 @@ import pytest
 
 from hapo_lite.inspect.places import Place
 from hapo_lite.inspect.tabs.run import RunTab
-from hapo_lite.inspect.tabs.state import AppState, Session
+from hapo_lite.inspect.tabs.state import Session
 from hapo_lite.runs.trace import write_traces
 from tests.inspector.browser import open_completion, opened_page
 from tests.inspector.traces import make_trace
@@ -39,9 +39,9 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def tab(folder):
+def tab(folder, state):
     with gr.Blocks():
-        return RunTab(AppState("", "", folder), gr.State())
+        return RunTab(state(folder), gr.State())
 
 
 def test_a_view_of_an_unchanged_run_is_filled_alone(tab, folder):

@@ -30,7 +30,10 @@ LIVE_SECONDS = 5.0
 MOST_PROBLEMS = 5
 SIDES = "sides"
 WORDS = "words"
-"""SIDES and WORDS are the parts of the tab that are built when a reader unfolds them."""
+CURVES = "curves"
+"""SIDES, WORDS and CURVES are the parts of the tab that are built when a reader unfolds them."""
+MOST_PROMPTS = 300
+"""Prompts to choose from under "The same prompt over training"."""
 
 
 class RunTab:
@@ -71,7 +74,7 @@ class RunTab:
         self.timeline = gr.HTML(elem_id="run-timeline")
         self.prompts = gr.HTML(elem_id="run-prompts")
         self.treated = gr.HTML(elem_id="run-treated")
-        with gr.Accordion("Training curves", open=False):
+        with gr.Accordion("Training curves", open=False) as self.training:
             self.curves = gr.HTML(elem_id="run-curves")
         with gr.Accordion("Right against wrong, this iteration", open=False) as self.sides:
             explain("Completions of this iteration, coloured by entropy. Look where they part (Eq. 5).")
@@ -115,6 +118,7 @@ class RunTab:
         for part, name, outputs in (
             (self.sides, SIDES, [self.right, self.wrong]),
             (self.dual, WORDS, [self.words]),
+            (self.training, CURVES, [self.curves]),
         ):
             part.expand(self.unfold(name), self.session, outputs, **NO_PROGRESS)
             part.collapse(self.fold(name), self.session, None, **NO_PROGRESS)
@@ -184,7 +188,7 @@ class RunTab:
             self.problems: problems_html(run, problems),
             self.health: health_views.health_html(run.path.name, state, lines, run.activity) if lines else "",
             self.timeline: health_views.health_figures(lines, state.warnings),
-            self.curves: views.curves(run)[0],
+            **self.part(CURVES, run if CURVES in session.unfolded else None),
         }
 
     def index(self, session: Session) -> Update:
@@ -198,8 +202,14 @@ class RunTab:
         problems = run.metrics()[1]
         for number in run.iterations():
             problems = problems + run.entries(number)[1]
-        choices = [(f"{name}: {counted(len(entries), 'completion')}", name) for name, entries in run.prompts().items()]
-        return {self.problems: problems_html(run, problems), self.prompt: gr.Dropdown(choices=choices)}
+        found = run.prompts()
+        offered = found
+        if len(found) > MOST_PROMPTS:
+            often = set(sorted(found, key=lambda name: -len(found[name]))[:MOST_PROMPTS])
+            offered = {name: entries for name, entries in found.items() if name in often}
+        choices = [(f"{name}: {counted(len(entries), 'completion')}", name) for name, entries in offered.items()]
+        label = "Prompt" if offered is found else f"Prompt: the {MOST_PROMPTS} recorded most often, of {len(found):,}"
+        return {self.problems: problems_html(run, problems), self.prompt: gr.Dropdown(choices=choices, label=label)}
 
     # --- an iteration, a group and a completion ---------------------------------------------------------------------
 
@@ -268,8 +278,10 @@ class RunTab:
         trace = run.trace_of(entry)
         return self.view.fill(session, Shown(trace, run.table(trace), run.settings.method))
 
-    def part(self, name: str, run: Run | None, entries: Sequence[Entry]) -> Update:
-        """The content of SIDES or WORDS. It is empty without entries."""
+    def part(self, name: str, run: Run | None, entries: Sequence[Entry] = ()) -> Update:
+        """The content of SIDES, WORDS or CURVES. It is empty without a run; SIDES and WORDS also without entries."""
+        if name == CURVES:
+            return {self.curves: views.curves(run)[0] if run else ""}
         if name == SIDES:
             right, wrong = views.right_against_wrong(run, entries) if run and entries else ("", "")
             return {self.right: right, self.wrong: wrong}

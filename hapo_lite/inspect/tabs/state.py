@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +18,13 @@ from hapo_lite.errors import UserError
 from hapo_lite.inspect import markup
 from hapo_lite.inspect.generate import GenerationSettings, ModelShelf
 from hapo_lite.inspect.places import Place
-from hapo_lite.inspect.runs import Run, Stamp, open_run, run_names
+from hapo_lite.inspect.runs import Run, RunFiles, Stamp, open_run, run_names
 from hapo_lite.inspect.tokens import csv_text
 from hapo_lite.inspect.views import Shown
 from hapo_lite.model.policy import Policy
 
+RUNS_HELD = 4
+"""Runs whose files stay in memory, also when no page shows them."""
 FIRST_PASS = "first pass"
 FROM_RUN = "run's latest"
 """FIRST_PASS and FROM_RUN are the choices for the signal of a generation."""
@@ -111,7 +115,13 @@ class AppState:
         if run:
             open_run(self.root, run.name)
         self.shelf = ModelShelf()
+        self._files: OrderedDict[str, RunFiles] = OrderedDict()
+        self._lock = threading.Lock()
         self._downloads = tempfile.TemporaryDirectory(prefix="hapo-inspect-")
+
+    def close(self) -> None:
+        """Remove the folder for downloads, which otherwise goes with the process."""
+        self._downloads.cleanup()
 
     def runs(self) -> list[str]:
         """The names of the runs, newest first."""
@@ -124,8 +134,17 @@ class AppState:
         return list(dict.fromkeys(["", self.adapter, *found]))
 
     def run(self, name: str) -> Run:
-        """The run of that name. Raises UserError if it is not a run, or leads out of the folder of runs."""
-        return open_run(self.root, name)
+        """The run of that name. Raises UserError if it is not a run, or leads out of the folder of runs.
+
+        Its settings are read anew, but of its other files only what no page has read.
+        """
+        with self._lock:
+            run = open_run(self.root, name, self._files.get(name))
+            self._files[name] = run.files
+            self._files.move_to_end(name)
+            if len(self._files) > RUNS_HELD:
+                self._files.popitem(last=False)
+        return run
 
     def start(self) -> Defaults:
         """The defaults of a new page: the command line's model and adapter, else the settings of its run."""
