@@ -80,8 +80,20 @@
     waiting = true;
     whenIdle(takeTurn, { timeout: 300 });
   }
+  // While a figure is drawn, no numbers can follow the pointer, so figures wait while a reader moves it over tokens.
+  const POINTING = 250;
+  let pointed = -POINTING;
+  document.addEventListener("pointermove", (event) => {
+    if (event.target instanceof Element && event.target.closest(".hapo-tokens")) pointed = performance.now();
+  }, { passive: true });
   function takeTurn() {
     waiting = false;
+    const left = pointed + POINTING - performance.now();
+    if (left > 0) {
+      waiting = true;
+      setTimeout(takeTurn, left);
+      return;
+    }
     const [plot] = near.size ? near : far;
     near.delete(plot);
     far.delete(plot);
