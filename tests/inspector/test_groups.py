@@ -13,6 +13,7 @@ from hapo_lite.inspect import example, group_views
 from hapo_lite.inspect.groups import groups_of, prefix_tree
 from hapo_lite.inspect.places import Place
 from hapo_lite.inspect.runs import entry_of, open_run
+from hapo_lite.inspect.tabs.example import Example
 from hapo_lite.inspect.tabs.run_place import find, trail
 from hapo_lite.inspect.tokens import token_table
 from hapo_lite.runs.trace import write_traces
@@ -136,3 +137,15 @@ def test_the_recorded_example_is_what_its_command_writes():
     for made, kept in zip(example.record(), example.load(), strict=True):
         assert made.text == kept.text and made.outcome == kept.outcome
         assert made.tokens["credit"] == pytest.approx(kept.tokens["credit"], abs=1e-3)
+
+
+def test_the_recorded_answer_under_dapo_has_one_temperature_and_one_credit():
+    shown, other = Example().against_dapo()
+    assert other.trace.tokens["id"] == shown.trace.tokens["id"]
+    # DAPO: no adaptive temperature, bounds of 1 - 0.2 and 1 + 0.28, and the completion's advantage for each token.
+    for name, value in {"temperature": 1.0, "weight": 1.0, "lower": 0.8, "upper": 1.28}.items():
+        assert other.table.numbers[name] == pytest.approx([value] * len(other.table))
+    assert other.table.numbers["entropy"] == shown.table.numbers["entropy"]
+    assert len(set(shown.table.numbers["temperature"])) > 1 and len(set(shown.table.numbers["upper"])) > 1
+    with pytest.raises(ValueError, match="adaptive temperature"):
+        example.without_temperature(shown.trace, Method())
