@@ -94,11 +94,12 @@
       setTimeout(takeTurn, left);
       return;
     }
+    // Those that waited may have left the view since.
     const [plot] = near.size ? near : far;
     near.delete(plot);
     far.delete(plot);
     // One that is hidden by now is drawn when it comes into view again.
-    if (plot.isConnected && plot.offsetParent) drawOnce(plot);
+    if (plot?.isConnected && plot.offsetParent) drawOnce(plot);
     wait();
   }
   const inView = new IntersectionObserver((entries) => {
