@@ -5,7 +5,7 @@
 
 The recipe runs as on a cluster: a Ray head, verl's synchronous trainer under `trainer_mode=hapo`, two training
 processes, two vLLM servers. The bundled model stands in for 7B. What differs from a cluster is in `ON_A_CPU` and
-`cpu.py`. The machine needs 8 GB of memory that is free.
+`cpu.py`. It takes about 10 GB of memory.
 """
 
 from __future__ import annotations
@@ -81,8 +81,14 @@ WORKERS = {
 }
 """Environment of the processes that Ray starts."""
 
-HEAD = {"RAY_agent_register_timeout_ms": "300000", "RAY_raylet_start_wait_time_s": "300", "RAY_worker_niceness": "0"}
-"""Environment of the Ray head. A machine with other work needs more than Ray's 30 seconds to start."""
+HEAD = {
+    "PYTHONUNBUFFERED": "1",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_worker_niceness": "0",
+}
+"""Environment of the Ray head. A busy machine needs more than the seconds that Ray waits for a process."""
 
 
 @contextlib.contextmanager
