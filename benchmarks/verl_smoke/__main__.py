@@ -71,6 +71,7 @@ ON_A_CPU = [
     "+actor_rollout_ref.rollout.enable_sleep_mode=false",
     "actor_rollout_ref.rollout.load_format=auto",
     f"+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes={64 << 20}",
+    'actor_rollout_ref.rollout.engine_kwargs.vllm.logits_processors=["benchmarks.verl_smoke.sampler:HapoTemperature"]',
 ]
 """Without a GPU there is no flash attention, nothing to compile for and no memory to hand back."""
 

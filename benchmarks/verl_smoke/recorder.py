@@ -61,10 +61,11 @@ class RecordedTrainer(HapoTrainer):
         where = {"keys": batch.keys, "partition_id": batch.partition_id}
         found = transfer_queue.kv_batch_get(**where, select_fields=FIELDS)
         rows = torch.arange(len(batch))[:, None]
-        transfer_queue.kv_batch_put(**where, fields=found.empty().update({ROW: rows}))
+        # The batch that comes back names the new field, so that verl hands it to the processes.
+        with_rows = transfer_queue.kv_batch_put(**where, fields=found.empty().update({ROW: rows}))
         record: dict[str, Any] = {"uid": found.pop("uid").tolist()}
         record |= {name: [row.clone() for row in values.unbind()] for name, values in found.items()}
         record["real"] = [not tag.get("is_padding", False) for tag in batch.tags]
         record["signal"] = signal_row(self.method, self.signal)
         torch.save(record, self.folder / f"iteration-{self.global_steps}.pt")
-        return super()._update_actor(batch, metrics)
+        return super()._update_actor(with_rows, metrics)
