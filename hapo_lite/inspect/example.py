@@ -53,7 +53,9 @@ def without_temperature(trace: Trace, method: Method) -> Trace:
     """
     if method.adaptive_temperature or trace.signal is None:
         raise ValueError("a method without adaptive temperature and a recorded signal are needed")
-    columns = _columns(trace, trace.signal, trace.tokens["advantage"][0], method)
+    found = _columns(trace, trace.signal, trace.tokens["advantage"][0], method)
+    # With as many digits as the advantage has in the file, a credit that is equal to it is written alike.
+    columns = {name: _short(values) for name, values in found.items()}
     # At the base temperature the model gives each alternative its probability at the base temperature.
     columns["temperature"] = [1.0] * len(columns["h"])
     columns["alternatives"] = [[(text, base, base) for text, base, _ in row] for row in trace.tokens["alternatives"]]
