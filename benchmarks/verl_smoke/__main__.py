@@ -104,7 +104,7 @@ def ray_head(binaries: Path, environment: dict[str, str]) -> Iterator[None]:
             if "Ray runtime started" in line:
                 break
         else:
-            raise SystemExit("Ray did not start: see the newest folder under /tmp/ray")
+            raise SystemExit("Ray did not start: its logs are in session_latest of its temporary folder")
         yield
     finally:
         head.terminate()

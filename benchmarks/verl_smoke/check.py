@@ -1,4 +1,4 @@
-"""What verl's processes wrote down, against the kit's own functions.
+"""Compares what verl's processes wrote down with the kit's own functions.
 
 Axes: B completions of an iteration, T completion tokens.
 """

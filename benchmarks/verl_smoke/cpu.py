@@ -17,7 +17,7 @@ from verl.plugin.platform import PlatformBase, PlatformRegistry
 
 
 class CpuModule:
-    """What verl calls of `torch.cuda`, on a machine without an accelerator. Memory is in bytes."""
+    """Stands in for `torch.cuda`, as far as verl calls it, without an accelerator. Memory is in bytes."""
 
     @staticmethod
     def is_available() -> bool:

@@ -18,10 +18,9 @@ from verl.trainer.ppo.v1 import register_trainer
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.padding import no_padding_2_padding
 
-from hapo_lite.integrations.verl import signal_row
 from hapo_lite.integrations.verl_cluster import HapoTrainer, ppo_loss_with_h
 
-FIELDS = ["uid", "prompts", "responses", "response_mask", "rm_scores", "rollout_log_probs", "old_log_probs"]
+FIELDS = ["uid", "prompts", "responses", "rm_scores", "rollout_log_probs", "old_log_probs"]
 FIELDS += ["entropy", "hapo_h", "advantages"]
 ROW = "row"
 _micro_batches = itertools.count()
@@ -65,7 +64,5 @@ class RecordedTrainer(HapoTrainer):
         with_rows = transfer_queue.kv_batch_put(**where, fields=found.empty().update({ROW: rows}))
         record: dict[str, Any] = {"uid": found.pop("uid").tolist()}
         record |= {name: [row.clone() for row in values.unbind()] for name, values in found.items()}
-        record["real"] = [not tag.get("is_padding", False) for tag in batch.tags]
-        record["signal"] = signal_row(self.method, self.signal)
         torch.save(record, self.folder / f"iteration-{self.global_steps}.pt")
         return super()._update_actor(with_rows, metrics)

@@ -112,7 +112,7 @@ def _updated(trace: Trace, signal: EntropySignal, advantage: float) -> Trace:
 
 
 def _columns(trace: Trace, signal: EntropySignal, advantage: float, method: Method) -> dict[str, list[Any]]:
-    """What an update in which every ratio is 1 records of a completion, under the method."""
+    """The columns that an update under the method records of a completion, with a ratio of 1 for every token."""
     entropy = torch.tensor(trace.tokens["entropy"])
     tokens = TokenSignals.of_one(method, signal, entropy)
     ratio = torch.ones(1, len(entropy))

@@ -57,7 +57,7 @@ class MetricsLog:
         return list(self._problems)
 
     def _goes_on(self, file: BinaryIO, found: FileId, size: int) -> bool:
-        """Whether the file is the one that was read, with the last line that was read in its place.
+        """Whether the file is the one that was read, and still has the last line that was read in its place.
 
         The file then stands behind that line.
         """

@@ -110,7 +110,7 @@ class RunSettings:
 
 
 class RunFiles:
-    """What has been read of a run's files. The pages that show the run share it, in threads of their own."""
+    """Holds what has been read of a run's files. The pages that show the run share it, each in its own thread."""
 
     def __init__(self, path: Path) -> None:
         self.traces: OrderedDict[int, FileTraces] = OrderedDict()

@@ -78,7 +78,7 @@ class CompareTab:
             "its tokens, on the right as DAPO does. Colour by temperature, bounds or advantage weight to see where "
             "they differ. Press Compare, and each side writes an answer of its own."
         )
-        return self._filled(left, right) | {self.status: markup.note(sentence, "reading"), self.curves: ""}
+        return self._filled(left, right) | {self.status: markup.note(sentence, "reading")}
 
     def stream(self, values: Values) -> Iterator[Update]:
         """The tab while the two sides are written, one after the other, and at the end the whole comparison."""
@@ -104,16 +104,16 @@ class CompareTab:
 
     def fill(self, values: Values, left: Shown, right: Shown) -> Update:
         """The whole comparison, with the curves of the two runs if the sides have different ones."""
-        update = self._filled(left, right) | {self.curves: ""}
+        update = self._filled(left, right)
         one, other = (values[boxes.run] for boxes in self.boxes)
         if one and other and one != other:
             update[self.curves] = views.curves(self.app.run(one), self.app.run(other))[0]
         return update
 
     def _filled(self, left: Shown, right: Shown) -> Update:
-        """Both sides with their differences marked, the sentence on them, and the figures."""
+        """Both sides with their differences marked, the sentence on them, the figures, and no curves of runs."""
         comparison = views.comparison(left, right, csv=[view.download for view in self.views])
-        update: Update = {self.status: comparison.sentence, self.figures: comparison.figures}
+        update: Update = {self.status: comparison.sentence, self.figures: comparison.figures, self.curves: ""}
         for view, (summary, tokens) in zip(self.views, comparison.sides, strict=True):
             update |= {view.summary: summary, view.tokens: tokens}
         return update
