@@ -15,6 +15,7 @@ from hapo_lite.inspect.places import Place
 from hapo_lite.inspect.runs import Entry, Run
 from hapo_lite.inspect.tabs.run_place import Found, find, trail
 from hapo_lite.inspect.tabs.state import (
+    IN_ORDER,
     NO_PROGRESS,
     QUIET,
     AppState,
@@ -98,10 +99,10 @@ class RunTab:
         self.timer.tick(self.look, session, self.news, **NO_PROGRESS)
         # One event fills the page, since each further one costs a round trip. Slower parts follow after it.
         for filled in (
-            self.name.input(self.open, [session, self.name], self.outputs, show_progress="minimal"),
-            self.reload.click(self.refresh, [session, self.name], self.outputs, show_progress="minimal"),
-            self.news.change(self.follow, session, self.outputs, **NO_PROGRESS),
-            self.iteration.input(self.turn, [session, self.iteration], self.shown, **QUIET),
+            self.name.input(self.open, [session, self.name], self.outputs, show_progress="minimal", **IN_ORDER),
+            self.reload.click(self.refresh, [session, self.name], self.outputs, show_progress="minimal", **IN_ORDER),
+            self.news.change(self.follow, session, self.outputs, **NO_PROGRESS, **IN_ORDER),
+            self.iteration.input(self.turn, [session, self.iteration], self.shown, **QUIET, **IN_ORDER),
         ):
             self.complete(filled)
         self.live.input(lambda on: gr.Timer(active=on), self.live, self.timer, **NO_PROGRESS)
@@ -120,7 +121,7 @@ class RunTab:
             (self.dual, WORDS, [self.words]),
             (self.training, CURVES, [self.curves]),
         ):
-            part.expand(self.unfold(name), self.session, outputs, **NO_PROGRESS)
+            part.expand(self.unfold(name), self.session, outputs, **NO_PROGRESS, **IN_ORDER)
             part.collapse(self.fold(name), self.session, None, **NO_PROGRESS)
 
     # --- the run ----------------------------------------------------------------------------------------------------

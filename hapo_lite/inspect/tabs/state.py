@@ -33,6 +33,8 @@ ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "mode
 NO_PROGRESS: dict[str, Any] = {"show_progress": "hidden"}
 QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
 """Options of an event that may come often: only the last one that waits is handled."""
+IN_ORDER: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "place"}
+"""Options of an event that changes what the tab Run shows: the place that was asked for last is shown last."""
 
 Fingerprint = tuple[list[int], int]
 """A run's iterations with traces, and the modification time of its metrics, ns."""
