@@ -57,9 +57,9 @@ class MetricsLog:
         return list(self._problems)
 
     def _goes_on(self, file: BinaryIO, found: FileId, size: int) -> bool:
-        """Whether the file is the one that was read, and still has the last line that was read in its place.
+        """Whether this file is the one read before, and the last line that was read from it is still there.
 
-        The file then stands behind that line.
+        If so, the file is left at the end of that line.
         """
         if found != self._file or size < self._offset:
             return False
