@@ -19,6 +19,7 @@ from hapo_lite.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapt
 from hapo_lite.model.origins import Origin, folder_digest, object_in
 from hapo_lite.model.targets import peft_targets
 from hapo_lite.recipe import LoraSettings, ModelSettings
+from hapo_lite.tiny.bundled import same_bundled
 
 UNLIKE = {
     "use_rslora": "rsLoRA",
@@ -32,8 +33,6 @@ UNLIKE = {
     "lora_bias": "biases",
 }
 """Options of peft by which an adapter is not the plain LoRA that is trained here, and what each stands for."""
-BUNDLED = ("hapo_lite", "tiny", "model")
-"""The end of the bundled model's path, which differs between installations."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +141,9 @@ def _is_base(base: str, origin: Origin) -> bool:
     """Whether the base that an adapter names is the model of `origin`: by its name, or by a folder's contents."""
     if base == origin.name:
         return True
-    theirs, ours = Path(base), Path(origin.name)
-    if theirs.parts[-len(BUNDLED) :] == ours.parts[-len(BUNDLED) :] == BUNDLED:
+    if same_bundled(base, origin.name):
         return True
+    theirs = Path(base)
     return theirs.is_dir() and origin.digest is not None and folder_digest(theirs) == origin.digest
 
 

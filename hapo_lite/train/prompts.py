@@ -14,6 +14,7 @@ from hapo_lite.recipe import DataSettings, EvaluationSettings
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.tasks.data import Column, PromptSet, load_prompts, split_held_out
 from hapo_lite.tasks.stream import LazyPrompts
+from hapo_lite.tiny.bundled import TASKS
 
 Say = Callable[[str], None]
 """Prints a sentence for the user."""
@@ -48,7 +49,7 @@ def load_data(
     found = load_prompts(data, columns, solutions)
     say_skipped("data", found, say)
     own = evaluation.data
-    if own is None and data.source == "tiny":
+    if own is None and data.source in TASKS:
         own = data.model_copy(update={"split": "test", "limit": None})
     if wanted == 0:
         return Data(found.prompts, ())
