@@ -3,13 +3,16 @@
     python benchmarks/engines.py [--repeats 3] [--engines generate,transformers,paged] [section.key=value ...]
 
 `generate` is the loop of transformers, where every completion reads its own prompt and stays in the batch until the
-last has ended. The engines take turns, so that a disturbance of the machine affects all. The numbers are medians; a
-ratio is to the first engine in the same turn. The same random numbers give the same completions, and so the same work.
+last has ended. `plain` is `generate` on the layers of peft and bitsandbytes as these libraries make them: the adapter
+as peft computes it, and a 4-bit base that is unpacked in every step. The engines take turns, so that a disturbance of
+the machine affects all. The numbers are medians; a ratio is to the first engine in the same turn. The same random
+numbers give the same completions, and so the same work.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import time
@@ -33,8 +36,18 @@ from hapo_lite.rollout.sampling import AdaptiveTemperature  # noqa: E402
 from hapo_lite.train.prompts import encode_prompts, load_data  # noqa: E402
 
 
+def plain(policy: Policy) -> Policy:
+    """The policy with the layers of peft and bitsandbytes as these libraries make them."""
+    for layer in policy.model.modules():
+        vars(layer).pop("forward", None)
+    return dataclasses.replace(policy, dense=None)
+
+
 def engine(name: str, recipe: Recipe, policy: Policy) -> Engine:
-    """The engine of that name, or `generate`."""
+    """The engine of that name, or `generate`, or `plain` with a policy of its own."""
+    if name == "plain":
+        policy = plain(load_policy(recipe.model, recipe.seed, policy.device.type))
+        return GenerateEngine(policy, recipe.rollout.batch_size, recipe.rollout.max_new_tokens)
     if name == "generate":
         return GenerateEngine(policy, recipe.rollout.batch_size, recipe.rollout.max_new_tokens)
     return make_engine(
@@ -57,7 +70,7 @@ class Speeds(NamedTuple):
 def requests_of(recipe: Recipe, policy: Policy) -> list[Request]:
     """The requests of the recipe's first iteration."""
     settings = recipe.rollout
-    prompts, _ = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None)
+    prompts = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None).training
     encoded = encode_prompts(
         prompts[: settings.prompts_per_iteration], policy, recipe.data, settings.max_new_tokens, say=lambda text: None
     )

@@ -5,14 +5,16 @@
 The bundled model, with a longer context and without stop tokens, generates `--tokens` tokens. The program measures the
 time from the last token until the page is at rest, pointing at tokens, colouring, the what-if slider and the drawing of
 every figure. Then the page opens a run of `--completions` recorded completions of `--length` tokens, in one file and in
-files of eight; the program measures the time from choosing the run until the page is at rest. A page is at rest when it
-shows what was asked for and the browser has nothing left to do.
+files of eight; the program measures the time from choosing the run until the page is at rest, and the same for a group
+and a completion. Last it reads runs of 20 and of 500 iterations again after they have written one more. A page is at
+rest when it shows what was asked for and the browser has nothing left to do.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import platform
 import random
@@ -35,8 +37,10 @@ from hapo_lite.algo.methods import Method  # noqa: E402
 from hapo_lite.algo.objective import assign_credit  # noqa: E402
 from hapo_lite.algo.tokens import TokenSignals, fit_signal  # noqa: E402
 from hapo_lite.cli import quiet_libraries  # noqa: E402
+from hapo_lite.inspect.health_views import STAGES  # noqa: E402
 from hapo_lite.model.origins import TINY_MODEL  # noqa: E402
 from hapo_lite.runs.trace import Trace, write_traces  # noqa: E402
+from hapo_lite.train.curves import PANELS  # noqa: E402
 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update"
 PER_FILE = 8
@@ -163,6 +167,16 @@ def write_runs(root: Path, completions: int, length: int) -> None:
         write_traces(root / "many_files" / "traces", start // PER_FILE, some)
 
 
+def write_metrics(folder: Path, iterations: int) -> None:
+    """Write the metrics of a run of so many iterations, of each as many as a real run writes."""
+    rng = random.Random(0)
+    known = [key for _, panel in PANELS for key in panel]
+    known += [*(f"seconds/{stage}" for stage in STAGES), "tokens_per_second/sampled", "memory/peak_mb"]
+    lines = ({"iteration": i, **{key: rng.random() for key in known}} for i in range(1, iterations + 1))
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+
+
 class Measurement:
     """A served page in a browser. ends: the times at which generations ended, which grows while the page is used."""
 
@@ -178,6 +192,8 @@ class Measurement:
         for label, value in (("Max tokens", tokens), ("Time limit, s", 600)):
             page.get_by_label(label).first.fill(str(value))
             page.keyboard.press("Tab")
+        # Those of the group that the page opens on.
+        page.evaluate("document.querySelectorAll('#generated-tokens .hapo-saves').forEach((node) => node.remove())")
         started = time.time()
         page.click("#generate")
         rest = page.evaluate(AT_REST, "#generated-tokens .hapo-saves")
@@ -214,10 +230,31 @@ class Measurement:
         page.locator("#run-name input").click()
         option = page.get_by_role("option", name=name)
         option.wait_for()
-        page.evaluate("document.querySelectorAll('#opened-tokens .hapo-saves').forEach((node) => node.remove())")
+        page.evaluate("document.querySelectorAll('.hapo-prompts').forEach((node) => node.remove())")
         option.click()
-        rest = page.evaluate(AT_REST, "#opened-tokens .hapo-saves")
-        print(f"{name} opened in {rest - page.evaluate('window.pressed'):.2f} s")
+        self.report(f"{name} opened", "#run-prompts tbody tr")
+        page.locator("#run-prompts tbody a").first.click()
+        self.report("its first group opened", "#run-group .hapo-answer")
+        page.locator("#run-group .hapo-answer a").first.click()
+        self.report("the first completion opened", "#opened-tokens .hapo-saves")
+
+    def live(self, folder: Path, iterations: int) -> None:
+        """Read a run of so many iterations again after it has written one more."""
+        page = self.page
+        write_metrics(folder, iterations)
+        page.get_by_role("button", name="Refresh").click()
+        page.locator("#run-name input").click()
+        page.get_by_role("option", name=folder.name).click()
+        page.wait_for_selector(f"#run-health .hapo-chip:text-is('iteration {iterations}')")
+        write_metrics(folder, iterations + 1)
+        page.evaluate("document.querySelectorAll('#run-health section').forEach((node) => node.remove())")
+        page.get_by_role("button", name="Refresh").click()
+        self.report(f"a live run of {iterations} iterations read again", "#run-health .hapo-verdict")
+
+    def report(self, what: str, selector: str) -> None:
+        """Print the time from the last press until the page shows `selector` and is at rest."""
+        rest = self.page.evaluate(AT_REST, selector)
+        print(f"{what} in {rest - self.page.evaluate('window.pressed'):.2f} s")
 
 
 def free_port() -> int:
@@ -271,15 +308,18 @@ def main() -> None:
         page.set_default_timeout(600_000)
         started = time.time()
         page.goto(address)
-        page.wait_for_selector("#generate")
-        print(f"page loaded in {time.time() - started:.2f} s")
+        page.wait_for_selector("#run-prompts tbody tr")
+        print(f"page opened on the run in {time.time() - started:.2f} s")
         page.evaluate(PRESSED)
+        page.get_by_role("tab", name="Generate").click()
         measurement = Measurement(page, ends)
         if arguments.tokens:
             measurement.generation(arguments.tokens)
         page.get_by_role("tab", name="Run").click()
         for name in ("one_file", "many_files"):
             measurement.run(name)
+        for iterations in (20, 500):
+            measurement.live(root / "runs" / f"live{iterations}", iterations)
         browser.close()
 
 

@@ -48,7 +48,7 @@ def recipe_for(method: str, overrides: list[str]) -> Recipe:
 def build_loop(recipe: Recipe, scorer: Scorer, accelerator: Accelerator) -> Loop:
     limit = recipe.rollout.max_new_tokens
     policy = load_policy(recipe.model, recipe.seed, accelerator.device)
-    prompts, _ = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None)
+    prompts = load_data(recipe.data, recipe.evaluation, recipe.seed, lambda text: None).training
     encoded = encode_prompts(prompts[:1024], policy, recipe.data, limit, say=lambda text: None)
     engine = make_engine(recipe, policy)
     return Loop(recipe, policy, Collector(engine, scorer, accelerator), PromptStream(encoded, recipe.seed))

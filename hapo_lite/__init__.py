@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hapo_lite.evaluate.evaluation import evaluate as evaluate
     from hapo_lite.head import token_logprobs as token_logprobs
     from hapo_lite.model.load import load_policy as load_policy
+    from hapo_lite.probe.probing import probe as probe
     from hapo_lite.recipe import load_recipe as load_recipe
     from hapo_lite.records import EncodedPrompt as EncodedPrompt
     from hapo_lite.records import Prompt as Prompt
@@ -42,11 +43,12 @@ _ROOMS = {
     "load_policy": "model.load",
     "load_recipe": "recipe",
     "make_engine": "rollout.engine",
+    "probe": "probe",
     "sft": "sft",
     "token_logprobs": "head",
     "train": "train",
 }
-"""By public name: the module that has it. `train`, `sft` and `evaluate` are rooms that can be called."""
+"""By public name: the module that has it. `train`, `sft`, `evaluate` and `probe` are rooms that can be called."""
 
 __all__ = ["__version__", *_ROOMS]
 

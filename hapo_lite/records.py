@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +47,27 @@ class EncodedPrompt:
     index: int
     prompt: Prompt
     ids: tuple[int, ...]
+
+
+class GroupResult(NamedTuple):
+    """How a group of completions was graded. prompt: the id of its prompt. right, attempts: completions."""
+
+    prompt: str
+    right: int
+    attempts: int
+
+
+class Standing(NamedTuple):
+    """What a run knows of one training prompt.
+
+    right, attempts: completions, earlier groups counting less than later ones. solved_in_a_row: its latest groups that
+    were right throughout. rests_until: the last iteration in which it rests.
+    """
+
+    right: float = 0.0
+    attempts: float = 0.0
+    solved_in_a_row: int = 0
+    rests_until: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,6 +126,10 @@ class Sequences:
     prompt_lengths: Tensor
     lengths: Tensor
     mask: Tensor
+
+    def only(self, tokens: Tensor) -> Sequences:
+        """The same with a mask of those real tokens that `tokens` has too: bool [B, T], on the same device."""
+        return replace(self, mask=self.mask & tokens)
 
     @classmethod
     def of(cls, completions: Sequence[Written], device: torch.device | str = "cpu") -> Sequences:
@@ -177,8 +202,9 @@ class Experience(Graded):
 
     advantage: [B], fp32. old_logp, entropy (nats), h, uncertain (bool): one [T] per completion, from the policy before
     the first update, at the base temperature. signal: the signal fitted to all entropies. scale: [B], EDGE-GRPO's
-    factor on the advantage. reference_logp: one [T] per completion, log-probabilities of the base model; None unless
-    the method needs them.
+    factor on the advantage. The others are one [T] per completion, or None unless the method needs them.
+    reference_logp: log-probabilities of the base model. factor: on the advantage of each token. drawn: bool, the tokens
+    that `trained_tokens: random` trains. kept: bool, the tokens that `token_share` lets an update compute.
     """
 
     advantage: Tensor
@@ -189,11 +215,15 @@ class Experience(Graded):
     uncertain: list[Tensor]
     scale: Tensor
     reference_logp: list[Tensor] | None
+    factor: list[Tensor] | None = None
+    drawn: list[Tensor] | None = None
+    kept: list[Tensor] | None = None
 
     def trained(self, method: Method) -> list[Tensor]:
-        """Which tokens count in the loss: one bool [T] per completion."""
-        pairs = zip(self.completions, self.uncertain, strict=True)
-        return [trained_tokens(method, uncertain, completion.truncated) for completion, uncertain in pairs]
+        """Which tokens count in the loss: one bool [T] per completion. Those that `token_share` drops count too."""
+        drawn: Sequence[Tensor | None] = self.drawn or [None] * len(self)
+        rows = zip(self.completions, self.uncertain, drawn, strict=True)
+        return [trained_tokens(method, uncertain, c.truncated, own) for c, uncertain, own in rows]
 
     def select(self, rows: Sequence[int]) -> Experience:
         """The rows of the experience at these places, in this order. The signal stays that of the whole iteration."""
@@ -208,22 +238,38 @@ class Experience(Graded):
             h=[self.h[i] for i in rows],
             uncertain=[self.uncertain[i] for i in rows],
             scale=self.scale[list(rows)],
-            reference_logp=None if self.reference_logp is None else [self.reference_logp[i] for i in rows],
+            reference_logp=_at(rows, self.reference_logp),
+            factor=_at(rows, self.factor),
+            drawn=_at(rows, self.drawn),
+            kept=_at(rows, self.kept),
         )
 
     def padded(self, method: Method, device: torch.device | str = "cpu") -> LossInputs:
         """All completions as one micro-batch, right-padded. One that the method leaves out has weight 0 everywhere."""
         mask = pad([torch.full((c.length,), not method.leaves_out(c.truncated)) for c in self.completions], device)
+        weights = loss_weights(mask, method.loss_average, pad(self.trained(method), device))
+        if self.kept is not None:
+            weights = weights * pad(self.kept, device) / method.token_share
         return LossInputs(
             old_logp=pad(self.old_logp, device),
             advantage=put(self.advantage, device),
             tokens=TokenSignals(
-                pad(self.h, device), pad(self.entropy, device), pad(self.uncertain, device), put(self.scale, device)
+                pad(self.h, device),
+                pad(self.entropy, device),
+                pad(self.uncertain, device),
+                put(self.scale, device),
+                None if self.factor is None else pad(self.factor, device),
+                None if self.drawn is None else pad(self.drawn, device),
             ),
-            weights=loss_weights(mask, method.loss_average, pad(self.trained(method), device)),
+            weights=weights,
             sampling_logp=pad([c.sampling_logp for c in self.completions], device),
             reference_logp=None if self.reference_logp is None else pad(self.reference_logp, device),
         )
+
+
+def _at(rows: Sequence[int], held: list[Tensor] | None) -> list[Tensor] | None:
+    """The entries at these places, if there are any."""
+    return None if held is None else [held[i] for i in rows]
 
 
 @dataclass(frozen=True)
@@ -233,8 +279,10 @@ class TokenOutcome:
     advantage: that of the completion within its group. old_logp, entropy: log-probability and entropy under the policy
     before the iteration's first update, at the base temperature, nats. h: the entropy signal. uncertain: bool, above
     the method's quantile. logp: log-probability at the moment of the update. credit: the final advantage of each token.
-    lower, upper: bounds on the ratio. kl_base: divergence from the base model, nats; None for a method without a KL
-    weight.
+    lower, upper: bounds on the ratio or, where there is one, on `measure` (`algo.surrogate`): None if the ratio is what
+    they hold. kl_base: divergence from the base model, nats; None for a method without a KL weight. trained: bool,
+    whether a token could have a gradient. computed: bool, whether the update computed it; None: all. One that was not
+    has the old policy's log-probability, the ratio 1 and no credit.
     """
 
     advantage: float
@@ -250,3 +298,13 @@ class TokenOutcome:
     clipped_low: Tensor
     clipped_high: Tensor
     kl_base: Tensor | None = None
+    measure: Tensor | None = None
+    trained: Tensor | None = None
+    computed: Tensor | None = None
+
+    def of_computed(self) -> TokenOutcome:
+        """The same for the tokens that the update computed alone."""
+        if self.computed is None:
+            return self
+        rows: dict[str, Any] = {name: x[self.computed] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **rows)

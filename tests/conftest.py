@@ -105,7 +105,7 @@ def score(loop: Loop, collected: Collected, iteration: int, traced: Sequence[int
     """The plan and the experience of an iteration, as `Loop.learn` makes them."""
     advantage = advantages(collected.graded, loop.recipe.method, loop.recipe.reward.normalised)
     plan = loop.plan(collected.graded, loop.active(advantage.tolist(), traced), iteration)
-    return loop.scoring.score(collected.graded, advantage, plan)
+    return loop.scoring.score(collected.graded, advantage, plan, loop.selection_key(iteration))
 
 
 @contextlib.contextmanager

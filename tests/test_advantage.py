@@ -40,6 +40,18 @@ def test_extreme_groups_fall_back_to_sequence_level():
     assert torch.equal(advantage(rewards, lengths, [0] * 3, "token"), advantage(rewards, lengths, [0] * 3, "sequence"))
 
 
+@pytest.mark.parametrize(("wrong", "falls_back"), [(26, True), (25, False)])
+def test_a_group_falls_back_from_five_on(wrong, falls_back):
+    # One right token against n wrong ones: mean 1 / (n + 1), std sqrt(n) / (n + 1), so A = sqrt(n), times
+    # 1 / (1 + 1e-6 / std). It is 5.099 for n = 26, and 4.99997 for n = 25.
+    rewards, lengths = [1.0, 0.0, 0.0], [1, wrong - 12, 12]
+    std = math.sqrt(wrong) / (wrong + 1) + 1e-6
+    by_token = [wrong / (wrong + 1) / std, -1 / (wrong + 1) / std, -1 / (wrong + 1) / std]
+    by_sequence = [2 / 3 / (math.sqrt(1 / 3) + 1e-6)] + [-1 / 3 / (math.sqrt(1 / 3) + 1e-6)] * 2
+    expected = by_sequence if falls_back else by_token
+    assert advantage(rewards, lengths, [0] * 3, "token").tolist() == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_equal_rewards_and_singletons_give_zero(level):
     a = advantage([0.1, 0.1, 0.1, 1.0], [2, 3, 4, 5], [0, 0, 0, 1], level)

@@ -76,6 +76,7 @@ def test_metrics_reach_a_tracker(tmp_path):
 SOON = {
     "train": ([str(TINY), "training.learning_rate=x"], "training.learning_rate = 'x': input should be a valid number"),
     "evaluate": ([str(TINY), "benchmark.samples=0"], "benchmark.samples = 0"),
+    "probe": ([str(TINY), "data.curriculum=easy_first"], "needs data.pass_rate.file"),
     "preflight": (["tiny_cpu", "method=happo"], "did you mean hapo?"),
     "compare": (["compare_tiny", "tokens=0"], "tokens = 0"),
     "verify_resume": (["tiny_cpu", "sead=1"], "sead is not a field"),
@@ -125,7 +126,7 @@ def test_mistakes_and_help_wait_for_no_library():
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said.pop("quiet") == [True, False, True, True]
-    assert len(said) == len(wrong) + len(helps) and len(helps) == 9
+    assert len(said) == len(wrong) + len(helps) and len(helps) == 10
     for line, (code, printed, imported) in said.items():
         assert imported == [], line
         message = "usage: " if line.endswith("--help") else SOON[line.split()[0]][1]

@@ -23,6 +23,7 @@ FLOORS = (
     "train",
     "sft",
     "evaluate",
+    "probe",
     "inspect",
     "compare",
     "export",

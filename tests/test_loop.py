@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from hapo_lite.algo.methods import PRESETS
-from hapo_lite.algo.objective import loss_denominator
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.train.scoring import advantages
@@ -25,9 +24,8 @@ def gradient_of_first_update(loop, collected, budget):
     )
     plan, experience = score(loop, collected, iteration=1)
     members, batches = plan.members[0], plan.updates[0]
-    method = loop.recipe.method
-    trained = torch.stack([t.sum() for t in experience.trained(method)])
-    denominator = loss_denominator(trained[members], method.loss_average)
+    trained = torch.stack([t.sum() for t in experience.trained(loop.recipe.method)])
+    denominator = loop.update.denominator(trained[members])
     for p in loop.learner.parameters:
         p.grad = None
     for batch in batches:

@@ -155,7 +155,7 @@ def test_the_base_is_the_same_model_without_its_adapter(make_recipe, make_loop):
     with torch.no_grad():
         for p in loop.learner.parameters:
             p.zero_()
-    zeroed = loop.scoring.score(collected.graded, scored.advantage, plan).experience
+    zeroed = loop.scoring.score(collected.graded, scored.advantage, plan, loop.selection_key(3)).experience
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(scored.reference_logp, zeroed.old_logp, strict=True))
     assert not all(torch.allclose(a, b, atol=1e-3) for a, b in zip(scored.reference_logp, scored.old_logp, strict=True))
 

@@ -9,7 +9,7 @@ import torch
 from hapo_lite.algo.clipping import clip_bounds
 from hapo_lite.algo.methods import PRESETS, Method
 from hapo_lite.algo.objective import LossInputs, loss_denominator, loss_weights, method_loss, policy_loss
-from hapo_lite.algo.tokens import TokenSignals
+from hapo_lite.algo.tokens import TokenSignals, trained_tokens
 
 
 def one_token(ratio, advantage, lower=0.8, upper=1.28, dual_clip=10.0):
@@ -73,14 +73,16 @@ def batch(seed=0, rows=6, columns=7):
             entropy=noise(rows, columns).abs(),
             uncertain=h > 0.3,
             scale=noise(rows).exp(),
+            factor=1.0 + 0.1 * (noise(rows, columns) > 0),
+            drawn=noise(rows, columns) > 0,
         ),
         "mask": torch.arange(columns)[None] < lengths[:, None],
     }
 
 
 def denominator_of(method, data):
-    trained = data["mask"] & data["tokens"].uncertain if method.trained_tokens == "uncertain" else data["mask"]
-    return loss_denominator(trained.sum(dim=1), method.loss_average)
+    trained = data["mask"] & trained_tokens(method, data["tokens"].uncertain, drawn=data["tokens"].drawn)
+    return loss_denominator(trained.sum(dim=1), method.loss_average, limit=data["mask"].shape[1])
 
 
 def gradient(method, data, rows, denominator, width=None):
@@ -91,7 +93,7 @@ def gradient(method, data, rows, denominator, width=None):
         scale=tokens.scale[rows],
     )
     mask = data["mask"][rows, :width]
-    trained = own.uncertain if method.trained_tokens == "uncertain" else None
+    trained = trained_tokens(method, own.uncertain, drawn=own.drawn)
     out, _ = method_loss(
         method,
         logp,
@@ -146,6 +148,14 @@ PIECES_OFF = dict.fromkeys(("adaptive_temperature", "token_level_advantage", "re
         ("dapo", {"eps_high": 0.2, "dual_clip": None, "loss_average": "sequence"}, "grpo"),
         ("edge_grpo", {"entropy_scale": False}, "grpo"),
         ("entropy_adv", {"entropy_bonus": 0.0}, "grpo"),
+        ("dr_grpo", {"scale": "group", "loss_average": "sequence"}, "grpo"),
+        ("gspo", {"surrogate": "clip", "eps_low": 0.2, "eps_high": 0.2}, "grpo"),
+        ("cispo", {"surrogate": "clip", "eps_high": 0.28, "dual_clip": 10.0}, "dapo"),
+        ("sapo", {"surrogate": "clip"}, "grpo"),
+        ("dppo", {"surrogate": "clip", "eps_low": 0.2, "eps_high": 0.28, "dual_clip": 10.0}, "dapo"),
+        ("clip_cov", {"covariance_share": 0.0, "eps_low": 0.2, "eps_high": 0.28}, "dapo"),
+        ("stare", {"surprisal_factor": 1.0}, "dapo"),
+        ("random_tokens", {"trained_tokens": "all"}, "dapo"),
         (
             "archer",
             {"eps_uncertain": None, "kl_certain": 0.0, "uncertain_among": "iteration", "eps_high": 0.28},
@@ -173,6 +183,15 @@ def test_every_method_with_its_pieces_off_is_the_one_it_is_built_on(preset, off,
         ("edge_grpo", {"entropy_scale": False}),
         ("entropy_adv", {"entropy_bonus": 0.2}),
         ("entropy_adv", {"entropy_bonus_limit": 4.0}),
+        ("dr_grpo", {"loss_average": "sequence"}),
+        ("gspo", {"surrogate": "clip"}),
+        ("cispo", {"eps_high": 0.28}),
+        ("sapo", {"gate_positive": 2.0}),
+        ("sapo", {"gate_negative": 2.0}),
+        ("dppo", {"eps_low": 0.01}),
+        ("dppo", {"eps_high": 0.01}),
+        ("dppo", {"dual_clip": 1.1}),
+        ("random_tokens", {"trained_tokens": "all"}),
     ],
 )
 def test_each_piece_changes_the_gradient(preset, off):
@@ -220,6 +239,13 @@ def test_importance_weights_are_truncated():
         {"entropy_bonus_limit": 1.0},
         {"entropy_bonus": -0.1},
         {"kl_certain": -0.1},
+        {"gate_positive": 0.0},
+        {"token_share": 0.0},
+        {"token_share": 1.5},
+        {"covariance_share": -0.1},
+        {"surprisal_factor": 0.0},
+        {"surprisal_share": 1.1},
+        {"gate_negative": -1.0},
         {"eps_uncertain": 0.4},  # with adaptive_clip, which sets the bounds already
     ],
 )

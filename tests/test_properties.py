@@ -16,8 +16,10 @@ from hapo_lite.algo.methods import PRESETS, Method
 from hapo_lite.algo.objective import LossInputs, assign_credit, loss_denominator, loss_weights, method_loss
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.temperature import adaptive_temperature
-from hapo_lite.algo.tokens import TokenSignals, fit_signal, uncertain_tokens
+from hapo_lite.algo.tokens import TokenSignals, fit_signal, trained_tokens, uncertain_tokens
 
+LIMIT = 9
+"""Most tokens that a completion may have."""
 OFTEN = settings(max_examples=150, deadline=None)
 
 rewards = st.sampled_from([0.0, 1.0, -1.0, 0.5, 1e-9, 1e6]) | st.floats(-10, 10)
@@ -39,13 +41,16 @@ def methods(draw) -> Method:
         **{name: draw(st.booleans()) for name in flags},
         low_side=draw(st.sampled_from(["negative", "positive"])),
         neutral_zone=draw(st.sampled_from(["base", "adapted"])),
-        loss_average=draw(st.sampled_from(["token", "sequence"])),
-        trained_tokens=draw(st.sampled_from(["all", "uncertain"])),
+        loss_average=draw(st.sampled_from(["token", "sequence", "constant"])),
+        trained_tokens=draw(st.sampled_from(["all", "uncertain", "random"])),
         uncertain_among=draw(st.sampled_from(["iteration", "completion"])),
         importance=draw(st.sampled_from(["none", "truncated"])),
         quantile=draw(st.floats(0, 1)),
         eps_low=draw(st.floats(0.01, 0.49)),
         eps_high=draw(st.floats(0.01, 2.0)),
+        surrogate=draw(st.sampled_from(["clip", "sequence", "cispo", "sapo", "dppo"])),
+        gate_positive=draw(st.floats(0.1, 4.0)),
+        gate_negative=draw(st.floats(0.1, 4.0)),
         dual_clip=draw(st.none() | st.floats(1.5, 10.0)),
         entropy_bonus=draw(st.sampled_from([0.0, 0.4])),
         kl_certain=draw(st.sampled_from([0.0, 0.1])),
@@ -71,7 +76,8 @@ def steps(draw) -> tuple[list[dict[str, Tensor]], Tensor]:
         old = -3.0 * noise(length).abs()
         entropy = torch.tensor(draw(st.lists(entropies, min_size=length, max_size=length)), dtype=torch.float64)
         near = {name: old + spread * noise(length) for name in ("logp", "sampling_logp", "reference_logp")}
-        completions.append({"old_logp": old, "entropy": entropy, **near})
+        singled = {"drawn": noise(length) > 0, "factor": 1.0 + 0.1 * (noise(length) > 0)}
+        completions.append({"old_logp": old, "entropy": entropy, **near, **singled})
     chosen = st.sampled_from([0.0, 1.0, -1.0, 0.3, -4.0])
     return completions, torch.tensor([draw(chosen) for _ in lengths], dtype=torch.float64)
 
@@ -100,8 +106,9 @@ def in_micro_batches(
 ) -> tuple[float, list[Tensor]]:
     """Loss of a step and its gradient by completion, summed over padded micro-batches. beyond: what padding holds."""
     known = signals(method, completions)
-    counts = [k["uncertain"].sum() if method.trained_tokens == "uncertain" else len(k["h"]) for k in known]
-    denominator = loss_denominator(torch.tensor(counts), method.loss_average)
+    pairs = zip(known, completions, strict=True)
+    counts = [trained_tokens(method, k["uncertain"], drawn=c["drawn"]).sum() for k, c in pairs]
+    denominator = loss_denominator(torch.tensor(counts), method.loss_average, LIMIT)
     total, gradients = 0.0, [torch.empty(0)] * len(completions)
     for batch in batches:
         columns = max(width, *(len(known[i]["h"]) for i in batch))
@@ -118,9 +125,11 @@ def in_micro_batches(
             padded(completions, "entropy"),
             uncertain,
             torch.stack([known[i]["scale"] for i in batch]),
+            padded(completions, "factor"),
+            padded(completions, "drawn") == 1.0,
         )
         logp = padded(completions, "logp").requires_grad_()
-        trained = uncertain if method.trained_tokens == "uncertain" else torch.ones_like(mask)
+        trained = trained_tokens(method, uncertain, drawn=tokens.drawn)
         loss, _ = method_loss(
             method,
             logp,
@@ -142,7 +151,42 @@ def in_micro_batches(
     return total, gradients
 
 
-def one_token(m: Method, a: float, h: float, entropy: float, uncertain: bool, c: dict[str, float]) -> tuple:
+def clipped(ratio: float, a: float, lower: float, upper: float, dual_clip: float | None) -> tuple[float, float]:
+    """PPO's gain of one token, with the dual clip, and its derivative by the token's logp."""
+    gain, slope = ratio * a, ratio * a
+    if min(max(ratio, lower), upper) * a < gain:
+        gain, slope = min(max(ratio, lower), upper) * a, 0.0
+    if dual_clip is not None and a < 0 and gain < dual_clip * a:
+        gain, slope = dual_clip * a, 0.0
+    return gain, slope
+
+
+def gain_of_one(m: Method, a: float, bounds: tuple[float, float], whole: float, c: dict[str, float]) -> tuple:
+    """The gain of one token under the method's surrogate, and its derivative by logp. whole: its completion's ratio."""
+    ratio = math.exp(c["logp"] - c["old_logp"])
+    if m.surrogate == "clip":
+        return clipped(ratio, a, *bounds, m.dual_clip)
+    if m.surrogate == "sequence":
+        return clipped(whole, a, *bounds, m.dual_clip)
+    if m.surrogate == "cispo":
+        return (min(ratio, bounds[1]) * a,) * 2
+    if m.surrogate == "sapo":
+        tau = m.gate_positive if a > 0 else m.gate_negative
+        gate = 1 / (1 + math.exp(-tau * (ratio - 1))) if tau * (ratio - 1) > -700 else 0.0
+        return 4 / tau * gate * a, 4 * gate * (1 - gate) * ratio * a
+    change = 1 + math.exp(c["logp"]) - math.exp(c["old_logp"])
+    if (a > 0 and change > bounds[1]) or (a < 0 and change < bounds[0]):
+        return 0.0, 0.0
+    return (min(ratio, m.dual_clip or math.inf) * a,) * 2
+
+
+def is_trained(m: Method, uncertain: bool, c: dict[str, float]) -> bool:
+    return {"all": True, "uncertain": uncertain, "random": bool(c["drawn"])}[m.trained_tokens]
+
+
+def one_token(
+    m: Method, a: float, h: float, entropy: float, uncertain: bool, whole: float, c: dict[str, float]
+) -> tuple:
     """Loss of one token and its derivative by logp, in plain Python: the equations read once more, from the paper."""
     ratio = math.exp(c["logp"] - c["old_logp"])
     if m.eps_uncertain is not None and uncertain:
@@ -150,6 +194,10 @@ def one_token(m: Method, a: float, h: float, entropy: float, uncertain: bool, c:
     else:
         wider = h if m.adaptive_clip else 0.0
         lower, upper = 1 - m.eps_low * (1 - min(wider, 0.0)), 1 + m.eps_high * (1 + max(wider, 0.0))
+    if m.surrogate in ("cispo", "sapo"):
+        lower = 0.0
+    if m.surrogate == "sapo":
+        upper = math.inf
     if m.entropy_bonus:
         a += min(m.entropy_bonus * entropy, abs(a) / m.entropy_bonus_limit)
     if m.redistribution:
@@ -157,14 +205,10 @@ def one_token(m: Method, a: float, h: float, entropy: float, uncertain: bool, c:
         settled = 1 - low / 2 <= ratio <= 1 + high / 2
         if (h > 0 and not settled) or (h <= 0 and settled):
             a *= 1 + h
-    if m.trained_tokens == "uncertain" and not uncertain:
+    a *= c["factor"]
+    if not is_trained(m, uncertain, c):
         a = 0.0
-    gain, slope = ratio * a, ratio * a
-    clipped = min(max(ratio, lower), upper) * a
-    if clipped < gain:
-        gain, slope = clipped, 0.0
-    if m.dual_clip is not None and a < 0 and gain < m.dual_clip * a:
-        gain, slope = m.dual_clip * a, 0.0
+    gain, slope = gain_of_one(m, a, (lower, upper), whole, c)
     if m.importance == "truncated":
         weight = min(math.exp(c["old_logp"] - c["sampling_logp"]), m.importance_cap)
         gain, slope = gain * weight, slope * weight
@@ -178,17 +222,21 @@ def in_plain_python(method: Method, completions: list[dict[str, Tensor]], advant
     losses, slopes, counts = [], [], []
     for c, k, a in zip(completions, known, advantage.tolist(), strict=True):
         a *= float(k["scale"]) if method.entropy_scale else 1.0
-        names = ("logp", "old_logp", "sampling_logp", "reference_logp")
+        whole = math.exp(sum((c["logp"] - c["old_logp"]).tolist()) / len(c["logp"]))
+        names = ("logp", "old_logp", "sampling_logp", "reference_logp", "factor", "drawn")
         tokens = [
-            one_token(method, a, h, e, u, {name: float(c[name][t]) for name in names})
+            one_token(method, a, h, e, u, whole, {name: float(c[name][t]) for name in names})
             for t, (h, e, u) in enumerate(
                 zip(k["h"].tolist(), c["entropy"].tolist(), k["uncertain"].tolist(), strict=True)
             )
         ]
-        counts.append(sum(k["uncertain"].tolist()) if method.trained_tokens == "uncertain" else len(tokens))
+        rows = zip(k["uncertain"].tolist(), c["drawn"].tolist(), strict=True)
+        counts.append(sum(is_trained(method, u, {"drawn": d}) for u, d in rows))
         losses.append(sum(loss for loss, _ in tokens))
         slopes.append([slope for _, slope in tokens])
-    if method.loss_average == "token":
+    if method.loss_average == "constant":
+        weights = [1.0 / (LIMIT * len(counts))] * len(counts)
+    elif method.loss_average == "token":
         weights = [1.0 / max(sum(counts), 1)] * len(counts)
     else:
         weights = [1.0 / max(count, 1) / max(sum(c > 0 for c in counts), 1) for count in counts]

@@ -57,7 +57,7 @@ def test_every_shipped_comparison_plans_its_runs(path):
 
 def test_the_comparisons_hold_every_method_and_every_piece():
     methods = {path.stem: {r.recipe.method for r in planned_runs(load_comparison(path))} for path in COMPARISONS}
-    assert methods["compare_tiny"] == set(PRESETS.values())
+    assert methods["compare_tiny"] | methods["rivals_tiny"] == set(PRESETS.values())
     pieces = ("adaptive_temperature", "token_level_advantage", "redistribution", "adaptive_clip")
     switches = {tuple(getattr(m, p) for p in pieces) for m in methods["ablation_tiny"]}
     one_by_one = {tuple(i == j for j in range(4)) for i in range(4)}
@@ -173,6 +173,11 @@ def test_missing_file_names_its_nearest_neighbour(tmp_path):
 
 ERRORS = [
     (
+        rules.dora_is_sampled_by_the_policys_own_model,
+        ["model.lora.variant=dora", "rollout.engine=vllm"],
+        r"cannot be sampled by rollout\.engine=vllm, which has no DoRA: use rollout\.engine=transformers",
+    ),
+    (
         rules.groups_have_two_completions,
         ["rollout.completions_per_prompt=1"],
         "a group of one has no advantage",
@@ -239,6 +244,11 @@ ERRORS = [
         ["training={iterations: 1, max_tokens: 9, schedule: cosine}"],
         "must be constant with training.max_tokens",
     ),
+    (
+        rules.an_order_needs_pass_rates,
+        ["data.curriculum=easy_first"],
+        "easy_first needs data.pass_rate.file, the pass rates that it orders prompts by",
+    ),
 ]
 """Rules of RULES, the overrides that break each of them, and words of its sentence."""
 
@@ -271,6 +281,12 @@ DOUBTS = [
         ["method=archer", "training.updates_per_iteration=1"],
         "eps_uncertain does nothing",
     ),
+    (
+        rules.one_update_makes_all_surrogates_one,
+        ["method=gspo", "training.updates_per_iteration=1"],
+        "method.surrogate makes no difference",
+    ),
+    (rules.a_soft_gate_has_no_bounds, ["method=sapo", "method.adaptive_clip=true"], "sapo has no bounds"),
     (rules.low_side_needs_a_reader, ["method=dapo", "method.low_side=positive"], "low_side has no effect"),
     (
         rules.redistribution_needs_certain_tokens,
@@ -354,7 +370,7 @@ def test_help_lists_every_field_with_a_meaning():
                 yield prefix + key
 
     fields = set(leaves(yaml.safe_load(Recipe.model_validate(MINIMAL | {"name": "x"}).to_yaml())))
-    assert fields - {"evaluation.data"} <= set(listed)
+    assert fields - {"evaluation.data", "data.pass_rate"} <= set(listed)
     assert all(listed.values())
 
 

@@ -23,12 +23,11 @@ from hapo_lite.recipe import LoraSettings, ModelSettings, load_recipe
 from hapo_lite.records import Sequences
 from hapo_lite.runs.checkpoint import read_record
 from hapo_lite.runs.files import file_hash
-from hapo_lite.runs.interrupt import Interrupted
 from hapo_lite.train import run
 from hapo_lite.train.__main__ import main
 from hapo_lite.verify_resume.verify import left_by
 from tests.conftest import TINY, noisy_adapter, score
-from tests.loops import run_steps
+from tests.loops import run_steps, train_into_the_third
 from tests.test_origins import COMMIT, hub  # noqa: F401 (a fixture)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -131,16 +130,7 @@ def test_a_run_resumes_to_the_same_bytes_when_its_start_is_gone(warm, make_recip
     printed = capsys.readouterr().out
     assert f"going on from the adapter {start}, sha256 {digest}" in printed
     stopped = whole.model_copy(update={"output_dir": str(tmp_path / "stopped")})
-    original = run.Loop.step
-
-    def stop_in_the_third(loop, state):
-        if state.iteration == 2:
-            raise Interrupted(15)
-        return original(loop, state)
-
-    with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(run.Loop, "step", stop_in_the_third)
-        run.train(stopped)
+    train_into_the_third(stopped, monkeypatch)
     shutil.rmtree(start)
     summary = run.train(stopped)
     assert left_by(tmp_path / "stopped") == left_by(tmp_path / "whole")
@@ -202,7 +192,11 @@ def test_another_shape_than_the_recipes_is_named_with_what_to_set(adapter, make_
             {"base_model_name_or_path": "Qwen/Qwen3-8B"},
             r"belongs to the base Qwen/Qwen3-8B, and model\.name = tiny: set model\.name=Qwen/Qwen3-8B, or",
         ),
-        ({"use_rslora": True}, r"has rsLoRA \(use_rslora\), and plain LoRA is trained here"),
+        (
+            {"use_rslora": True},
+            r"is of the variant rslora, and model\.lora\.variant = lora: set model\.lora\.variant=rslora$",
+        ),
+        ({"use_rslora": True, "use_dora": True}, r"has rsLoRA and DoRA at once, and one of them is trained here"),
         ({"modules_to_save": ["lm_head"]}, r"has whole layers \(modules_to_save\)"),
         ({"bias": "all"}, r"has biases \(bias = all\)"),
         ({"peft_type": "IA3"}, r"is of peft's kind IA3, and LORA is trained here"),

@@ -14,6 +14,7 @@ import torch
 from hapo_lite.algo.methods import PRESETS
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.integrations import verl
+from hapo_lite.integrations.pieces import refuse_others
 from hapo_lite.records import Sequences, pad
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.checkpoint import TrainState
@@ -143,3 +144,21 @@ def test_what_cannot_be_done_is_refused():
         verl.clipped_loss(method, zero, zero, zero, torch.ones(1, 2), "token-mean", config)
     with pytest.raises(ValueError, match="token-mean or seq-mean-token-mean"):
         verl.clipped_loss(method, zero, zero, zero, torch.ones(1, 2), "token-sum", config)
+
+
+@pytest.mark.parametrize(
+    ("preset", "piece"),
+    [
+        ("dr_grpo", "loss_average: constant"),
+        ("gspo", "surrogate: sequence"),
+        ("cispo", "surrogate: cispo"),
+        ("sapo", "surrogate: sapo"),
+        ("dppo", "surrogate: dppo"),
+        ("clip_cov", "covariance_share"),
+        ("stare", "surprisal_factor"),
+        ("random_tokens", "trained_tokens"),
+    ],
+)
+def test_a_piece_that_another_trainer_would_not_run_is_refused(preset, piece):
+    with pytest.raises(ValueError, match=f"^{preset}: verl has no place for {piece} here; its own are"):
+        refuse_others(PRESETS[preset], "verl", "loss_agg_mode")

@@ -44,20 +44,41 @@ class Method:
     low_side: Literal["negative", "positive"] = _option(
         "negative", "Sign of h below the pivot; positive: what HAPO's public code does"
     )
-    eps_low: float = _option(0.2, "How far the ratio may fall below 1 before its gradient stops")
-    eps_high: float = _option(0.28, "How far the ratio may rise above 1 before its gradient stops")
+    surrogate: Literal["clip", "sequence", "cispo", "sapo", "dppo"] = _option(
+        "clip",
+        "What the bounds hold: each token's ratio (clip), its completion's (sequence), the weight of a token (cispo), "
+        "the token's probability (dppo); sapo has a soft gate instead",
+    )
+    eps_low: float = _option(
+        0.2, "How far the ratio may fall below 1 before its gradient stops; dppo: the probability below the old one"
+    )
+    eps_high: float = _option(
+        0.28, "How far the ratio may rise above 1 before its gradient stops; dppo: the probability above the old one"
+    )
     eps_uncertain: float | None = _option(
         None, "Archer: how far an uncertain token's ratio may move, both ways (null: the same bounds for all tokens)"
     )
     neutral_zone: Literal["base", "adapted"] = _option(
         "base", "Neutral zone of C: half the distance to the base bounds, or to the adapted bounds"
     )
-    dual_clip: float | None = _option(10.0, "Limit on the loss of a token with A < 0, in units of -A (null: none)")
-    loss_average: Literal["token", "sequence"] = _option(
-        "token", "Mean over all tokens, or mean over the completions' means"
+    dual_clip: float | None = _option(
+        10.0, "Limit on the loss of a token with A < 0, in units of -A; dppo: on every token's weight (null: none)"
     )
-    trained_tokens: Literal["all", "uncertain"] = _option(
-        "all", "Forking tokens: only uncertain tokens have a gradient, and only they count in the mean"
+    gate_positive: float = _option(1.0, "sapo: how fast the gradient of a token with A > 0 fades as it moves")
+    gate_negative: float = _option(1.05, "sapo: the same for A < 0")
+    loss_average: Literal["token", "sequence", "constant"] = _option(
+        "token",
+        "Mean over all tokens; mean over the completions' means; or the sum over completions x max_new_tokens "
+        "(Dr. GRPO)",
+    )
+    trained_tokens: Literal["all", "uncertain", "random"] = _option(
+        "all",
+        "Tokens that have a gradient and count in the mean: uncertain (forking tokens), or as many drawn at random: "
+        "the share 1 - quantile",
+    )
+    token_share: float = _option(
+        1.0,
+        "Share of the tokens that an update computes, drawn at random and weighed by its inverse: cheaper, unbiased",
     )
     uncertain_among: Literal["iteration", "completion"] = _option(
         "iteration", "The tokens whose quantile separates certain from uncertain ones"
@@ -67,6 +88,17 @@ class Method:
     )
     entropy_bonus: float = _option(0.0, "Entropy-Adv's alpha: A + min(alpha * H, |A| / entropy_bonus_limit)")
     entropy_bonus_limit: float = _option(2.0, "Entropy-Adv's kappa: above 1, so that no advantage changes its sign")
+    covariance_share: float = _option(
+        0.0,
+        "Clip-Cov: share of the iteration's tokens that are drawn from a band of covariance and lose their gradient",
+    )
+    covariance_low: float = _option(1.0, "Clip-Cov: lower end of the band of (log p - mean) (A - mean)")
+    covariance_high: float = _option(5.0, "Clip-Cov: upper end of the band")
+    surprisal_factor: float = _option(
+        1.0, "STARE: factor on the advantage of the least probable tokens with A > 0 (1: none)"
+    )
+    surprisal_share: float = _option(0.1, "STARE: their share of the tokens with A > 0")
+    surprisal_below: float = _option(0.3, "STARE: mean entropy of the iteration, nats, from which on nothing is done")
     kl_certain: float = _option(0.0, "Weight of the divergence from the base model on certain tokens")
     kl_uncertain: float = _option(0.0, "Weight of the divergence from the base model on uncertain tokens")
     importance: Literal["none", "truncated"] = _option(
@@ -80,12 +112,21 @@ class Method:
             "tau": (0.0 <= self.tau < 1.0, "0 or more, and below 1"),
             "quantile": (0.0 <= self.quantile <= 1.0, "0 to 1"),
             "floor": (self.floor > 0.0, "above 0"),
-            "eps_low": (0.0 < self.eps_low < 1.0, "above 0 and below 1"),
+            "eps_low": (0.0 < self.eps_low <= 1.0, "above 0 and at most 1"),
             "eps_high": (self.eps_high > 0.0, "above 0"),
             "eps_uncertain": within,
             "dual_clip": (self.dual_clip is None or self.dual_clip > 1.0, "above 1, or null"),
+            "gate_positive": (self.gate_positive > 0.0, "above 0"),
+            "gate_negative": (self.gate_negative > 0.0, "above 0"),
             "entropy_bonus": (self.entropy_bonus >= 0.0, "0 or more"),
             "entropy_bonus_limit": (self.entropy_bonus_limit > 1.0, "above 1"),
+            "token_share": (0.0 < self.token_share <= 1.0, "above 0 and at most 1"),
+            "covariance_share": (0.0 <= self.covariance_share <= 1.0, "0 to 1"),
+            "covariance_low": (self.covariance_low >= 0.0, "0 or more"),
+            "covariance_high": (self.covariance_high >= 0.0, "0 or more"),
+            "surprisal_factor": (self.surprisal_factor > 0.0, "above 0"),
+            "surprisal_share": (0.0 <= self.surprisal_share <= 1.0, "0 to 1"),
+            "surprisal_below": (self.surprisal_below >= 0.0, "0 or more"),
             "kl_certain": (self.kl_certain >= 0.0, "0 or more"),
             "kl_uncertain": (self.kl_uncertain >= 0.0, "0 or more"),
             "importance_cap": (self.importance_cap > 0.0, "above 0"),
@@ -104,6 +145,22 @@ class Method:
                 "adaptive_clip and eps_uncertain both set the bounds on the ratio: set adaptive_clip=false or "
                 "eps_uncertain=null"
             )
+
+        if self.token_share < 1.0 and self.surrogate == "sequence":
+            raise ValueError(
+                "token_share below 1 does not go with surrogate=sequence, since a completion's ratio takes all its "
+                "tokens: set token_share=1 or surrogate=clip"
+            )
+
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn at random before the updates."""
+        return self.trained_tokens == "random" or self.token_share < 1.0 or self.covariance_share > 0.0
+
+    @property
+    def singles_out(self) -> bool:
+        """Whether tokens have factors on their advantage, from `algo.selection.advantage_factor`."""
+        return self.covariance_share > 0.0 or self.surprisal_factor != 1.0
 
     @property
     def advantage_level(self) -> Literal["token", "sequence"]:
@@ -130,6 +187,7 @@ _DAPO = replace(
     adaptive_clip=False,
 )
 _GRPO = replace(_DAPO, preset="grpo", eps_high=0.2, dual_clip=None, loss_average="sequence")
+_DR_GRPO = replace(_GRPO, preset="dr_grpo", scale="none", loss_average="constant")
 
 PRESETS: dict[str, Method] = {
     method.preset: method
@@ -149,5 +207,15 @@ PRESETS: dict[str, Method] = {
         ),
         replace(_GRPO, preset="edge_grpo", entropy_scale=True),  # arXiv 2507.21848
         replace(_GRPO, preset="entropy_adv", entropy_bonus=0.4),  # arXiv 2506.14758
+        _DR_GRPO,  # arXiv 2503.20783
+        replace(_GRPO, preset="gspo", surrogate="sequence", eps_low=3e-4, eps_high=4e-4),  # arXiv 2507.18071
+        replace(_DAPO, preset="cispo", surrogate="cispo", eps_high=4.0, dual_clip=None),  # arXiv 2506.13585
+        replace(_GRPO, preset="sapo", surrogate="sapo"),  # arXiv 2511.20347
+        replace(  # arXiv 2602.04879
+            _DAPO, preset="dppo", surrogate="dppo", eps_low=0.15, eps_high=0.15, dual_clip=20.0
+        ),
+        replace(_DAPO, preset="clip_cov", eps_low=1.0, eps_high=1.0, covariance_share=2e-4),  # arXiv 2505.22617
+        replace(_DAPO, preset="stare", surprisal_factor=1.1),  # arXiv 2606.19236
+        replace(_DAPO, preset="random_tokens", trained_tokens="random"),  # arXiv 2605.07660
     )
 }

@@ -5,7 +5,10 @@ Axes: B completions, T completion tokens.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,7 +17,10 @@ from torch import Tensor
 from hapo_lite.algo.advantage import add_entropy_bonus, redistribute
 from hapo_lite.algo.clipping import clip_bounds, grouped_bounds
 from hapo_lite.algo.methods import Method
+from hapo_lite.algo.surrogate import Credit, Gain, Moves, clipped_gain, surrogate_gain
 from hapo_lite.algo.tokens import TokenSignals, trained_tokens
+
+LossAverage = Literal["token", "sequence", "constant"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class PolicyLoss:
     loss: scalar. ratio: [B, T], detached. valid: bool [B, T], the tokens that count. clipped_low: bool [B, T], the
     tokens whose gradient the lower bound stopped. clipped_high: bool [B, T], the same for the upper bound or the dual
     clip. kl_base: [B, T], detached, the divergence from the base model in nats; None where it was not computed.
+    measure: [B, T], detached, what was compared with the bounds; None if it was the ratio.
     """
 
     loss: Tensor
@@ -32,6 +39,7 @@ class PolicyLoss:
     clipped_low: Tensor
     clipped_high: Tensor
     kl_base: Tensor | None = None
+    measure: Tensor | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -63,6 +71,7 @@ def policy_loss(
     importance: Tensor | None = None,
     reference_logp: Tensor | None = None,
     kl_weight: Tensor | float = 0.0,
+    surrogate: Callable[[Moves, Credit], Gain] | None = None,
 ) -> PolicyLoss:
     """DAPO's surrogate: -min(r A, clip(r, lower, upper) A), weighted by `mask` and divided by `denominator`.
 
@@ -74,23 +83,15 @@ def policy_loss(
     reference_logp: [B, T], log-probabilities of the base model. With them, each token also costs kl_weight (a number or
     [B, T]) times its divergence from the base. The estimate of the divergence is exp(x) - x - 1 with
     x = reference_logp - logp (Schulman, "Approximating KL divergence", 2020), and the gradient flows through it.
+
+    surrogate: another gain than DAPO's, which then decides about bounds and dual_clip.
     """
     weights = mask.to(logp.dtype)
-    valid = mask != 0
-    # A masked position may hold anything, even NaN. Neither the loss nor, through 0 * NaN, the gradient may see it.
-    log_ratio = torch.where(valid, logp - old_logp, 0.0)
-    advantage, lower, upper = (torch.where(valid, x, 0.0) for x in (advantage, lower, upper))
-    ratio = log_ratio.exp()
-    unclipped = ratio * advantage
-    clipped = torch.minimum(torch.maximum(ratio, lower), upper) * advantage
-    gain = torch.minimum(unclipped, clipped)
-    stopped_low = (ratio < lower) & (advantage < 0)
-    stopped_high = (ratio > upper) & (advantage > 0)
-    if dual_clip is not None:
-        floor = dual_clip * advantage
-        limited = (advantage < 0) & (gain < floor)
-        gain = torch.where(limited, floor, gain)
-        stopped_high = stopped_high | limited
+    moves = Moves.of(logp, old_logp, mask != 0)
+    valid = moves.valid
+    credit = Credit(advantage, lower, upper).where(valid)
+    found = clipped_gain(moves.ratio, credit, dual_clip) if surrogate is None else surrogate(moves, credit)
+    gain = found.value
     if importance is not None:
         gain = gain * torch.where(valid, importance.detach(), 0.0)
     kl_base = None
@@ -100,16 +101,9 @@ def policy_loss(
         gain = gain - kl_weight * kl_base
         kl_base = kl_base.detach()
     loss = -(weights * gain).sum() / denominator
-    return PolicyLoss(loss, ratio.detach(), valid, stopped_low & valid, stopped_high & valid, kl_base)
-
-
-@dataclass(frozen=True)
-class Credit:
-    """The final advantage of each token, and the bounds on its ratio, [B, T] each."""
-
-    advantage: Tensor
-    lower: Tensor
-    upper: Tensor
+    ratio = moves.ratio.detach()
+    low, high = found.stopped_low & valid, found.stopped_high & valid
+    return PolicyLoss(loss, ratio, valid, low, high, kl_base, found.measure)
 
 
 def assign_credit(method: Method, advantage: Tensor, tokens: TokenSignals, ratio: Tensor) -> Credit:
@@ -127,42 +121,54 @@ def assign_credit(method: Method, advantage: Tensor, tokens: TokenSignals, ratio
         credit = redistribute(credit, tokens.h, ratio, method.eps_low, method.eps_high)
     elif method.redistribution:
         credit = redistribute(credit, tokens.h, ratio, 1.0 - lower, upper - 1.0)
-    return Credit(torch.where(trained_tokens(method, tokens.uncertain), credit, 0.0), lower, upper)
+    if tokens.factor is not None:
+        credit = credit * tokens.factor
+    trained = trained_tokens(method, tokens.uncertain, drawn=tokens.drawn)
+    return Credit(torch.where(trained, credit, 0.0), lower, upper)
 
 
 def _bounds(method: Method, tokens: TokenSignals) -> tuple[Tensor, Tensor]:
-    """The lower and the upper bound on the ratio of every token, [B, T] each."""
+    """The lower and the upper bound of every token, [B, T] each."""
     if method.eps_uncertain is not None:
-        return grouped_bounds(
+        lower, upper = grouped_bounds(
             tokens.uncertain, method.eps_low, method.eps_high, method.eps_uncertain, dtype=tokens.h.dtype
         )
-    h = tokens.h if method.adaptive_clip else torch.zeros_like(tokens.h)
-    return clip_bounds(h, method.eps_low, method.eps_high)
+    else:
+        h = tokens.h if method.adaptive_clip else torch.zeros_like(tokens.h)
+        lower, upper = clip_bounds(h, method.eps_low, method.eps_high)
+    if method.surrogate in ("cispo", "sapo"):
+        lower = torch.zeros_like(lower)
+    if method.surrogate == "sapo":
+        upper = torch.full_like(upper, math.inf)
+    return lower, upper
 
 
-def loss_weights(
-    mask: Tensor, average: Literal["token", "sequence"] = "token", trained: Tensor | None = None
-) -> Tensor:
+def loss_weights(mask: Tensor, average: LossAverage = "token", trained: Tensor | None = None) -> Tensor:
     """The weight of each token in the loss, [B, T].
 
-    average "token": every token weighs 1, so a long completion weighs more (DAPO). average "sequence": a token weighs
-    1 / length, so all completions weigh the same (GRPO). trained: bool [B, T]; if given, the length counts only these
-    tokens.
+    average "token" and "constant": every token weighs 1, so a long completion weighs more (DAPO, Dr. GRPO). average
+    "sequence": a token weighs 1 / length, so all completions weigh the same (GRPO). trained: bool [B, T]; if given, the
+    length counts only these tokens.
     """
     weights = mask.to(torch.float32)
-    if average == "token":
+    if average != "sequence":
         return weights
     counted = weights if trained is None else weights * trained
     return weights / counted.sum(dim=1, keepdim=True).clamp_min(1.0)
 
 
-def loss_denominator(trained_counts: Tensor, average: Literal["token", "sequence"] = "token") -> float:
+def loss_denominator(trained_counts: Tensor, average: LossAverage = "token", limit: int | None = None) -> float:
     """The number that an optimiser step's loss is divided by. trained_counts: [B], trained tokens of each completion.
 
     B counts all completions of the step. average "token": the number of trained tokens. average "sequence": the number
-    of completions with at least one trained token. The result is at least 1, so a step without a trained token has
-    loss 0.
+    of completions with at least one trained token. average "constant": B times `limit`, the most tokens that a
+    completion may have. The result is at least 1, so a step without a trained token has loss 0. Raises ValueError for
+    "constant" without a limit.
     """
+    if average == "constant":
+        if limit is None:
+            raise ValueError("loss_average: constant needs the limit on the tokens of a completion")
+        return float(len(trained_counts) * limit)
     count = trained_counts.sum() if average == "token" else (trained_counts > 0).sum()
     return float(count.clamp_min(1))
 
@@ -209,9 +215,9 @@ def method_loss(
         credit.lower,
         credit.upper,
         denominator,
-        dual_clip=method.dual_clip,
         importance=importance,
         reference_logp=inputs.reference_logp if method.needs_base else None,
         kl_weight=kl_weight,
+        surrogate=partial(surrogate_gain, method),
     )
     return loss, credit

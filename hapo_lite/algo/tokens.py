@@ -19,13 +19,17 @@ class TokenSignals:
     """The old policy's entropy and what follows from it.
 
     h: [B, T]. entropy: [B, T], nats. uncertain: bool [B, T], from `uncertain_tokens`. scale: [B], from
-    `advantage.entropy_scale`: the iteration's mean entropy divided by that of each completion (EDGE-GRPO).
+    `advantage.entropy_scale`: the iteration's mean entropy divided by that of each completion (EDGE-GRPO). factor:
+    [B, T], on the advantage, from `selection.advantage_factor`; None: 1. drawn: bool [B, T], the tokens that
+    `trained_tokens: random` trains; None: no draw, so that all are.
     """
 
     h: Tensor
     entropy: Tensor
     uncertain: Tensor
     scale: Tensor
+    factor: Tensor | None = None
+    drawn: Tensor | None = None
 
     @classmethod
     def of_one(cls, method: Method, signal: EntropySignal, entropy: Tensor) -> TokenSignals:
@@ -53,11 +57,17 @@ def uncertain_tokens(method: Method, signal: EntropySignal, entropy: Tensor) -> 
     return measured_against.above(entropy)
 
 
-def trained_tokens(method: Method, uncertain: Tensor, truncated: bool = False) -> Tensor:
+def trained_tokens(method: Method, uncertain: Tensor, truncated: bool = False, drawn: Tensor | None = None) -> Tensor:
     """Which tokens have an advantage and count in the loss; bool, shaped like `uncertain`.
 
-    truncated: the tokens are of a completion that was cut off, of which a method may train none.
+    truncated: the tokens are of a completion that was cut off, of which a method may train none. drawn: bool, the
+    tokens that a method which trains random ones has drawn; None: all.
     """
+    everything = torch.ones_like(uncertain, dtype=torch.bool)
     if method.leaves_out(truncated):
-        return torch.zeros_like(uncertain, dtype=torch.bool)
-    return uncertain.bool() if method.trained_tokens == "uncertain" else torch.ones_like(uncertain, dtype=torch.bool)
+        return ~everything
+    if method.trained_tokens == "uncertain":
+        return uncertain.bool()
+    if method.trained_tokens == "random" and drawn is not None:
+        return drawn.bool()
+    return everything

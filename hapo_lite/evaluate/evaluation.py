@@ -7,59 +7,36 @@ over all suites. The model is loaded once; the base is the same model with its a
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 from tqdm.auto import tqdm
 
-import hapo_lite
 from hapo_lite.errors import UserError, counted, writing
-from hapo_lite.evaluate.samples import Sample, SampleFile
+from hapo_lite.evaluate.samples import SampleFile
+from hapo_lite.evaluate.sampling import Asking, Sampler, Work, protocol
 from hapo_lite.evaluate.scores import Values, by_prompt, differences, intervals, notes, outcomes, table
+from hapo_lite.evaluate.session import session_in
 from hapo_lite.evaluate.suites import Suite, chosen, fit, read_problems
-from hapo_lite.model.load import load_policy, resolve_dtype
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.start import adapter_folder
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.rollout.draws import DrawKey, Stage
-from hapo_lite.rollout.engine import make_engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.checkpoint import list_checkpoints
 from hapo_lite.runs.display import Display
 from hapo_lite.runs.files import file_hash
-from hapo_lite.runs.folder import RunFolder, check_place, nearest_run, with_date_of
-from hapo_lite.runs.interrupt import Interrupted, Interrupts
-from hapo_lite.runs.progress import Progress
-from hapo_lite.runs.status import Status
+from hapo_lite.runs.folder import RunFolder, nearest_run
 from hapo_lite.runs.summary import SuiteSummary
-from hapo_lite.tasks.rewards import Scorer
-from hapo_lite.train.accelerator import make_accelerator, someone_wants_to_stop
 from hapo_lite.train.collect import Collector
 from hapo_lite.train.intervals import Interval
-from hapo_lite.train.memory.room import unpacks
 from hapo_lite.train.verdict import judge
 
 BASE = "base"
 ADAPTER = "adapter"
-
-
-@dataclass
-class Work:
-    """One model on one suite. seconds: the time of this command, by stage; sampled: the prompts that it sampled."""
-
-    suite: Suite
-    file: SampleFile
-    seconds: dict[str, float] = field(default_factory=dict)
-    sampled: int = 0
-
-    def took(self, stage: str, seconds: float) -> None:
-        """Add the time of a stage."""
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
 def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, SuiteSummary]:
@@ -68,36 +45,17 @@ def evaluate(recipe: Recipe, adapter: Path | None = None) -> dict[str, SuiteSumm
     Raises UserError for a mistake that the user can mend, and Interrupted for a signal; the samples are kept.
     """
     adapter = adapter or own_adapter(recipe)
-    recipe = with_date_of(RunFolder(recipe.run_dir), recipe)
-    # Trackers are for training.
-    recipe = recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"report_to": "none"})})
-    accelerator = make_accelerator(recipe)
-    check_place(RunFolder(recipe.run_dir))
-    folder = _folder(recipe)
-    main = accelerator.is_main_process
-    with (
-        Status(folder / "status.json" if main else None) as status,
-        Display(Progress(status.enter), status, main, recipe.logging.progress) as display,
-    ):
+    with session_in(recipe, _folder(recipe)) as session:
+        recipe, display = session.recipe, session.display
         with display.progress.within("reading the problems"):
             problems = [read_problems(settings, recipe) for settings in chosen(recipe)]
-        with display.progress.within(f"loading {recipe.model.name}, base {recipe.model.quantization}"):
-            unpacked = unpacks(recipe, accelerator.device)
-            model = recipe.model.without_adapter()
-            policy = load_policy(model, recipe.seed, accelerator.device, adapter, recipe.rollout.engine, unpacked)
+        policy = session.load(adapter)
         limit = _max_new_tokens(recipe)
         suites = [fit(p, policy, recipe.data.max_prompt_tokens, limit) for p in problems]
         if note := other_prompts(RunFolder(recipe.run_dir), recipe):
             display.say(f"note: {note}")
-        if main:
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            status.claim()
-        reward = recipe.reward.model_copy(update={"function": None, "functions": (), "overlong_buffer": 0})
-        with Scorer(reward, limit) as scorer:
-            with display.progress.within(f"rollout.engine = {recipe.rollout.engine}"):
-                engine = make_engine(recipe, policy, limit)
-            collector = Collector(engine, scorer, accelerator, display.progress)
+        session.claim()
+        with session.collecting(policy, limit) as collector:
             summaries = Evaluation(recipe, policy, adapter, suites, collector, display).run()
             return cast(dict[str, SuiteSummary], summaries)
 
@@ -157,13 +115,11 @@ class Evaluation:
         self.policy = policy
         self.adapter = adapter
         self.suites = suites
-        self.collector = collector
         self.display = display
-        self.accelerator = collector.accelerator
-        self.main = self.accelerator.is_main_process
-        per_process = max(1, recipe.rollout.batch_size // self.settings.samples)
-        self.at_once = per_process * self.accelerator.num_processes
-        self.interrupts = Interrupts(deferred=self.accelerator.num_processes > 1)
+        self.main = collector.accelerator.is_main_process
+        processor = AdaptiveTemperature(None, self.settings.temperature, top_p=self.settings.top_p)
+        asking = Asking(self.settings.samples, processor, DrawKey(recipe.seed, Stage.BENCHMARK, 0))
+        self.sampler = Sampler(collector, asking, recipe.rollout.batch_size)
 
     def run(self) -> dict[str, Any]:
         """Sample what is missing, print and write the summaries, and return them by suite."""
@@ -175,7 +131,7 @@ class Evaluation:
         summaries: dict[str, dict[str, Any]] = {}
         values: dict[str, list[Values]] = {}
         with (
-            self.interrupts.listening(),
+            self.sampler.interrupts.listening(),
             # The time left follows from the mean pace, since suites differ in length.
             self.display.bar(total, done, "sample", smoothing=0.0) as bar,
         ):
@@ -202,64 +158,22 @@ class Evaluation:
                     protocol = self.protocol(suite, weights)
                     file = SampleFile(self.folder / suite.name, label, protocol, ids, self.settings.samples)
                     work.append(Work(suite, file))
-        # The main process cuts off what is unfinished before the others read.
-        if self.main:
-            self._resume(work)
-        self.accelerator.wait_for_everyone()
-        if not self.main:
-            self._resume(work)
-        self.accelerator.wait_for_everyone()
+        self.sampler.resume(work)
         return work
-
-    def _resume(self, work: Sequence[Work]) -> None:
-        for w in work:
-            w.file.resume(self.at_once)
 
     def protocol(self, suite: Suite, adapter_sha256: str | None) -> dict[str, Any]:
         """Everything that the samples and their grades depend on, except the machine's rounding."""
-        model, settings = self.recipe.model, self.settings
-        asked = json.dumps([(e.index, e.prompt.id, e.prompt.answer, e.ids) for e in suite.prompts])
-        return {
-            "hapo_lite": hapo_lite.__version__,
-            "model": {
-                "name": model.name,
-                "origin": self.policy.origin,
-                "quantization": model.quantization,
-                "dtype": str(resolve_dtype(model.dtype, self.accelerator.device)).removeprefix("torch."),
-                "attention": model.attention,
-            },
-            "adapter_sha256": adapter_sha256,
-            "suite": suite.name,
-            "prompts_sha256": hashlib.sha256(asked.encode()).hexdigest(),
-            "samples": settings.samples,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "max_new_tokens": self.max_new_tokens,
-            "seed": self.recipe.seed,
-            "timeout_s": self.recipe.reward.timeout_s,
-        }
+        settings = self.settings
+        sampling = {"samples": settings.samples, "temperature": settings.temperature, "top_p": settings.top_p}
+        return protocol(
+            self.recipe, self.policy, suite, adapter_sha256, sampling | {"max_new_tokens": self.max_new_tokens}
+        )
 
     def sample(self, work: Work, bar: tqdm[Any]) -> None:
-        """Sample and grade the missing prompts, a few at a time. A signal stops the work between two parts."""
-        settings, prompts = self.settings, work.suite.prompts
-        processor = AdaptiveTemperature(None, settings.temperature, top_p=settings.top_p)
-        key = DrawKey(self.recipe.seed, Stage.BENCHMARK, 0)
+        """Sample and grade the missing prompts of one model on one suite."""
         switched = self.policy.base_alone() if work.file.label == BASE else contextlib.nullcontext()
         with switched:
-            while not work.file.complete:
-                part = prompts[work.file.done : work.file.done + self.at_once]
-                sampled = self.collector.sample_and_grade(part, settings.samples, processor, key)
-                work.took("rollout", sampled.rollout_seconds)
-                work.took("grade", sampled.grade_seconds)
-                graded = sampled.graded
-                samples = [Sample.of(c, s) for c, s in zip(graded.completions, graded.scores, strict=True)]
-                self.interrupts.shield()
-                work.file.append(samples, write=self.main)
-                self.interrupts.unshield()
-                work.sampled += len(part)
-                bar.update(len(samples))
-                if someone_wants_to_stop(self.accelerator, self.interrupts):
-                    raise Interrupted(self.interrupts.pending or signal.SIGTERM)
+            self.sampler.sample(work, bar)
 
     def report(self, suite: Suite, models: Mapping[str, Work], values: Mapping[str, Values]) -> dict[str, Any]:
         """Print a suite's table and verdict, write its summary.json, and return that. models, values: by label."""

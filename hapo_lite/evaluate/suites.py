@@ -131,10 +131,16 @@ def _data(settings: SuiteSettings, recipe: Recipe) -> DataSettings:
     return DataSettings(**source, **kept, limit=recipe.benchmark.limit)
 
 
-def fit(problems: Problems, policy: Policy, max_prompt_tokens: int, max_new_tokens: int) -> Suite:
+def fit(
+    problems: Problems,
+    policy: Policy,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    setting: str = "benchmark.max_new_tokens",
+) -> Suite:
     """Tokenise the problems, and leave out prompts that are too long by themselves or with a completion.
 
-    Raises UserError if no prompt is left.
+    setting: the one that limits completions. Raises UserError if no prompt is left.
     """
     encoded = [EncodedPrompt(i, p, tuple(policy.encode(p.chat()))) for i, p in enumerate(problems.prompts)]
     room = policy.context - max_new_tokens
@@ -145,6 +151,6 @@ def fit(problems: Problems, policy: Policy, max_prompt_tokens: int, max_new_toke
         raise UserError(
             f"suite {problems.name}: no prompt fits: the shortest has {shortest} tokens; data.max_prompt_tokens is "
             f"{max_prompt_tokens}, and completions of {max_new_tokens} leave {max(room, 0)} of the model's context of "
-            f"{policy.context}: set benchmark.max_new_tokens lower"
+            f"{policy.context}: set {setting} lower"
         )
     return Suite(problems, kept, tuple(e.prompt.id for e in encoded if len(e.ids) > most), most)

@@ -1,4 +1,4 @@
-"""Export a run: `python -m hapo_lite.export RUN --to merged|gguf-ready|adapter [--output FOLDER]`."""
+"""Export a run: `python -m hapo_lite.export RUN --to merged|gguf-ready|adapter [--onto trained|original]`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandParser(
         prog=program_name("export"),
         description="Write a run's adapter as a model to pass on, with a model card, after comparing what was written "
-        f"with the adapter on its 16-bit base ({page('export.md')}).",
+        f"with the adapter on its base ({page('export.md')}).",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/tiny_cpu")
     parser.add_argument(
@@ -35,10 +35,28 @@ def main(argv: list[str] | None = None) -> None:
         default="auto",
         help="dtype of the merged weights; auto: that of the base",
     )
+    parser.add_argument(
+        "--onto",
+        choices=("trained", "original"),
+        help="of a run on a 4-bit base: merge into that base, unpacked, which is what was trained, or into the "
+        "original one; default: the one on which the adapter is nearer to what was trained",
+    )
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the export to that repository of the hub")
+    parser.add_argument("--public", action="store_true", help="with --push: a public repository; default: private")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="with --push: list what would be uploaded, without a network or a token"
+    )
     arguments = parser.parse_args(argv)
+    from hapo_lite.errors import UserError
     from hapo_lite.export.export import export
+    from hapo_lite.export.merge import MergeSettings
+    from hapo_lite.export.push import Push
 
-    export(arguments.run, arguments.to, arguments.output, arguments.adapter, arguments.dtype)
+    if arguments.push is None and (arguments.public or arguments.dry_run):
+        raise UserError("--public and --dry-run are about an upload: give --push OWNER/NAME with them")
+    push = Push(arguments.push, arguments.public, arguments.dry_run) if arguments.push is not None else None
+    settings = MergeSettings(arguments.dtype, arguments.onto)
+    export(arguments.run, arguments.to, arguments.output, arguments.adapter, settings, push)
 
 
 def command() -> int:

@@ -9,8 +9,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from hapo_lite.errors import counted
+from hapo_lite.export.bases import BASES, Choice
 from hapo_lite.export.gguf import COMMAND, QUANTISE
-from hapo_lite.export.parity import Drift, QuantisationGap
+from hapo_lite.export.parity import Drift
 from hapo_lite.export.source import Source
 from hapo_lite.tiny.bundled import MODELS, TASKS
 from hapo_lite.train.curves import closing_table
@@ -22,6 +23,8 @@ TITLES = {
     "gguf-ready": "merged into its base, for llama.cpp",
     "adapter": "LoRA adapter",
 }
+VARIANTS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
+"""By the value of model.lora.variant, the name of the method."""
 LOAD_MERGED = (
     "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
     'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")\n'
@@ -29,16 +32,17 @@ LOAD_MERGED = (
 )
 
 
-def model_card(source: Source, record: dict[str, Any], output: Path) -> str:
+def model_card(source: Source, record: dict[str, Any], output: Path | str) -> str:
     """The text of README.md: YAML for the hub, how to load the model, its training, its results and the recipe.
 
-    record: the content of export.json. output: the folder that is exported.
+    record: the content of export.json. output: the folder that is exported, or the name on the hub that it is
+    uploaded to.
     """
     parts = [
         f"---\n{front_matter(source, record).to_yaml()}\n---",
         f"# {source.recipe.name}: {TITLES[record['kind']]}",
-        f"Trained from {_base(source)} with {source.method} by hapo_lite, on one LoRA adapter of rank "
-        f"{source.model.lora.rank}.",
+        f"Trained from {_base(source)} with {source.method} by hapo_lite, on one {VARIANTS[source.model.lora.variant]} "
+        f"adapter of rank {source.model.lora.rank}.",
         "## How to load it\n\n" + how_to_load(source, record, output),
         "## What it is\n\n" + facts(source, record),
         "## Before and after\n\n" + before_and_after(source),
@@ -62,7 +66,12 @@ def front_matter(source: Source, record: dict[str, Any]) -> ModelCardData:
         license="other",
         license_name="that-of-the-base-model",
         pipeline_tag="text-generation",
-        tags=["hapo_lite", source.method, "lora", *([] if source.method == "sft" else ["reinforcement-learning"])],
+        tags=[
+            "hapo_lite",
+            source.method,
+            source.model.lora.variant,
+            *([] if source.method == "sft" else ["reinforcement-learning"]),
+        ],
     )
 
 
@@ -71,16 +80,21 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
-def how_to_load(source: Source, record: dict[str, Any], output: Path) -> str:
+def how_to_load(source: Source, record: dict[str, Any], output: Path | str) -> str:
     """Python lines that load the export, how to prompt it, and for llama.cpp the commands that convert it."""
     lines = _load_adapter(source) if record["kind"] == "adapter" else LOAD_MERGED
+    run, folder = "Run this in the folder, or replace the dot by its path:", str(output)
+    if isinstance(output, str):
+        run, folder = "Run this:", output.partition("/")[2]
+        lines = lines.replace('"."', f'"{output}"')
     lines += "\n\n" + _ask(source)
-    text = [f"Run this in the folder, or replace the dot by its path:\n\n```python\n{lines}\n```", how_to_ask(source)]
+    text = [f"{run}\n\n```python\n{lines}\n```", how_to_ask(source)]
     if record["kind"] == "gguf-ready":
-        names = {"folder": output, "name": source.recipe.name}
+        names = {"folder": folder, "name": source.recipe.name}
+        first = f"hf download {output} --local-dir {folder}\n" if isinstance(output, str) else ""
         text.append(
             "For llama.cpp, in a checkout of it with `requirements/requirements-convert_hf_to_gguf.txt` installed:\n\n"
-            f"```\n{COMMAND.format(**names)}\n{QUANTISE.format(**names)}\n```\n\n"
+            f"```\n{first}{COMMAND.format(**names)}\n{QUANTISE.format(**names)}\n```\n\n"
             "The converter recognises a tokenizer by how it splits a test text, and refuses one that it does not know."
         )
     return "\n\n".join(text)
@@ -139,6 +153,9 @@ def facts(source: Source, record: dict[str, Any]) -> str:
         **{_ORIGINS.get(what, f"{what} as loaded"): origin for what, origin in source.origins.items() if origin},
         "seed": recipe.seed,
     }
+    choice = Choice.from_json(record)
+    if choice is not None:
+        rows["merged into"] = BASES[choice.onto]
     if summary:
         rows["training"] = (
             f"{counted(summary['iterations'], 'iteration')}, {counted(summary['updates'], 'update')}, "
@@ -153,8 +170,8 @@ def facts(source: Source, record: dict[str, Any]) -> str:
     if "drift" in record:
         drift = Drift(**record["drift"])
         lines += ["", f"Checked: {drift.sentence()}. Computed in fp32, written in {drift.dtype}."]
-        if record["four_bit"]:
-            lines += ["", f"Note: {QuantisationGap(**record['four_bit']).sentence()}."]
+        if choice is not None:
+            lines += ["", f"Note: {choice.sentence()}."]
     elif source.model.quantization == "nf4":
         lines += ["", "The adapter was trained on the 4-bit base. On the 16-bit base it behaves a little differently."]
     return "\n".join(lines)

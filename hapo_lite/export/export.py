@@ -17,7 +17,8 @@ import hapo_lite
 from hapo_lite.errors import UserError, writing
 from hapo_lite.export.card import model_card
 from hapo_lite.export.gguf import check_for_converter
-from hapo_lite.export.merge import merge, rewrite
+from hapo_lite.export.merge import MergeSettings, merge, rewrite
+from hapo_lite.export.push import Push
 from hapo_lite.export.source import ADAPTER_CONFIG, TOKENIZER_FILES, WEIGHTS, Source, base_files, open_source
 from hapo_lite.runs.files import replacing_folder
 from hapo_lite.runs.folder import check_place
@@ -27,14 +28,25 @@ MARK = "export.json"
 
 
 def export(
-    run: Path, kind: str, output: Path | None = None, adapter: Path | None = None, dtype: str = "auto"
+    run: Path,
+    kind: str,
+    output: Path | None = None,
+    adapter: Path | None = None,
+    settings: MergeSettings | None = None,
+    push: Push | None = None,
 ) -> dict[str, Any]:
     """Write the run's adapter as `kind` (merged, gguf-ready or adapter), and return the content of export.json.
 
     output: the folder to write; None: RUN/export/KIND. adapter: the folder of a checkpoint; None: the run's last
-    adapter. dtype: that of the merged weights (auto, bf16, fp16 or fp32). Raises UserError if the run, the folder or
-    the disk cannot be used, or if the merged model differs from the adapter on its base; nothing new is left behind.
+    adapter. settings: of the merge. push: where it is uploaded to afterwards; None: nowhere. Raises UserError if the
+    run, the folder or the disk cannot be used, or if the merged model differs from the adapter on its base; nothing new
+    is left behind. Raises it too if the upload fails, and the exported folder stays.
     """
+    settings = settings or MergeSettings()
+    if push is not None:
+        push.check()
+    if kind == "adapter" and settings.onto is not None:
+        raise UserError("--onto names the base of a merge, and --to adapter merges nothing: leave --onto out")
     source = open_source(run, adapter)
     check_place(source.folder)
     output = (output or run / "export" / kind).resolve()
@@ -51,13 +63,16 @@ def export(
         if kind == "adapter":
             write_adapter(source, aside)
         else:
-            drift, gap = merge(source, aside, dtype, print)
-            record |= {"dtype": drift.dtype, "drift": asdict(drift), "four_bit": asdict(gap) if gap else None}
+            merged = merge(source, aside, settings, print)
+            record |= {"dtype": merged.drift.dtype, "drift": asdict(merged.drift)}
+            record |= merged.choice.as_json() if merged.choice else {"onto": None, "four_bit": None}
             if kind == "gguf-ready":
                 check_for_converter(aside)
         (aside / MARK).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        (aside / "README.md").write_text(model_card(source, record, output), encoding="utf-8")
+        (aside / "README.md").write_text(model_card(source, record, push.name if push else output), encoding="utf-8")
     print(f"{output}: {', '.join(sorted(p.name for p in output.iterdir()))}")
+    if push is not None:
+        print(push.upload(output))
     return record
 
 

@@ -1,4 +1,4 @@
-"""Merge an adapter into its 16-bit base, write the merged model, and compare it as it is read back."""
+"""Merge an adapter into its base, write the merged model, and compare it as it is read back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hapo_lite.errors import UserError
-from hapo_lite.export.parity import Drift, QuantisationGap, effect_of_adapter, measure_drift, quantisation_gap, refer
-from hapo_lite.export.probes import compute_in_fp32, gather_probes
+from hapo_lite.export.bases import ORIGINAL, TRAINED, Choice, Trained
+from hapo_lite.export.parity import Drift, effect_of_adapter, measure_drift, refer
+from hapo_lite.export.probes import Probes, compute_in_fp32, gather_probes
 from hapo_lite.export.source import TOKENIZER_FILES, Source, base_config, base_files, own_dtype
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
@@ -26,13 +28,40 @@ MEMORY_FACTOR = 1.3
 """Memory that merging takes, as a multiple of the weights. The rest is the widest layer in fp32, and activations."""
 
 
-def merge(source: Source, folder: Path, dtype: str, say: Callable[[str], None]) -> tuple[Drift, QuantisationGap | None]:
+@dataclass(frozen=True)
+class MergeSettings:
+    """How a merge is made. dtype: that of the written weights (auto, bf16, fp16 or fp32); auto: that of the base.
+
+    onto: "trained" or "original", the base of a run on a 4-bit base; None: the base on which the adapter is nearer to
+    what was trained.
+    """
+
+    dtype: str = "auto"
+    onto: str | None = None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge was compared with. drift: from the adapter on the base that it was merged into. choice: of that
+    base; None for a run whose base was not in 4 bits."""
+
+    drift: Drift
+    choice: Choice | None
+
+
+def merge(source: Source, folder: Path, settings: MergeSettings, say: Callable[[str], None]) -> Merged:
     """Write the merged model into `folder`, and compare it, read back, with the adapter on its base.
 
-    dtype: that of the written weights, by name; auto: that of the base. say: prints a line. Both sides are computed in
-    fp32, so a difference comes from the weights. Returns the difference, and for a run on a 4-bit base also the
-    difference that the 4-bit weights make. Raises UserError if the models differ by more than rounding explains.
+    say: prints a line. All sides are computed in fp32, so a difference comes from the weights. Raises UserError if the
+    merged model differs by more than rounding explains, or if there is no such base.
     """
+    dtype, onto = settings.dtype, settings.onto
+    four_bit = source.model.quantization == "nf4"
+    if onto == TRAINED and not four_bit:
+        raise UserError(
+            "--onto trained is for a run on a 4-bit base, and this one was trained on the original base "
+            "(model.quantization = none): leave --onto out"
+        )
     config = base_config(source)
     base_dtype = own_dtype(config)
     written = base_dtype if dtype == "auto" else DTYPES[dtype]
@@ -41,10 +70,19 @@ def merge(source: Source, folder: Path, dtype: str, say: Callable[[str], None]) 
     need_disk(folder, parameters * written.itemsize)
     device = placement(parameters * loaded.itemsize)
     say(f"merging {source.adapter} into {source.model.name} on {device}, to {NAMES[written]}")
+    trained = _trained(source, device, say) if four_bit else None
     policy = _load(source, source.base, device, loaded, source.adapter)
     _check_origin(source, policy)
     probes = gather_probes(source, policy, say)
-    reference = refer(policy, probes)
+    choice = None
+    if trained is not None:
+        choice = _choose(trained, policy, probes, onto)
+        say(choice.sentence())
+        if choice.onto == ORIGINAL:
+            del policy
+            _free()
+            policy = _load(source, source.base, device, loaded, source.adapter)
+    reference = refer(policy, probes, trained.reference.texts if trained else ())
     effect = effect_of_adapter(policy, reference)
     _write(source, policy, folder, written)
     del policy
@@ -57,12 +95,26 @@ def merge(source: Source, folder: Path, dtype: str, say: Callable[[str], None]) 
     if problem := drift.problem():
         raise UserError(f"the merged model is {problem}")
     say(drift.sentence())
-    if source.model.quantization != "nf4":
-        return drift, None
-    gap = quantisation_gap(_load_four_bit(source, device), probes, reference)
-    say(gap.sentence())
+    return Merged(drift, choice)
+
+
+def _trained(source: Source, device: torch.device, say: Callable[[str], None]) -> Trained:
+    """The results of the adapter on its 4-bit base."""
+    policy = _load(source, source.base, device, torch.float32, source.adapter, "nf4")
+    _check_origin(source, policy)
+    found = Trained.of(policy, gather_probes(source, policy, say))
+    del policy
     _free()
-    return drift, gap
+    return found
+
+
+def _choose(trained: Trained, policy: Policy, probes: Probes, onto: str | None) -> Choice:
+    """The base to merge into. policy: the adapter on the original base; its base is the unpacked one afterwards."""
+    original = trained.gap(policy, probes)
+    trained.unpack_into(policy)
+    gaps = {TRAINED: trained.gap(policy, probes), ORIGINAL: original}
+    nearer = min(gaps, key=lambda name: gaps[name].mean)
+    return Choice(onto or nearer, onto is not None, gaps)
 
 
 def _check_origin(source: Source, policy: Policy) -> None:
@@ -107,13 +159,20 @@ def placement(size: int) -> torch.device:
     )
 
 
-def _load(source: Source, name: str, device: torch.device, dtype: torch.dtype, adapter: Path | None) -> Policy:
-    """The model `name` in full weights of `dtype`, computing in fp32. adapter: None for the model alone."""
+def _load(
+    source: Source,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter: Path | None,
+    quantization: str = "none",
+) -> Policy:
+    """The model `name` with weights of `dtype`, or in 4 bits, computing in fp32. adapter: None for the model alone."""
     changes = {
         "name": name,
         "adapter": None,
         "revision": source.revision if name == source.base else None,
-        "quantization": "none",
+        "quantization": quantization,
         "dtype": NAMES[dtype],
         "gradient_checkpointing": False,
         # Flash attention does not compute in fp32.
@@ -121,12 +180,6 @@ def _load(source: Source, name: str, device: torch.device, dtype: torch.dtype, a
     }
     policy = load_policy(source.model.model_copy(update=changes), source.recipe.seed, device, adapter)
     return compute_in_fp32(policy)
-
-
-def _load_four_bit(source: Source, device: torch.device) -> Policy:
-    """The adapter on the 4-bit base, as the run trained it."""
-    settings = source.model.model_copy(update={"revision": source.revision, "gradient_checkpointing": False})
-    return load_policy(settings, source.recipe.seed, device, source.adapter)
 
 
 def _write(source: Source, policy: Policy, folder: Path, dtype: torch.dtype) -> None:

@@ -88,28 +88,13 @@ class Drift:
         )
 
 
-@dataclass(frozen=True)
-class QuantisationGap:
-    """The difference between the adapter on its 4-bit base and the adapter on the 16-bit base. Fields as in Drift."""
+def refer(policy: Policy, probes: Probes, texts: tuple[Text, ...] = ()) -> Reference:
+    """The reference, computed by the adapter on its base.
 
-    tokens: int
-    mean: float
-    largest: float
-    same: int
-    prompts: int
-
-    def sentence(self) -> str:
-        """The comparison in one sentence, with the numbers."""
-        return (
-            f"training saw the 4-bit base: there the adapter is {self.mean:.2g} nats a token away, at most "
-            f"{self.largest:.2g}, and {self.same} of {self.prompts} greedy answers are the same"
-        )
-
-
-def refer(policy: Policy, probes: Probes) -> Reference:
-    """The reference, computed by the adapter on its base. Its own greedy answers are scored with the other texts."""
+    texts: what is scored; by default the texts of the probes and the greedy answers.
+    """
     written = answers(policy, probes.prompts)
-    texts = (*probes.texts, *zip(probes.prompts, written, strict=True))
+    texts = texts or (*probes.texts, *zip(probes.prompts, written, strict=True))
     return Reference(texts, logprobs(policy, texts), tuple(written))
 
 
@@ -154,10 +139,3 @@ def _kind(
     before = (*prompt, *answer[:where])
     own, other = logprobs(merged, [(before, (answer[where],)), (before, (expected[where],))]).tolist()
     return "ties" if abs(own - other) <= within else "other"
-
-
-def quantisation_gap(four_bit: Policy, probes: Probes, reference: Reference) -> QuantisationGap:
-    """Compare the adapter on its 4-bit base with the reference."""
-    gap = (logprobs(four_bit, reference.texts) - reference.logp).abs()
-    same = sum(a == b for a, b in zip(answers(four_bit, probes.prompts), reference.answers, strict=True))
-    return QuantisationGap(gap.numel(), float(gap.mean()), float(gap.max()), same, len(probes.prompts))

@@ -14,8 +14,14 @@ from plotly.colors import sample_colorscale
 
 from hapo_lite.inspect.tokens import Quantity
 
-STEPS = {"s": 16, "d": 15}
-"""Number of steps of the sequential scale (s) and the diverging scale (d)."""
+STEPS = {"s": 16, "d": 15, "c": 6}
+"""Number of steps of the sequential scale (s), of the diverging scale (d), and of categories (c)."""
+CATEGORIES = {
+    "light": ["#f6f5f1", "#56b4e9", "#e69f00", "#cc79a7", "#c9c7c0", "#ffffff"],
+    "dark": ["#26282d", "#56b4e9", "#e69f00", "#cc79a7", "#5b5f66", "#15171b"],
+}
+"""Colours of categories. The first and the last two are no colours, since nothing happened there; the other ones are
+those of Okabe and Ito (Color Universal Design, 2008), which differ for every common form of colour blindness."""
 _SCALES = {
     ("s", "light"): ["#fbf9e7", "#e4eebf", "#a9d3b5", "#62adb9", "#3b7ca8", "#2f4b8c", "#1f2358"],
     ("s", "dark"): ["#1d2536", "#2b3a5c", "#4c566f", "#717379", "#9a9372", "#c9b861", "#ffe945"],
@@ -27,7 +33,9 @@ PAPER = "#ffffff"
 
 
 def palette(kind: str, theme: str) -> list[str]:
-    """The colours of a scale's steps as #rrggbb. kind: s or d. theme: light or dark."""
+    """The colours of a scale's steps as #rrggbb. kind: s, d or c. theme: light or dark."""
+    if kind == "c":
+        return CATEGORIES[theme]
     count = STEPS[kind]
     sampled = sample_colorscale(_SCALES[kind, theme], [i / (count - 1) for i in range(count)], colortype="tuple")
     return ["#" + "".join(f"{round(255 * channel):02x}" for channel in colour) for colour in sampled]
@@ -52,7 +60,7 @@ def _luminance(colour: str) -> float:
 
 @dataclass(frozen=True)
 class Colouring:
-    """One quantity's colours. kind: s or d. steps: [T]. low, high: the values at the ends of the scale."""
+    """One quantity's colours. kind: s, d or c. steps: [T]. low, high: the values at the ends of the scale."""
 
     kind: str
     steps: list[int]
@@ -71,6 +79,8 @@ def span_of(values: Sequence[float], quantity: Quantity, floor: float = 1e-8) ->
     A diverging scale reaches equally far to both sides of its centre. floor: on a log axis, a lower value counts as
     this one.
     """
+    if quantity.names:
+        return 0.0, len(quantity.names) - 1.0
     placed = [_place(v, quantity, floor) for v in values]
     low, high = min(placed, default=0.0), max(placed, default=0.0)
     if quantity.centre is not None:
@@ -84,6 +94,8 @@ def colour_values(
     values: Sequence[float], quantity: Quantity, floor: float = 1e-8, span: tuple[float, float] | None = None
 ) -> Colouring:
     """The step of each value. span: the ends of a scale that several texts share; None: the ends of `values`."""
+    if quantity.names:
+        return Colouring("c", [int(value) for value in values], *span_of(values, quantity))
     low, high = span or span_of(values, quantity, floor)
     start, end = _place(low, quantity, floor), _place(high, quantity, floor)
     kind = "s" if quantity.centre is None else "d"
@@ -102,7 +114,7 @@ def _place(value: float, quantity: Quantity, floor: float) -> float:
 def palette_css() -> str:
     """CSS rules for the classes `.s0`-`.sf` and `.d0`-`.de`. Those under `.dark` are for the dark theme."""
     rules = []
-    for kind, theme in _SCALES:
+    for kind, theme in (*_SCALES, ("c", "light"), ("c", "dark")):
         scope = f"{'.dark ' if theme == 'dark' else ''}:is(.hapo-text, .hapo-legend)"
         for step, colour in enumerate(palette(kind, theme)):
             rules.append(f"{scope} .{kind}{step:x}{{background:{colour};color:{text_colour(colour)}}}")

@@ -21,6 +21,8 @@ BLUE, ORANGE, GREY = "#2f7fb8", "#d9822b", "#8a8f98"
 """Colours that differ for every common form of colour blindness, in both themes."""
 MOST_MARKERS = 600
 """A longer text is drawn as a line without a marker for each token."""
+MOST_DOTS = 120
+"""Iterations up to which a curve has a dot for each. Thousands of dots take a browser seconds to draw."""
 SERIES = (BLUE, ORANGE, "#7a68a6", "#3a9c8b", GREY)
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
 DASHED = {"color": ORANGE, "dash": "dash", "width": 1.5}
@@ -58,6 +60,8 @@ def token_figures(table: TokenTable, method: Method) -> str:
     """The HTML of all figures of one generation, except the what-if."""
     rho = f"{100 * method.quantile:g} %"
     ratios = " Dots: actual ratios; crosses: clipped." if "ratio" in table.numbers else ""
+    if "measure" in table.numbers:
+        ratios = f" Dots: what the bounds hold ({QUANTITIES['measure'].meaning}); crosses: clipped."
     parts = [
         figure_html(
             entropy_figure(table),
@@ -72,8 +76,7 @@ def token_figures(table: TokenTable, method: Method) -> str:
         figure_html(
             bounds_figure(table),
             "bounds",
-            "Clipping bounds around ratio 1: the band reaches lower for certain tokens and higher for uncertain ones "
-            f"(Eq. 12-13).{ratios}",
+            f"Clipping bounds around ratio 1: lower for certain tokens, higher for uncertain ones (Eq. 12-13).{ratios}",
         ),
         figure_html(
             histogram_figure(table),
@@ -88,29 +91,30 @@ def token_figures(table: TokenTable, method: Method) -> str:
 def entropy_figure(table: TokenTable) -> Figure:
     """Entropy of each token on a log axis, with the pivot as a line."""
     values = [max(v, table.signal.floor) for v in table.numbers["entropy"]]
-    return _figure("entropy, nats", [_along(table, values, "entropy"), _pivot(table)], yaxis=_log_axis(values))
+    return framed("entropy, nats", [_along(table, values, "entropy"), _pivot(table)], yaxis=_log_axis(values))
 
 
 def temperature_figure(table: TokenTable) -> Figure:
     """Temperature of each token, with the base temperature as a line."""
     series = _along(table, table.numbers["temperature"], "temperature")
-    return _figure("temperature", [series], shapes=[_level(table.base_temperature, DASHED)])
+    return framed("temperature", [series], shapes=[_level(table.base_temperature, DASHED)])
 
 
 def bounds_figure(table: TokenTable) -> Figure:
-    """The band between the lower and the upper bound, and the actual ratios if the trace has them."""
+    """The band between the lower and the upper bound, and what they hold if the trace has it: ratios, mostly."""
     line = {"mode": "lines", "line": {"color": BLUE, "width": 1, "shape": "hvh"}}
     lower = _series(table, table.numbers["lower"], "lower", **line)
     upper = _series(table, table.numbers["upper"], "upper", **line, fill="tonexty", fillcolor="rgba(47,127,184,.18)")
-    data = [lower, upper]
-    if "ratio" in table.numbers:
+    data = [lower, upper] if all(map(math.isfinite, table.numbers["upper"])) else []
+    held = "measure" if "measure" in table.numbers else "ratio"
+    if held in table.numbers:
         marker = {
             "color": [ORANGE if c else GREY for c in table.clipped],
             "symbol": ["x" if c else "circle" for c in table.clipped],
             "size": 6,
         }
-        data.append(_series(table, table.numbers["ratio"], "ratio", mode="markers", marker=marker))
-    return _figure("ratio", data, shapes=[_level(1.0, {"color": GREY, "width": 1})])
+        data.append(_series(table, table.numbers[held], held, mode="markers", marker=marker))
+    return framed(held, data, shapes=[_level(1.0, {"color": GREY, "width": 1})])
 
 
 def histogram_figure(table: TokenTable) -> Figure:
@@ -118,7 +122,7 @@ def histogram_figure(table: TokenTable) -> Figure:
     logs = [math.log(max(v, table.signal.floor)) for v in table.numbers["entropy"]]
     bars = {"type": "histogram", "x": logs, "nbinsx": 40, "marker": {"color": BLUE}, "name": "log-entropy"}
     pivot = {"type": "line", "x0": table.signal.pivot, "x1": table.signal.pivot, "y0": 0, "y1": 1, "yref": "paper"}
-    return _figure("tokens", [bars], "log-entropy, log-nats", shapes=[{**pivot, "line": DASHED}])
+    return framed("tokens", [bars], "log-entropy, log-nats", shapes=[{**pivot, "line": DASHED}])
 
 
 def what_if_figure(table: TokenTable, method: Method, ratio: float, advantage: float) -> Figure:
@@ -146,7 +150,7 @@ def what_if_figure(table: TokenTable, method: Method, ratio: float, advantage: f
             "line": {"color": [ORANGE if s else BLUE for s in stopped], "width": [1.5 if s else 0 for s in stopped]},
         },
     }
-    return _figure("advantage", [bars], shapes=[_level(advantage, {"color": GREY, "dash": "dash", "width": 1})])
+    return framed("advantage", [bars], shapes=[_level(advantage, {"color": GREY, "dash": "dash", "width": 1})])
 
 
 def dual_entropy_figure(words: Sequence[DualWord]) -> Figure:
@@ -168,7 +172,7 @@ def dual_entropy_figure(words: Sequence[DualWord]) -> Figure:
         )
     xaxis = _log_axis([e for series in data for e in series["x"]])
     yaxis = {"type": "category", "automargin": True}
-    return _figure("", data, "entropy, nats", 120 + 22 * len(words), xaxis=xaxis, yaxis=yaxis)
+    return framed("", data, "entropy, nats", 120 + 22 * len(words), xaxis=xaxis, yaxis=yaxis)
 
 
 def side_by_side_figure(left: TokenTable, right: TokenTable, quantity: str, title: str) -> Figure:
@@ -180,7 +184,7 @@ def side_by_side_figure(left: TokenTable, right: TokenTable, quantity: str, titl
         data.append(_along(table, values, name, colour))
     yaxis = _log_axis([v for series in data for v in series["y"]]) if log else {}
     legend = {"orientation": "h", "y": 1, "yanchor": "bottom"}
-    return _figure(title, data, yaxis=yaxis, showlegend=True, legend=legend) | {"tokens": False}
+    return framed(title, data, yaxis=yaxis, showlegend=True, legend=legend) | {"tokens": False}
 
 
 def curve_figures(lines: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]] = ()) -> list[tuple[str, Figure]]:
@@ -193,29 +197,29 @@ def curve_figures(lines: Sequence[dict[str, Any]], other: Sequence[dict[str, Any
         curves = []
         for (key, label), colour in zip(panel.items(), SERIES, strict=False):
             solid = {"color": colour, "width": 1.6, "dash": "solid"}
-            curves.append(_curve(lines, key, f"{label}, left" if other else label, solid))
-            curves.append(_curve(other, key, f"{label}, right", {**solid, "dash": "dash"}))
+            curves.append(metric_curve(lines, key, f"{label}, left" if other else label, solid))
+            curves.append(metric_curve(other, key, f"{label}, right", {**solid, "dash": "dash"}))
         drawn = [curve for curve in curves if curve["x"]]
         if drawn:
-            figures.append((heading, _figure("", drawn, "", 230 + 16 * len(drawn), showlegend=True)))
+            figures.append((heading, framed("", drawn, "", 230 + 16 * len(drawn), showlegend=True)))
     return figures
 
 
-def _curve(lines: Sequence[dict[str, Any]], key: str, name: str, look: dict[str, Any]) -> dict[str, Any]:
+def metric_curve(lines: Sequence[dict[str, Any]], key: str, name: str, look: dict[str, Any]) -> dict[str, Any]:
     """One metric by iteration, from the lines that have a number for it."""
-    measured = [line for line in lines if _is_number(line.get(key))]
+    measured = [line for line in lines if is_number(line.get(key))]
     return {
         "type": "scatter",
         "x": [line["iteration"] for line in measured],
         "y": [line[key] for line in measured],
         "name": name,
-        "mode": "lines+markers",
+        "mode": "lines+markers" if len(measured) <= MOST_DOTS else "lines",
         "line": look,
         "marker": {"size": 4},
     }
 
 
-def _figure(y: str, data: list[dict[str, Any]], x: str = "token", height: int = 280, **layout: Any) -> Figure:
+def framed(y: str, data: list[dict[str, Any]], x: str = "token", height: int = 230, **layout: Any) -> Figure:
     axes = {name: {"title": {"text": title}, **layout.pop(name, {})} for name, title in (("xaxis", x), ("yaxis", y))}
     return {
         # A click on a point of such a figure shows the token at its x in the text above.
@@ -245,7 +249,7 @@ def _series(table: TokenTable, values: Sequence[float], name: str, **look: Any) 
     return {
         "type": "scatter",
         "x": list(range(len(table))),
-        "y": list(values),
+        "y": [value if math.isfinite(value) else None for value in values],
         "name": name,
         "text": [_plain(piece.shown, 40) for piece in table.pieces],
         "hovertemplate": "%{x}: %{text}<br>%{y:.4~g}<extra></extra>",
@@ -287,5 +291,5 @@ def _plain(text: str, longest: int) -> str:
     return html.escape(text[:longest].replace("\n", ""), quote=False)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)

@@ -23,15 +23,18 @@ from hapo_lite.errors import UserError
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import ModelSettings
-from hapo_lite.records import put
-from hapo_lite.rollout.draws import DrawKey, Stage, uniforms
-from hapo_lite.rollout.sampling import AdaptiveTemperature, Drawn, draw
+from hapo_lite.records import EncodedPrompt, Prompt, Request
+from hapo_lite.rollout.draws import DrawKey, Stage
+from hapo_lite.rollout.sampling import AdaptiveTemperature, Drawn
+from hapo_lite.rollout.transformers_engine import TransformersEngine, Watch
 from hapo_lite.runs.trace import Trace
 
 ALTERNATIVES = 10
 """Alternatives that are recorded for each token."""
 MOST_TOKENS = 4096
 MOST_SECONDS = 600.0
+LOOK_SECONDS = 0.25
+"""Time between two looks at a generation. Each look costs about as much as a token of a small model."""
 OUT_OF_TIME = "stopped at the time limit"
 
 NAMES = ("id", "text", "logp_sampling", "logp_base", "entropy", "temperature", "alternatives")
@@ -90,15 +93,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Job:
-    """One generation. prompt: token ids. draws: a random number for each token that may be written, [limit].
-
-    deadline: a time of `time.monotonic`.
-    """
+    """One generation. limit: the longest completion, tokens. deadline: a time of `time.monotonic`."""
 
     policy: Policy
     settings: GenerationSettings
-    prompt: list[int]
-    draws: Tensor
+    request: Request
+    limit: int
     deadline: float
 
 
@@ -107,13 +107,14 @@ def generate(policy: Policy, settings: GenerationSettings) -> Iterator[Progress]
 
     Without the adaptive temperature there is only one pass. Raises UserError if the prompt does not fit the model.
     """
-    prompt = policy.encode([{"role": role, "content": content} for role, content in settings.messages])
-    room = policy.context - len(prompt)
+    prompt = Prompt("prompt", tuple(settings.messages), answer="")
+    ids = policy.encode(prompt.chat())
+    room = policy.context - len(ids)
     if room < 1:
-        raise UserError(f"the problem has {len(prompt):,} tokens; the model takes {policy.context:,} in all")
-    limit = min(settings.max_new_tokens, room)
-    draws = uniforms(DrawKey(settings.seed, Stage.TRAINING, iteration=0), prompt=0, sample=0, count=limit)
-    job = _Job(policy, settings, prompt, draws, time.monotonic() + settings.seconds)
+        raise UserError(f"the problem has {len(ids):,} tokens; the model takes {policy.context:,} in all")
+    request = Request(EncodedPrompt(0, prompt, tuple(ids)), sample=0)
+    deadline = time.monotonic() + settings.seconds
+    job = _Job(policy, settings, request, min(settings.max_new_tokens, room), deadline)
     with policy.unpacked():
         if settings.method.adaptive_temperature and settings.signal is None:
             yield from _two_passes(job)
@@ -135,45 +136,46 @@ def _two_passes(job: _Job) -> Iterator[Progress]:
 
 
 def _one_pass(job: _Job, signal: EntropySignal | None) -> Iterator[Progress]:
-    """One completion, token by token. signal: None for the base temperature."""
+    """One completion, token by token, written by the engine. signal: None for the base temperature."""
     policy = job.policy
     settings = job.settings
     adaptive = signal if settings.method.adaptive_temperature else None
     processor = AdaptiveTemperature(adaptive, settings.temperature, settings.method.tau)
     tokens: Tokens = {name: [] for name in NAMES}
-    inputs, draws = put(torch.tensor([job.prompt]), policy.device), put(job.draws, policy.device)
-    cache = None
-    for step in range(len(job.draws)):
-        # The context is entered for each token. While the iterator waits at its yield, other code on the same model
-        # must not find it in the sampler's state.
-        with policy.sampling() as model:
-            out = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits = out.logits[:, -1]
-            cache = out.past_key_values
-            drawn = draw(processor, logits, draws[step : step + 1])
-            token = _token(policy, drawn, logits.float() / settings.temperature)
-        for name, value in token.items():
-            tokens[name].append(value)
-        inputs = drawn.ids[:, None]
-        ended = _reason_to_end(job, token["id"], written=step + 1)
-        yield Progress(_trace(job, tokens, signal, ended), False, ended)
-        if ended:
-            return
+    drawn: list[Tensor] = []
+    watch = Watch(
+        job.limit,
+        min(LOOK_SECONDS, settings.seconds),
+        lambda logits, token: drawn.append(_columns(token, logits.float() / settings.temperature)),
+    )
+    engine = TransformersEngine(policy, batch_size=1, max_new_tokens=job.limit)
+    for _ in engine.stream([job.request], processor, DrawKey(settings.seed, Stage.TRAINING, 0), watch):
+        # All tokens since the last look come to the host at once.
+        fresh = torch.stack(drawn).tolist()
+        drawn.clear()
+        for columns in fresh:
+            for name, value in _token(policy, columns).items():
+                tokens[name].append(value)
+            ended = _reason_to_end(job, tokens["id"])
+            yield Progress(_trace(job, tokens, signal, ended), False, ended)
+            if ended:
+                return
 
 
-def _reason_to_end(job: _Job, last: int, written: int) -> str:
-    """The clause of `Progress.ended` after `written` tokens. last: the id of the last one."""
-    if last in job.policy.stop_ids:
+def _reason_to_end(job: _Job, ids: list[int]) -> str:
+    """The clause of `Progress.ended` after the tokens `ids`."""
+    if ids[-1] in job.policy.stop_ids:
         return "ended by itself"
-    if written == len(job.draws):
+    if len(ids) == job.limit:
         return "cut off at the token limit"
     return OUT_OF_TIME if time.monotonic() > job.deadline else ""
 
 
-def _token(policy: Policy, drawn: Drawn, base: Tensor) -> dict[str, Any]:
-    """One token with its alternatives, a value for each of NAMES.
+def _columns(drawn: Drawn, base: Tensor) -> Tensor:
+    """The numbers of one token and its alternatives, on the model's device: [7, 1 + A], fp64, in which ids are exact.
 
-    drawn: one row. base: [1, V], the logits at the base temperature.
+    drawn: one row. base: [1, V], the logits at the base temperature. The rows are ids, log-probabilities at the token's
+    own temperature and at the base temperature, probabilities at both, entropy and temperature.
     """
     base_logp = torch.log_softmax(base[0].double(), dim=-1)
     own_logp = torch.log_softmax(drawn.scores[0].double(), dim=-1)
@@ -181,8 +183,11 @@ def _token(policy: Policy, drawn: Drawn, base: Tensor) -> dict[str, Any]:
     shown = torch.cat([drawn.ids, best])
     logps = torch.stack([own_logp[shown], base_logp[shown]])
     of_token = torch.stack([drawn.entropy, drawn.temperature]).double().expand(-1, len(shown))
-    # All numbers come to the host at once. In fp64 the ids are exact.
-    columns = torch.cat([shown.double()[None], logps, logps.exp(), of_token]).tolist()
+    return torch.cat([shown.double()[None], logps, logps.exp(), of_token])
+
+
+def _token(policy: Policy, columns: list[list[float]]) -> dict[str, Any]:
+    """One token with its alternatives, a value for each of NAMES. columns: those of `_columns`."""
     ids, (own, *_), (at_base, *_), own_shares, base_shares, (entropy, *_), (temperature, *_) = columns
     texts = policy.tokenizer.batch_decode([[int(i)] for i in ids], skip_special_tokens=False)
     return {
@@ -250,6 +255,8 @@ class ModelShelf:
             while len(self._held) >= self.keep:
                 self._held.popitem(last=False)
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._held[key] = load_policy(settings, 0, device, adapter=Path(adapter) if adapter else None)
+            policy = load_policy(settings, 0, device, adapter=Path(adapter) if adapter else None)
+            policy.model.eval()  # here it only samples, and need not be put into this state and out of it
+            self._held[key] = policy
         self._held.move_to_end(key)
         return self._held[key]

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from pathlib import Path
 
 from hapo_lite.errors import UserError
-from hapo_lite.inspect import colour, markup, views
+from hapo_lite.inspect import assets, markup, views
 from hapo_lite.inspect.runs import Entry, Run
-
-ASSETS = Path(__file__).parent
 
 
 def completion(run: Run, iteration: int | None = None, place: int = 0, height: int = 420) -> str:
@@ -52,9 +49,9 @@ def frame(body: str, height: int) -> str:
     The sandbox lets the page run its script and save a picture, and nothing else.
     """
     page = (
-        f'<!doctype html><meta charset="utf-8"><style>{(ASSETS / "page.css").read_text("utf-8")}{colour.palette_css()}'
+        f'<!doctype html><meta charset="utf-8"><style>{assets.style()}'
         f'</style><body style="margin:8px;font-family:system-ui,sans-serif">{body}'
-        f"<script>{(ASSETS / 'page.js').read_text('utf-8')}</script></body>"
+        f"<script>{assets.script()}</script></body>"
     )
     return (
         f'<div><iframe srcdoc="{html.escape(page)}" sandbox="allow-scripts allow-downloads" '

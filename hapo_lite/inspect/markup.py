@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hapo_lite.errors import counted
@@ -20,7 +20,7 @@ from hapo_lite.runs.trace import Trace
 
 DEFAULT_QUANTITY = "entropy"
 LONGEST_PROMPT = 4000
-POINT_AT = "Point at a token, tap it, or move along with the arrow keys."
+POINT_AT = "Point at a token, or move along with the arrow keys. A click or a tap keeps its numbers here."
 
 
 def hidden_json(data: Any, name: str) -> str:
@@ -67,7 +67,7 @@ def token_text(
     button beside the legend starts; "": no such button.
     """
     quantity = quantity if quantity in table.numbers else DEFAULT_QUANTITY
-    spans = spans or {}
+    spans = _credit_span(table) | (spans or {})
     colours = {
         name: colour_values(values, QUANTITIES[name], table.signal.floor, spans.get(name))
         for name, values in table.numbers.items()
@@ -79,14 +79,29 @@ def token_text(
     hidden = hidden_json(data if streaming else data | _details(table), "hapo-data")
     options = "".join(_option(name, name == quantity) for name in colours)
     legends = "".join(_legend(name, c, name == quantity) for name, c in colours.items())
+    meanings = "".join(_meaning(name, name == quantity) for name in colours)
     return (
-        f'<section class="hapo-text" data-key="{content_key(hidden)}" data-name="tokens" data-csv="{csv}">'
+        f'<section class="hapo-text" data-key="{content_key(hidden)}" data-name="tokens" data-csv="{csv}" '
+        f'data-first="{_first(table)}">'
         f'<div class="hapo-bar"><label>Colour by <select class="hapo-choose">{options}</select></label>{legends}'
-        f"{'' if streaming else export_buttons(csv=bool(csv))}</div>"
+        f"{'' if streaming else export_buttons(csv=bool(csv))}</div>{meanings}"
         f'<div class="hapo-pair"><div class="hapo-tokens" dir="auto" role="group" aria-label="Tokens">'
         f'{_spans(table, colours[quantity], differs)}</div><aside class="hapo-details" aria-live="polite" '
         f'data-hint="{POINT_AT}">{note(POINT_AT)}</aside></div>{hidden}</section>'
     )
+
+
+def _first(table: TokenTable) -> int:
+    """The token whose numbers show at first: the most uncertain one, or the first one of a table without entropy."""
+    entropy = table.numbers.get("entropy")
+    return max(range(len(table)), key=entropy.__getitem__) if entropy else 0
+
+
+def _credit_span(table: TokenTable) -> Spans:
+    """One scale for the credit before and after, so that a reader can compare their colours."""
+    names = [name for name in ("advantage", "credit") if name in table.numbers]
+    both = [v for name in names for v in table.numbers[name]]
+    return dict.fromkeys(names, span_of(both, QUANTITIES["credit"])) if names else {}
 
 
 def _spans(table: TokenTable, colouring: Colouring, differs: Collection[int]) -> str:
@@ -116,7 +131,7 @@ def _details(table: TokenTable) -> dict[str, Any]:
     """The data from which the page's script shows the details of a token."""
     return {
         "labels": {name: QUANTITIES[name].label for name in table.numbers},
-        "rows": {name: [show_number(v) for v in values] for name, values in table.numbers.items()},
+        "rows": {name: [QUANTITIES[name].show(v) for v in values] for name, values in table.numbers.items()},
         "shown": [piece.shown for piece in table.pieces],
         "parts": [piece.part for piece in table.pieces] if any(p.part for p in table.pieces) else [],
         "clipped": table.clipped if any(table.clipped) else [],
@@ -135,11 +150,6 @@ def export_buttons(csv: bool = True) -> str:
 
 def summary(trace: Trace, table: TokenTable) -> str:
     """The prompt, the facts about the completion, and the tokens that its h is measured with."""
-    prompt = "".join(
-        f'<div class="hapo-message"><span class="hapo-role">{html.escape(str(role))}</span>'
-        f'<span dir="auto">{html.escape(_cut(str(content)))}</span></div>'
-        for role, content in trace.messages
-    )
     entropy = table.numbers["entropy"]
     facts = [counted(len(table), "token"), f"mean entropy {show_number(sum(entropy) / len(entropy))} nats"]
     if trace.gold:
@@ -152,19 +162,43 @@ def summary(trace: Trace, table: TokenTable) -> str:
         facts.append(f"reward {show_number(trace.reward)}")
         facts += [f"{_cut(name, 40)} {show_number(value)}" for name, value in trace.rewards.items()]
     facts += [f"{len(found)} {name}" for name, found in treated_tokens(trace).items() if len(found)]
-    chips = "".join(f'<span class="hapo-chip">{html.escape(fact)}</span>' for fact in facts)
-    return (
-        f'<div class="hapo-summary">{prompt}<div>{chips}</div>{note(f"h is measured with {table.signal_from}.")}</div>'
+    reading = note(f"h is measured with {table.signal_from}.")
+    return f'<div class="hapo-summary">{messages(trace.messages)}<div>{chips(facts)}</div>{reading}</div>'
+
+
+def messages(prompt: Sequence[tuple[str, str]]) -> str:
+    """A prompt: each message with its role."""
+    return "".join(
+        f'<div class="hapo-message"><span class="hapo-role">{html.escape(str(role))}</span>'
+        f'<span dir="auto">{html.escape(_cut(str(content)))}</span></div>'
+        for role, content in prompt
     )
 
 
-def small_text(table: TokenTable, span: tuple[float, float] | None = None) -> str:
-    """A completion as one paragraph, coloured by entropy, without details. Lists of completions show it."""
+def chips(facts: Sequence[str]) -> str:
+    """Short facts, each in a frame."""
+    return "".join(f'<span class="hapo-chip">{html.escape(fact)}</span>' for fact in facts)
+
+
+def small_text(
+    table: TokenTable,
+    span: tuple[float, float] | None = None,
+    marks: Mapping[int, str] | None = None,
+    window: range | None = None,
+) -> str:
+    """A completion as one paragraph, coloured by entropy, without details. Lists of completions show it.
+
+    marks: classes of the tokens at some positions. window: the positions that are shown; None: all of them.
+    """
+    marks = marks or {}
+    shown = range(len(table)) if window is None else window[: max(0, len(table) - window.start)]
     classes = colour_values(table.numbers["entropy"], QUANTITIES["entropy"], table.signal.floor, span).classes
     spans = "".join(
-        f'<span class="t {c}">{html.escape(piece.shown)}</span>' for c, piece in zip(classes, table.pieces, strict=True)
+        f'<span class="t {classes[i]} {marks.get(i, "")}">{html.escape(table.pieces[i].shown)}</span>' for i in shown
     )
-    return f'<div class="hapo-text hapo-small"><div class="hapo-tokens" dir="auto">{spans}</div></div>'
+    before = '<span class="hapo-gap">… </span>' if shown.start else ""
+    after = '<span class="hapo-gap"> …</span>' if shown.stop < len(table) else ""
+    return f'<div class="hapo-text hapo-small"><div class="hapo-tokens" dir="auto">{before}{spans}{after}</div></div>'
 
 
 def entropy_legend(span: tuple[float, float]) -> str:
@@ -217,12 +251,21 @@ def _option(name: str, chosen: bool) -> str:
 
 
 def _legend(name: str, colouring: Colouring, chosen: bool) -> str:
-    swatches = "".join(f'<i class="{colouring.kind}{step:x}"></i>' for step in range(STEPS[colouring.kind]))
+    """The scale of a quantity, or its categories that occur."""
     hidden = "" if chosen else " hidden"
-    return (
-        f'<span class="hapo-legend" data-name="{name}"{hidden} title="{html.escape(QUANTITIES[name].meaning)}">'
-        f"{show_number(colouring.low)} {swatches} {show_number(colouring.high)}</span>"
-    )
+    start = f'<span class="hapo-legend" data-name="{name}"{hidden}>'
+    names = QUANTITIES[name].names
+    if names:
+        found = sorted(set(colouring.steps))
+        return start + "".join(f'<i class="c{code}"></i><b>{names[code]}</b>' for code in found) + "</span>"
+    swatches = "".join(f'<i class="{colouring.kind}{step:x}"></i>' for step in range(STEPS[colouring.kind]))
+    return f"{start}{show_number(colouring.low)} {swatches} {show_number(colouring.high)}</span>"
+
+
+def _meaning(name: str, chosen: bool) -> str:
+    """The sentence that says what a quantity is."""
+    hidden = "" if chosen else " hidden"
+    return f'<p class="hapo-note hapo-meaning" data-name="{name}"{hidden}>{html.escape(QUANTITIES[name].meaning)}.</p>'
 
 
 def _percent(probability: float) -> str:

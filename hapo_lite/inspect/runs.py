@@ -24,6 +24,10 @@ from hapo_lite.tiny.bundled import loadable
 
 FILES_HELD = 8
 """Trace files whose tokens stay in memory. For the other files, only an Entry per completion stays."""
+MOST_LOOKED_AT = 30
+"""Iterations that are searched for one with something to show."""
+LONGEST_QUESTION = 400
+"""Characters of a prompt that an Entry keeps."""
 
 
 def run_names(root: Path) -> list[str]:
@@ -49,7 +53,9 @@ class Entry:
     """A summary of one completion that stays in memory. place: the number of its trace in the file.
 
     length: tokens. treated: for each treatment (amplified, suppressed or clipped), the texts of its tokens with their
-    counts; empty if the completion took part in no update.
+    counts; empty if the completion took part in no update. question: the beginning of the last message of its prompt.
+    entropy: mean over its tokens, nats. trained: whether it had an advantage in an update. reward, rewards, group_size,
+    group_correct: as in Trace.
     """
 
     iteration: int
@@ -60,11 +66,13 @@ class Entry:
     outcome: str
     length: int
     treated: dict[str, Counter[str]]
-
-    @property
-    def title(self) -> str:
-        """A line that names the completion in a list of choices."""
-        return f"{self.stage} · {self.prompt_id[:80]} · {self.sample} · {self.outcome[:40]}"
+    question: str = ""
+    entropy: float = 0.0
+    trained: bool = False
+    reward: float = 0.0
+    rewards: dict[str, float] = field(default_factory=dict)
+    group_size: int = 0
+    group_correct: int = 0
 
 
 Stamp = tuple[int, int]
@@ -106,6 +114,17 @@ class Run:
     _traces: OrderedDict[int, FileTraces] = field(default_factory=OrderedDict)
     _entries: dict[int, FileEntries] = field(default_factory=dict)
 
+    def telling_iteration(self) -> int | None:
+        """The last iteration with a completion that had an advantage, among the last MOST_LOOKED_AT; else the last one.
+
+        An iteration in which all groups had equal rewards has nothing to show. None if no iteration has traces.
+        """
+        iterations = self.iterations()
+        for iteration in reversed(iterations[-MOST_LOOKED_AT:]):
+            if any(entry.trained for entry in self.entries(iteration)[0]):
+                return iteration
+        return iterations[-1] if iterations else None
+
     def iterations(self) -> list[int]:
         """The iterations that have a trace file, ascending."""
         return sorted(int(f.stem) for f in (self.path / "traces").glob("[0-9]*.jsonl") if f.stem.isdecimal())
@@ -135,7 +154,7 @@ class Run:
         held = self._entries.get(iteration)
         if held is None or held.stamp != stamp:
             traces, problems = self.traces(iteration)
-            entries = [_entry(trace, iteration, place) for place, trace in enumerate(traces)]
+            entries = [entry_of(trace, iteration, place) for place, trace in enumerate(traces)]
             held = self._entries[iteration] = FileEntries(stamp, entries, problems)
         return held.entries, held.problems
 
@@ -245,7 +264,8 @@ def treated_together(entries: Sequence[Entry]) -> dict[str, Counter[str]]:
     return together
 
 
-def _entry(trace: Trace, iteration: int, place: int) -> Entry:
+def entry_of(trace: Trace, iteration: int, place: int) -> Entry:
+    """The entry of a trace. place: its number in the file."""
     texts = trace.tokens["text"]
     return Entry(
         iteration=iteration,
@@ -256,4 +276,11 @@ def _entry(trace: Trace, iteration: int, place: int) -> Entry:
         outcome=trace.outcome,
         length=len(texts),
         treated={name: Counter(texts[i] for i in found) for name, found in treated_tokens(trace).items()},
+        question=str(trace.messages[-1][1])[:LONGEST_QUESTION] if trace.messages else "",
+        entropy=sum(trace.tokens["entropy"]) / len(texts),
+        trained=any(trace.tokens.get("advantage", ())),
+        reward=trace.reward,
+        rewards=trace.rewards,
+        group_size=trace.group_size,
+        group_correct=trace.group_correct,
     )

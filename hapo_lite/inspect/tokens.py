@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hapo_lite.algo.methods import Method
-from hapo_lite.algo.objective import assign_credit, policy_loss
+from hapo_lite.algo.objective import assign_credit
 from hapo_lite.algo.signal import EntropySignal
-from hapo_lite.algo.tokens import TokenSignals, fit_signal
+from hapo_lite.algo.surrogate import Moves, surrogate_gain
+from hapo_lite.algo.tokens import TokenSignals, fit_signal, trained_tokens
 from hapo_lite.runs.trace import Trace
 
 LONGEST_SHOWN = 120
@@ -38,12 +39,24 @@ _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp", "Zs")
 
 @dataclass(frozen=True)
 class Quantity:
-    """A quantity that can colour the tokens. centre: the middle of a diverging scale; None for a sequential scale."""
+    """A quantity that can colour the tokens. centre: the middle of a diverging scale; None for a sequential scale.
+
+    names: those of the categories that the values 0, 1, ... stand for; empty for a number.
+    """
 
     label: str
     meaning: str
     axis: Literal["linear", "log"] = "linear"
     centre: float | None = None
+    names: tuple[str, ...] = ()
+
+    def show(self, value: float) -> str:
+        """A value as the page shows it: a number with four significant digits, or the name of the category."""
+        return self.names[int(value)] if self.names else show_number(value)
+
+
+STOPS = ("none", "lower bound", "upper bound", "dual clip", "masked", "no credit")
+"""What stopped a token's gradient. The order is that of the codes in `TokenTable.numbers["stopped"]`."""
 
 
 QUANTITIES: dict[str, Quantity] = {
@@ -56,13 +69,43 @@ QUANTITIES: dict[str, Quantity] = {
     ),
     "lower": Quantity("Lower bound", "Below this ratio, the gradient of a token with A < 0 stops (Eq. 12)"),
     "upper": Quantity("Upper bound", "Above this ratio, the gradient of a token with A > 0 stops (Eq. 13)"),
+    "measure": Quantity(
+        "What the bounds hold", "GSPO: the completion's ratio; DPPO: 1 + new less old probability", centre=1.0
+    ),
     "logp": Quantity("Log-prob, nats", "Log-probability of the token at the base temperature"),
+    "surprise": Quantity(
+        "Surprisal less entropy, nats",
+        "How much less likely the token was than the model's own choices are on average: above 0 a surprise, below 0 "
+        "what the model preferred",
+        centre=0.0,
+    ),
     "weight": Quantity(
-        "Advantage weight", "Advantage after redistribution, divided by that before (Eq. 10-11)", centre=1.0
+        "Advantage weight",
+        "By how much the method multiplies the completion's advantage for this token: credit after, divided by before "
+        "(Eq. 10-11); below 1 it learns less from the token, above 1 more",
+        centre=1.0,
     ),
     "ratio": Quantity("Ratio", "Probability at the update, divided by that under the old policy", "log", centre=1.0),
-    "advantage": Quantity("Advantage", "Advantage of the whole completion (Eq. 9)", centre=0.0),
-    "credit": Quantity("Credit", "Final advantage of the token (Eq. 10-11; 0: no gradient)", centre=0.0),
+    "advantage": Quantity(
+        "Credit before", "Advantage of the whole completion, the same for all its tokens (Eq. 9)", centre=0.0
+    ),
+    "credit": Quantity(
+        "Credit after",
+        "Advantage of this token after redistribution (Eq. 10-11): above 0 it is to become likelier, below 0 less "
+        "likely, at 0 it has no gradient",
+        centre=0.0,
+    ),
+    "stopped": Quantity(
+        "Gradient stopped by",
+        "The ratio left its bounds (Eq. 12-13), the loss reached the dual clip, or the token takes no part in the loss",
+        names=STOPS,
+    ),
+    "gap": Quantity(
+        "Trainer less sampler, nats",
+        "Log-probability under the trainer, less that under the sampler, at the base temperature: 0 unless they round "
+        "or remember differently",
+        centre=0.0,
+    ),
     "kl_base": Quantity("KL to the base, nats", "Divergence from the model without its adapter", "log"),
 }
 
@@ -124,9 +167,10 @@ def token_table(
     at_one = assign_credit(method, torch.ones(1), signals, torch.ones(1, len(h)))
     stored: dict[str, list[float]] = {
         name: _column(trace, name)
-        for name in ("lower", "upper", "ratio", "advantage", "credit", "logp_old", "kl_base")
+        for name in ("lower", "upper", "ratio", "advantage", "credit", "logp_old", "kl_base", "measure")
         if name in trace.tokens
     }
+    logp = stored.get("logp_old") or _column(trace, "logp_base")
     numbers = {
         "entropy": entropy,
         "h": h,
@@ -135,10 +179,19 @@ def token_table(
         "temperature_move": [100.0 * (t / base_temperature - 1.0) for t in temperature],
         "lower": stored.get("lower", at_one.lower[0].tolist()),
         "upper": stored.get("upper", at_one.upper[0].tolist()),
-        "logp": stored.get("logp_old") or _column(trace, "logp_base"),
+        "logp": logp,
+        "surprise": [-p - e for p, e in zip(logp, entropy, strict=True)],
         "weight": _weights(stored, at_one.advantage[0].tolist()),
     }
-    numbers |= {name: stored[name] for name in ("ratio", "advantage", "credit", "kl_base") if name in stored}
+    numbers |= {name: stored[name] for name in ("ratio", "measure", "advantage", "credit") if name in stored}
+    if "credit" in stored and "clipped" in trace.tokens:
+        trained = trained_tokens(method, signals.uncertain, trace.truncated)
+        # CISPO's bound limits the weight of a token and stops no gradient.
+        clipped = trace.tokens["clipped"] if method.surrogate != "cispo" else [""] * len(h)
+        numbers["stopped"] = _stops(stored["credit"], clipped, trained[0].tolist())
+    if "logp_old" in stored:
+        numbers["gap"] = [old - base for old, base in zip(logp, _column(trace, "logp_base"), strict=True)]
+    numbers |= {name: stored[name] for name in ("kl_base",) if name in stored}
     return TokenTable(
         pieces=token_pieces(trace.tokens["id"], trace.tokens["text"], tokenizer),
         numbers=numbers,
@@ -210,17 +263,8 @@ def what_if(table: TokenTable, method: Method, ratio: float, advantage: float) -
     ratios = torch.full_like(h, ratio)
     signals = TokenSignals.of_one(method, table.signal, table.tensor("entropy")[0])
     credit = assign_credit(method, torch.tensor([advantage]), signals, ratios)
-    loss = policy_loss(
-        ratios.log(),
-        torch.zeros_like(h),
-        credit.advantage,
-        torch.ones_like(h),
-        credit.lower,
-        credit.upper,
-        denominator=float(len(table)),
-        dual_clip=method.dual_clip,
-    )
-    flags = zip(loss.clipped_low[0].tolist(), loss.clipped_high[0].tolist(), strict=True)
+    gain = surrogate_gain(method, Moves(ratios.log(), table.tensor("logp"), h.isfinite()), credit)
+    flags = zip(gain.stopped_low[0].tolist(), gain.stopped_high[0].tolist(), strict=True)
     return WhatIf(
         credit=credit.advantage[0].tolist(),
         lower=credit.lower[0].tolist(),
@@ -297,6 +341,23 @@ def _weights(stored: dict[str, list[float]], at_one: list[float]) -> list[float]
     if any(stored.get("advantage", [])) and "credit" in stored:
         return [c / a for c, a in zip(stored["credit"], stored["advantage"], strict=True)]
     return at_one
+
+
+def _stops(credits: Sequence[float], clipped: Sequence[str], trained: Sequence[bool]) -> list[float]:
+    """The code in STOPS of each token. The dual clip is what limits a token of negative credit from above."""
+    codes = []
+    for credit, clip, counts in zip(credits, clipped, trained, strict=True):
+        stop = "none"
+        if not counts:
+            stop = "masked"
+        elif credit == 0.0:
+            stop = "no credit"
+        elif clip == "low":
+            stop = "lower bound"
+        elif clip == "high":
+            stop = "upper bound" if credit > 0.0 else "dual clip"
+        codes.append(float(STOPS.index(stop)))
+    return codes
 
 
 def _whole_character(ids: Sequence[int], start: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:

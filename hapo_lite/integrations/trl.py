@@ -54,7 +54,11 @@ class HapoTrainer(trl.GRPOTrainer):
     def __init__(self, *args: Any, method: Method = WITHOUT_A, **kwargs: Any) -> None:
         if not trl.__version__.startswith("1.16."):
             raise ValueError(f"this needs trl 1.16, and {trl.__version__} is installed: pip install 'trl>=1.16,<1.17'")
-        refuse_others(method, "TRL", "vllm_importance_sampling_correction and mask_truncated_completions")
+        refuse_others(
+            method,
+            "TRL",
+            "loss_type, importance_sampling_level, vllm_importance_sampling_correction and mask_truncated_completions",
+        )
         if method.adaptive_temperature:
             raise ValueError("TRL opens its sampler to no temperature of each token: adaptive_temperature=False")
         super().__init__(*args, **kwargs)

@@ -44,7 +44,11 @@ def register(name: str = "hapo", method: Method = PRESETS["hapo"]) -> None:
     """
     from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
 
-    refuse_others(method, "verl", "actor.use_kl_loss and algorithm.rollout_correction")
+    refuse_others(
+        method,
+        "verl",
+        "actor.policy_loss.loss_mode, actor.loss_agg_mode, actor.use_kl_loss and algorithm.rollout_correction",
+    )
     if METHODS.get(name) == method:
         return
     register_adv_est(name)(partial(group_advantages, method))

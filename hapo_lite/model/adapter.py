@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hapo_lite.errors import UserError, first_line
-from hapo_lite.model.lora import use_two_products
+from hapo_lite.model.lora import start_magnitudes, use_two_products
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.targets import check_head_is_free, check_targets, peft_targets, untouched_layers
 from hapo_lite.recipe import ModelSettings
@@ -43,14 +43,16 @@ def peft_packages() -> Iterator[None]:
 def fresh_adapter(base: PreTrainedModel, settings: ModelSettings, seed: int) -> PeftModel:
     """Put a new adapter on the base, with weights that depend on the seed alone.
 
-    Raises UserError if model.lora.targets does not fit the model.
+    Raises UserError if model.lora does not fit the model.
     """
     torch.manual_seed(seed)
-    return adapted(base, settings)
+    model = adapted(base, settings)
+    start_magnitudes(model)
+    return model
 
 
 def adapted(base: PreTrainedModel, settings: ModelSettings) -> PeftModel:
-    """The base with the layers of an adapter. Raises UserError if model.lora.targets does not fit the model."""
+    """The base with the layers of an adapter. Raises UserError if model.lora does not fit the model."""
     lora, targets = settings.lora, peft_targets(settings.lora)
     check_targets(base, lora, settings.name)
     config = LoraConfig(
@@ -59,12 +61,19 @@ def adapted(base: PreTrainedModel, settings: ModelSettings) -> PeftModel:
         lora_dropout=0.0,  # with dropout the ratio would differ from 1 before the first update
         target_modules=targets,
         exclude_modules=untouched_layers(base, lora),
+        use_rslora=lora.variant == "rslora",
+        use_dora=lora.variant == "dora",
         task_type="CAUSAL_LM",
     )
     try:
         with peft_packages():
             model = get_peft_model(base, config)
     except ValueError as error:
+        if "use_dora" in str(error):
+            raise UserError(
+                f"model.lora.variant = dora does not fit {settings.name}: its experts are stacked tensors, and peft "
+                "has no DoRA for those; use model.lora.variant=lora or rslora, or name the layers in model.lora.targets"
+            ) from error
         raise UserError(f"model.lora.targets = {targets!r} does not fit {settings.name}: {error}") from error
     check_head_is_free(base, lora, settings.name)
     use_two_products(model)

@@ -110,8 +110,15 @@ class Policy:
 
         Right padding needs no attention mask, because under causal attention no real token sees what comes after it.
         """
+        return self.masked_logprobs(self.head_states(batch), batch, temperature)
+
+    def head_states(self, batch: Sequences) -> Tensor:
+        """The head's input of every position, [B, L, D], in the policy's precision."""
         with self.autocast():
-            hidden = self.hidden_states(batch.ids)
+            return self.hidden_states(batch.ids)
+
+    def masked_logprobs(self, hidden: Tensor, batch: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
+        """`completion_logprobs` from the batch's `head_states`: the head computes the tokens of the mask alone."""
         rows, columns = batch.mask.nonzero(as_tuple=True)
         # The state at a position predicts the next token, so completion token t is predicted at prompt + t - 1.
         states = hidden[rows, batch.prompt_lengths[rows] + columns - 1]
@@ -181,7 +188,8 @@ class Policy:
             with torch.no_grad(), self.autocast(), self.unpacked(), trainers_head(self.base):
                 yield cast(PreTrainedModel, self.model)  # a PeftModel passes on the base's methods
         finally:
-            self.model.train(was_training)
+            if was_training:
+                self.model.train()
 
 
 @contextlib.contextmanager

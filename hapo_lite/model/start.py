@@ -22,8 +22,6 @@ from hapo_lite.recipe import LoraSettings, ModelSettings
 from hapo_lite.tiny.bundled import same_bundled
 
 UNLIKE = {
-    "use_rslora": "rsLoRA",
-    "use_dora": "DoRA",
     "rank_pattern": "a rank for each layer",
     "alpha_pattern": "an alpha for each layer",
     "modules_to_save": "whole layers",
@@ -32,7 +30,10 @@ UNLIKE = {
     "layer_replication": "repeated layers",
     "lora_bias": "biases",
 }
-"""Options of peft by which an adapter is not the plain LoRA that is trained here, and what each stands for."""
+"""Options of peft by which an adapter is more than the layers' factors that are trained here, and what each stands
+for."""
+VARIANTS = {"use_rslora": "rslora", "use_dora": "dora"}
+"""Options of peft, and the values of model.lora.variant that they stand for."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def starting_adapter(settings: ModelSettings, origin: Origin) -> StartingAdapter
     except (OSError, ValueError) as error:
         raise UserError(f"model.adapter = {settings.adapter} cannot be read: {first_line(error)}") from None
     _check_kind(config, settings.adapter)
+    _check_variant(config, settings)
     _check_base(config, settings, origin)
     _check_sizes(config, settings)
     with (folder / ADAPTER_WEIGHTS).open("rb") as file:
@@ -122,6 +124,21 @@ def _check_kind(config: Mapping[str, Any], name: str) -> None:
         raise UserError(
             f"model.adapter = {name} has {found[0]}, and plain LoRA is trained here: give an adapter without, or merge "
             "this one into its base and give the result as model.name"
+        )
+
+
+def _check_variant(config: Mapping[str, Any], settings: ModelSettings) -> None:
+    """Raise UserError for an adapter that computes with the same matrices in another way than the recipe's."""
+    found = [variant for option, variant in VARIANTS.items() if config.get(option)] or ["lora"]
+    if len(found) > 1:
+        raise UserError(
+            f"model.adapter = {settings.adapter} has rsLoRA and DoRA at once, and one of them is trained here: give "
+            "another adapter, or merge this one into its base and give the result as model.name"
+        )
+    if found[0] != settings.lora.variant:
+        raise UserError(
+            f"model.adapter = {settings.adapter} is of the variant {found[0]}, and model.lora.variant = "
+            f"{settings.lora.variant}: set model.lora.variant={found[0]}"
         )
 
 

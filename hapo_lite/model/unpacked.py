@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
 from collections.abc import Iterator
 from typing import cast
@@ -115,9 +116,13 @@ class _Dense:
         return nn.functional.linear(x.to(dtype), self.weight, self.bias).to(x.dtype)
 
 
+@functools.singledispatch
 @torch.no_grad()
 def unpack(layer: Linear4bit, dtype: torch.dtype) -> Tensor:
-    """The weight of a 4-bit layer, [out, in], as bitsandbytes unpacks it for a product in `dtype`."""
+    """The weight of a 4-bit layer, [out, in], as bitsandbytes unpacks it for a product in `dtype`.
+
+    Dispatched by the layer's class: the stand-in without data, by which memory is counted, has a way of its own.
+    """
     state = copy.copy(cast(Params4bit, layer.weight).quant_state)
     state.dtype = dtype
     return dequantize_4bit(layer.weight, state)

@@ -99,10 +99,11 @@ def load(
         origin.name, revision=origin.commit, trust_remote_code=settings.trust_remote_code
     )
     rank, alpha, targets = settings.lora.rank, settings.lora.alpha, settings.lora.targets
+    rslora = settings.lora.variant == "rslora"
     if adapter is not None:
         check_adapter(adapter)
         saved = LoraConfig.from_pretrained(str(adapter))  # its scale is the one that it was trained with
-        rank, alpha, targets = saved.r, saved.lora_alpha, saved.target_modules
+        rank, alpha, targets, rslora = saved.r, saved.lora_alpha, saved.target_modules, saved.use_rslora
     # With "unsloth", activations wait for the backward in main memory.
     checkpointing = "unsloth" if settings.gradient_checkpointing else False
     base, _ = FastLanguageModel.from_pretrained(
@@ -121,6 +122,7 @@ def load(
             base,
             r=rank,
             lora_alpha=alpha,
+            use_rslora=rslora,
             target_modules=targets if isinstance(targets, str) else sorted(targets),
             use_gradient_checkpointing=checkpointing,
             random_state=seed,

@@ -1,7 +1,9 @@
 """The recipe of a run: its settings, the rules between them, and the files that they come from."""
 
 from hapo_lite.recipe.changes import first_incompatible_setting, flatten
+from hapo_lite.recipe.curriculum import PassRateSettings, RestSettings, TrainingDataSettings
 from hapo_lite.recipe.load import describe_fields, find_recipe, load_recipe, parse_recipe, read_recipe_file
+from hapo_lite.recipe.lora import LoraSettings
 from hapo_lite.recipe.schema import Recipe
 from hapo_lite.recipe.sections import (
     FOLDER_NAME,
@@ -11,18 +13,15 @@ from hapo_lite.recipe.sections import (
     DataSettings,
     EvaluationSettings,
     LoggingSettings,
-    LoraSettings,
     ModelSettings,
     NamedReward,
-    NonNegative,
-    Positive,
     RewardSettings,
     RolloutSettings,
     SftSettings,
     SuiteSettings,
     TrainingSettings,
 )
-from hapo_lite.recipe.settings import nearest
+from hapo_lite.recipe.settings import NonNegative, Positive, nearest
 
 __all__ = [
     "FOLDER_NAME",
@@ -36,12 +35,15 @@ __all__ = [
     "ModelSettings",
     "NamedReward",
     "NonNegative",
+    "PassRateSettings",
     "Positive",
     "Recipe",
+    "RestSettings",
     "RewardSettings",
     "RolloutSettings",
     "SftSettings",
     "SuiteSettings",
+    "TrainingDataSettings",
     "TrainingSettings",
     "describe_fields",
     "find_recipe",

@@ -23,6 +23,9 @@ READ_BY_ONE = {
         "training.learning_rate",
         "training.schedule",
         "training.warmup_updates",
+        "data.pass_rate",
+        "data.curriculum",
+        "data.rest",
     ),
     "sft": ("sft", "data.solution_column"),
 }
@@ -31,6 +34,7 @@ MAY_CHANGE = (
     "output_dir",
     "model.revision",
     "data.revision",
+    "data.pass_rate.file",
     "training.iterations",
     "training.max_tokens",
     "training.max_skipped",
@@ -48,7 +52,8 @@ MAY_CHANGE = (
 )
 """Sections and fields that a resumed run may have changed and still be the same run.
 
-The revisions are among them because a checkpoint records the commits that they stood for.
+The revisions are among them because a checkpoint records the commits that they stood for, and the file of pass rates
+because it records a digest of the prompts and rates.
 """
 
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 _NONE = "hapo_lite has no such setting: "
 
+_WHOLE_LAYERS = (
+    _NONE + "every weight of the base stays frozen, because the head gives no gradient to its own weight, samplers are "
+    "handed the adapter alone, and a divergence is from the base without it; model.lora.targets takes more layers"
+)
+
 OURS = {
     # TRL's GRPOConfig, and what open-r1 and Unsloth's notebooks pass to it
     "num_generations": "rollout.completions_per_prompt",
@@ -20,9 +25,11 @@ OURS = {
     "epsilon": "method.eps_low and method.eps_high",
     "epsilon_high": "method.eps_high",
     "delta": "method.dual_clip",
-    "loss_type": "method, the name of a preset, and method.loss_average",
+    "loss_type": "method, the name of a preset such as dr_grpo, and method.loss_average",
     "scale_rewards": "method.scale: group, batch or none",
-    "importance_sampling_level": _NONE + "ratios are of tokens",
+    "importance_sampling_level": "method.surrogate: clip for token, sequence for sequence (method=gspo)",
+    "sapo_temperature_pos": "method.gate_positive",
+    "sapo_temperature_neg": "method.gate_negative",
     "vllm_importance_sampling_correction": "method.importance=truncated",
     "vllm_importance_sampling_cap": "method.importance_cap",
     "top_entropy_quantile": "method.quantile with method.trained_tokens=uncertain",
@@ -61,6 +68,10 @@ OURS = {
     "adapter_name_or_path": "model.adapter",
     "lora_dropout": _NONE + "with dropout the ratios would not begin at 1",
     "lora_target_modules": "model.lora.targets",
+    "use_rslora": "model.lora.variant=rslora",
+    "use_dora": "model.lora.variant=dora",
+    "lora_modules_to_save": _WHOLE_LAYERS,
+    "modules_to_save": _WHOLE_LAYERS,
     "chat_template_kwargs": "model.chat_template_options",
     "chat_template": _NONE + "the tokenizer's own template is used; model.chat_template_options reach it",
     "dataset_name": "data.source",
@@ -77,14 +88,15 @@ OURS = {
     "do_eval": "evaluation.prompts, where 0 is no evaluation",
     "logging_steps": _NONE + "every iteration is logged",
     "logging_strategy": _NONE + "every iteration is logged",
-    "log_completions": "logging.traces_per_iteration",
-    "num_completions_to_print": "logging.traces_per_iteration",
+    "log_completions": "logging.table_rows for a tracker, and logging.traces_per_iteration for the inspector",
+    "num_completions_to_print": "logging.table_rows for a tracker, and logging.traces_per_iteration for the inspector",
     "run_name": "name",
     "wandb_project": _NONE + "runs go to the project hapo_lite (logging.report_to)",
     "overwrite_output_dir": _NONE + "choose another name for a new run",
     "resume_from_checkpoint": "checkpoint.resume; the same command goes on where a run was stopped",
-    "push_to_hub": _NONE + "hapo_lite.export writes folders that you may upload",
-    "hub_model_id": _NONE + "hapo_lite.export writes folders that you may upload",
+    "push_to_hub": _NONE + "hapo_lite.export uploads a finished run with --push NAME",
+    "hub_model_id": _NONE + "hapo_lite.export uploads a finished run with --push NAME",
+    "hub_private_repo": _NONE + "hapo_lite.export --push uploads privately unless --public is given",
     "ddp_timeout": _NONE + "accelerate launch takes the settings of processes",
     "sync_ref_model": _NONE + "the reference is the base without its adapter",
     # Unsloth
@@ -123,6 +135,12 @@ OURS = {
     "clip_ratio_high": "method.eps_high",
     "clip_ratio_c": "method.dual_clip",
     "grad_clip": "training.max_grad_norm",
+    "clip_cov_ratio": "method.covariance_share",
+    "clip_cov_lb": "method.covariance_low",
+    "clip_cov_ub": "method.covariance_high",
+    "loss_mode": "method.surrogate, or the name of a preset as method",
+    "tau_pos": "method.gate_positive",
+    "tau_neg": "method.gate_negative",
     "loss_agg_mode": "method.loss_average",
     "adv_estimator": "method, the name of a preset",
     "norm_adv_by_std_in_grpo": "method.scale, where none divides by nothing",

@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Protocol
 
 from hapo_lite.algo.methods import PRESETS, Method
+from hapo_lite.recipe.curriculum import TrainingDataSettings
 from hapo_lite.recipe.sections import (
-    DataSettings,
     EvaluationSettings,
     ModelSettings,
     RewardSettings,
@@ -27,7 +27,7 @@ class Sections(Protocol):
     @property
     def model(self) -> ModelSettings: ...
     @property
-    def data(self) -> DataSettings: ...
+    def data(self) -> TrainingDataSettings: ...
     @property
     def reward(self) -> RewardSettings: ...
     @property
@@ -46,6 +46,17 @@ def offload_needs_checkpointing(recipe: Sections) -> str | None:
         return (
             "model.activation_offload does nothing, since it needs model.gradient_checkpointing: without it, weights "
             "would be moved too."
+        )
+    return None
+
+
+def dora_is_sampled_by_the_policys_own_model(recipe: Sections) -> str | None:
+    """vLLM refuses DoRA adapters, and Unsloth's inference adds the two products without the magnitudes."""
+    engine = recipe.rollout.engine
+    if recipe.model.lora.variant == "dora" and engine in ("vllm", "unsloth"):
+        return (
+            f"model.lora.variant=dora cannot be sampled by rollout.engine={engine}, which has no DoRA: use "
+            "rollout.engine=transformers or paged, or model.lora.variant=rslora"
         )
     return None
 
@@ -182,6 +193,16 @@ def held_out_data_is_other_data(recipe: Sections) -> str | None:
     )
 
 
+def an_order_needs_pass_rates(recipe: Sections) -> str | None:
+    """Prompts can be put in order only by pass rates that are known before the run."""
+    if recipe.data.curriculum == "easy_first" and recipe.data.pass_rate is None:
+        return (
+            "data.curriculum=easy_first needs data.pass_rate.file, the pass rates that it orders prompts by: python -m "
+            "hapo_lite.probe measures them"
+        )
+    return None
+
+
 def none_is_a_word(recipe: Sections) -> str | None:
     """YAML writes nothing as null. Every other word is a text, which the model would read as its system message."""
     for name, data in {"data": recipe.data, "evaluation.data": recipe.evaluation.data}.items():
@@ -218,6 +239,21 @@ def one_update_disables_eps_uncertain(recipe: Sections) -> str | None:
     """Bounds on the ratio to the old policy stop nothing in the first update, where every ratio is 1."""
     if recipe.training.updates_per_iteration == 1 and recipe.method.eps_uncertain is not None:
         return "training.updates_per_iteration is 1, so every ratio is 1: method.eps_uncertain does nothing."
+    return None
+
+
+def one_update_makes_all_surrogates_one(recipe: Sections) -> str | None:
+    """Surrogates differ in how they treat a token that has moved. At ratio 1 all of them have the same gradient."""
+    if recipe.training.updates_per_iteration == 1 and recipe.method.surrogate != "clip":
+        return "training.updates_per_iteration is 1, so every ratio is 1: method.surrogate makes no difference."
+    return None
+
+
+def a_soft_gate_has_no_bounds(recipe: Sections) -> str | None:
+    """SAPO's gate takes the place of the bounds, so what widens them by entropy has nothing to act on."""
+    method = recipe.method
+    if method.surrogate == "sapo" and (method.adaptive_clip or method.eps_uncertain is not None):
+        return "method.surrogate=sapo has no bounds: method.adaptive_clip and method.eps_uncertain have no effect."
     return None
 
 
@@ -263,6 +299,7 @@ def grpo_with_overlong_penalty(recipe: Sections) -> str | None:
 Rule = Callable[[Sections], str | None]
 
 RULES: tuple[Rule, ...] = (
+    dora_is_sampled_by_the_policys_own_model,
     groups_have_two_completions,
     overlong_ramp_starts_after_the_first_token,
     every_update_has_a_completion,
@@ -274,6 +311,7 @@ RULES: tuple[Rule, ...] = (
     normalising_each_is_by_group,
     truncated_sampling_needs_its_weight,
     a_limit_of_tokens_needs_a_constant_schedule,
+    an_order_needs_pass_rates,
 )
 """The rules that every recipe keeps. A recipe that breaks several is refused with the sentence of the first."""
 
@@ -286,6 +324,8 @@ ADVICE: tuple[Rule, ...] = (
     a_preset_brings_its_pieces,
     one_update_disables_hapo,
     one_update_disables_eps_uncertain,
+    one_update_makes_all_surrogates_one,
+    a_soft_gate_has_no_bounds,
     low_side_needs_a_reader,
     redistribution_needs_certain_tokens,
     uncertain_among_needs_a_reader,

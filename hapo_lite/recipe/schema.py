@@ -13,11 +13,11 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from hapo_lite.algo.methods import PRESETS, Method
+from hapo_lite.recipe.curriculum import TrainingDataSettings
 from hapo_lite.recipe.rules import ADVICE, RULES
 from hapo_lite.recipe.sections import (
     BenchmarkSettings,
     CheckpointSettings,
-    DataSettings,
     EvaluationSettings,
     FolderName,
     HomePath,
@@ -40,7 +40,7 @@ class Recipe(Section):
         0, description="Decides prompts, sampling, adapter initialisation and shuffling"
     )
     model: ModelSettings
-    data: DataSettings
+    data: TrainingDataSettings
     reward: RewardSettings = Field(default_factory=RewardSettings)
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
     method: Method = Field(default_factory=lambda: PRESETS["hapo"])

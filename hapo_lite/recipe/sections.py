@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hapo_lite.errors import page
-from hapo_lite.recipe.settings import Section, nearest
+from hapo_lite.recipe.lora import LoraSettings
+from hapo_lite.recipe.settings import NonNegative, Positive, Section, nearest
 
 QWEN_SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
 FOLDER_NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"
@@ -34,30 +35,6 @@ def in_home(path: str) -> str:
 HomePath = Annotated[str, AfterValidator(in_home)]
 """A path, or a name that may be a path."""
 FolderName = Annotated[str, AfterValidator(one_folder)]
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-
-
-class LoraSettings(Section):
-    """The adapter that is trained."""
-
-    rank: Positive = Field(32, description="Rank of the adapter matrices")
-    alpha: Annotated[float, Field(gt=0)] = Field(
-        64.0, description="Scale: the adapter's output is multiplied by alpha / rank"
-    )
-    targets: str | tuple[str, ...] = Field(
-        "all-linear", description="Layers to adapt: all-linear (all but the head), or a list of module names"
-    )
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _names_are_a_list(cls, targets: Any) -> Any:
-        """Names in a text are a list of names. A text that cannot be names is a pattern, which peft takes."""
-        if not isinstance(targets, (str, list, tuple)):
-            raise ValueError("must be all-linear, or a list of module names")
-        if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w., ]+", targets):
-            return [name for name in re.split(r"[, ]+", targets) if name]
-        return targets
 
 
 class ModelSettings(Section):
@@ -393,5 +370,6 @@ class LoggingSettings(Section):
     """What a run shows and records of itself."""
 
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field("none", description="Tracker")
+    table_rows: NonNegative = Field(8, description="Completions in the tracker's table, each iteration and evaluation")
     traces_per_iteration: NonNegative = Field(4, description="Completions whose tokens are recorded each iteration")
     progress: bool = Field(True, description="Show what the run is doing, and the bar of iterations")

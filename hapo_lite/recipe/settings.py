@@ -10,10 +10,10 @@ import re
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from hapo_lite.errors import UserError
@@ -23,6 +23,10 @@ from hapo_lite.recipe.strict_yaml import load_yaml, problem_of
 
 LARGEST_FILE = 1 << 15
 """Largest settings file, bytes; the longest that is shipped has 2,000."""
+
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):

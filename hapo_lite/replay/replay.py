@@ -70,8 +70,7 @@ def rebuild_update(saved: SavedStep, path: Path) -> Update:
     if scaler is not None:
         scaler.load_state_dict(scaler.state_dict() | {"scale": saved.step.loss_scale})
     resources = Resources(accelerator, Processes(accelerator, sharded=False), OomRetry(accelerator), Progress())
-    temperature, max_norm = recipe.rollout.temperature, recipe.training.max_grad_norm
-    return Update(policy, recipe.method, temperature, max_norm, learner, resources)
+    return Update(policy, recipe.method, recipe.rollout, recipe.training.max_grad_norm, learner, resources)
 
 
 def problem_in_inputs(saved: SavedStep) -> str | None:
@@ -134,7 +133,7 @@ def run_micro_batch(update: Update, step: SkippedStep, batch: list[int]) -> Micr
     if step.experience is None:
         completions = step.graded.select(batch).completions
         with torch.no_grad():
-            logp, entropy = logprobs(update.policy, completions, update.temperature)
+            logp, entropy = logprobs(update.policy, completions, update.rollout.temperature)
         lengths = [completion.length for completion in completions]
         by_token = {
             "log-probability": [row[:length].cpu() for row, length in zip(logp, lengths, strict=True)],

@@ -277,7 +277,10 @@ def _lone_states(policy: Policy, completions: Sequence[Completion]) -> list[Tens
 
 
 Direction = tuple[nn.Parameter, Tensor]
-"""A matrix of the adapter, and the change of it by a perturbation of strength 1."""
+"""A parameter of the adapter, and the change of it by a perturbation of strength 1."""
+MAGNITUDE = "lora_magnitude_vector"
+PERTURBED = ("lora_B", "lora_embedding_B", MAGNITUDE)
+"""The parameters that are perturbed, by a part of their names. A new adapter's A has no gradient, because B is 0."""
 
 
 def blockwise_directions(
@@ -287,18 +290,20 @@ def blockwise_directions(
 
     It is the gradient of the sum of log-probabilities, scaled so that every block of layers changes that sum equally,
     with a seeded sign for each block. Noise on all weights would hardly move log-probabilities until it destroys the
-    model. The signs keep the effects of the blocks on a token from being alike, so a missing block is noticed. The
-    list is empty where no matrix has a finite gradient above 0.
+    model. The signs keep the effects of the blocks on a token from being alike, so a missing block is noticed. DoRA's
+    magnitudes are blocks of their own, so magnitudes that are left out or out of date are noticed too. The list is
+    empty where no parameter has a finite gradient above 0.
     """
     batch = Sequences.of(completions, policy.device)
     logp, _ = policy.completion_logprobs(batch, temperature)
     parameters = policy.trainable()
     logp[batch.mask].sum().backward()
-    blocks: dict[str, list[Direction]] = {}
+    blocks: dict[tuple[str, bool], list[Direction]] = {}
     for name, p in parameters.items():
-        if p.grad is not None and ("lora_B" in name or "lora_embedding_B" in name):
+        if p.grad is not None and any(kind in name for kind in PERTURBED):
             number = re.search(r"\.\d+\.", name)
-            blocks.setdefault(number.group() if number else name, []).append((p, p.grad.detach()))
+            block = (number.group() if number else name, MAGNITUDE in name)
+            blocks.setdefault(block, []).append((p, p.grad.detach()))
     for p in parameters.values():
         p.grad = None
     generator, found = torch.Generator().manual_seed(seed), []

@@ -8,7 +8,7 @@ Axes: B rows (completions being written), n rows that go on, V vocabulary, S ste
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from hapo_lite.records import put
 from hapo_lite.rollout.forward import Forward
 from hapo_lite.rollout.graphs import Graphs, Recorder
-from hapo_lite.rollout.sampling import AdaptiveTemperature, draw
+from hapo_lite.rollout.sampling import AdaptiveTemperature, Drawn, draw
 from hapo_lite.rollout.transcript import Transcript
 
 LOOK_EVERY = 8
@@ -42,7 +42,9 @@ class Writing:
     """What the rows are written with.
 
     processor: of the logits; draws: [S, B], the random numbers; stop_ids: every token that ends a completion; wrote:
-    called after each look with the number of rows that go on and the steps since the last look; record: see `Graphs`.
+    called after each look with the number of rows that go on and the steps since the last look; record: see `Graphs`;
+    drew: called at each step with the logits, [n, V], and what was drawn from them. It asks for record None, since a
+    step that is replayed calls nothing.
     """
 
     processor: AdaptiveTemperature
@@ -50,6 +52,7 @@ class Writing:
     stop_ids: Tensor
     wrote: Callable[[int, int], None] = lambda running, steps: None
     record: Recorder | None = None
+    drew: Callable[[Tensor, Drawn], None] = lambda logits, drawn: None
 
 
 class Rows:
@@ -106,17 +109,27 @@ class Decoder:
         """Write every row to its end. logits: [B, V], of the first tokens."""
         self.choose(self.rows.count, logits)
         del logits
-        seen, limit = 0, self.writing.draws.shape[0]
         with forward.reading():
-            for done in range(1, limit + 1):
-                if done - seen == self.look_every or done == limit:
-                    self.look(seen, done)
-                    seen = done
-                    if all(self.rows.ended):
-                        break
-                    self.take_out(forward)
-                if done < limit:
-                    self.step(forward)
+            for _ in self.steps(forward):
+                pass
+
+    def steps(self, forward: Forward) -> Iterator[int]:
+        """Write every row to its end, after `choose` has written the first tokens. Stops for a moment after each look.
+
+        Gives the number of tokens that each row has been given so far. Whoever asks for the next steps is within
+        `forward.reading()` and without gradients.
+        """
+        seen, limit = 0, self.writing.draws.shape[0]
+        for done in range(1, limit + 1):
+            if done - seen == self.look_every or done == limit:
+                self.look(seen, done)
+                seen = done
+                if all(self.rows.ended):
+                    return
+                self.take_out(forward)
+                yield done
+            if done < limit:
+                self.step(forward)
 
     def step(self, forward: Forward) -> None:
         """One token more for every row."""
@@ -136,6 +149,7 @@ class Decoder:
         rows, request = self.rows, self.rows.request[:count]
         drawn = draw(self.writing.processor, logits, self.writing.draws[rows.step, request])
         self.transcript.write(rows.step, request, drawn)
+        self.writing.drew(logits, drawn)
         rows.tokens[:count] = drawn.ids
         rows.position.add_(1)
         rows.step.add_(1)

@@ -26,6 +26,12 @@ class Stage(IntEnum):
     """`hapo_lite.evaluate`, and the benchmarks."""
     CANARY = 3
     """The check of the engine before training."""
+    PROBE = 4
+    """`hapo_lite.probe`."""
+    FORK = 5
+    """The inspector's continuations from one token of a completion."""
+    SELECTION = 6
+    """No completions: which tokens are trained, where a method draws them (`train/selection.py`)."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import hashlib
 import io
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from hapo_lite.errors import UserError, disk_problem
 from hapo_lite.model.adapter import load_adapter, save_adapter
 from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import Recipe, first_incompatible_setting
+from hapo_lite.records import Standing
 from hapo_lite.runs.files import file_hash, replacing_folder
 
 VERSION = 2
@@ -45,7 +47,8 @@ class TrainState:
     iteration: number of completed iterations. cursor: prompts taken from the stream. updates: optimiser steps taken.
     tokens: completion tokens sampled in training. seconds: training time so far. signal: the last iteration's; the next
     iteration samples with it. skipped_in_a_row: skipped optimiser steps since the last one that was taken.
-    started_from: as in `Policy`, at the first start of the run.
+    started_from: as in `Policy`, at the first start of the run. standings: of the prompts that the run has sampled, by
+    id; empty where no setting asks for them.
     """
 
     iteration: int = 0
@@ -56,6 +59,7 @@ class TrainState:
     signal: EntropySignal | None = None
     skipped_in_a_row: int = 0
     started_from: str = ""
+    standings: Mapping[str, Standing] = field(default_factory=dict)
 
     def after_rollout(self, prompts_used: int, tokens_sampled: int) -> TrainState:
         """The state after an iteration's rollout."""
@@ -67,13 +71,18 @@ class TrainState:
 
     def to_json(self) -> dict[str, Any]:
         """The fields, for a checkpoint's state.json."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        # Without them the record is that of versions that knew no standings.
+        if not fields["standings"]:
+            del fields["standings"]
+        return fields
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> TrainState:
         """The state from the result of `to_json`."""
         signal = fields["signal"]
-        return cls(**{**fields, "signal": EntropySignal(**signal) if signal else None})
+        standings = {name: Standing(*values) for name, values in fields.get("standings", {}).items()}
+        return cls(**{**fields, "signal": EntropySignal(**signal) if signal else None, "standings": standings})
 
 
 @dataclass(frozen=True)

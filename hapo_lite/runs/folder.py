@@ -61,7 +61,7 @@ class RunFolder:
         return self.path / "curves.png"
 
 
-OURS = ("recipe.yaml", "status.json", "metrics.jsonl", "traces", "checkpoints", "adapter", "evaluations")
+OURS = ("recipe.yaml", "status.json", "metrics.jsonl", "traces", "checkpoints", "adapter", "evaluations", "probe")
 """Names by which a run's folder is recognised."""
 
 

@@ -30,8 +30,10 @@ KEPT = 5
 """Number of files, the newest ones, that are kept."""
 SAMPLED = ("sampling_logp", "base_logp", "entropy", "temperature")
 """Fields of a Completion with one number per token."""
-BY_TOKEN = {name: name for name in ("old_logp", "entropy", "h", "uncertain")} | {"reference_logp": "base_logp"}
-"""Fields of an Experience with one number per token, and their names in a file. reference_logp may be None."""
+OPTIONAL = {"reference_logp": "base_logp"} | {name: name for name in ("factor", "drawn", "kept")}
+"""Fields of an Experience with one number per token that may be None, and their names in a file."""
+BY_TOKEN = {name: name for name in ("old_logp", "entropy", "h", "uncertain")} | OPTIONAL
+"""All fields of an Experience with one number per token, and their names in a file."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _step(about: dict[str, Any], tensors: dict[str, Tensor]) -> SkippedStep:
             h=by_token["h"],
             uncertain=by_token["uncertain"],
             scale=tensors["scored.scale"],
-            reference_logp=by_token.get("reference_logp"),
+            **{name: by_token.get(name) for name in OPTIONAL},
         )
     return SkippedStep(
         about["iteration"],

@@ -91,6 +91,24 @@ class WarmSummary(FinishedSummary):
     accuracy: AccuracySummary | None
 
 
+class ProbeSummary(TypedDict):
+    """Pass rates of the training prompts. file: that `data.pass_rate.file` reads.
+
+    prompts: number of those sampled; samples: completions of each. too_long: number of prompts left out. mean: of the
+    pass rates. learnable: number of prompts between the default bounds of `data.pass_rate`. histogram: number of
+    prompts by tenth. seconds: of this command, by stage.
+    """
+
+    file: str
+    prompts: int
+    samples: int
+    too_long: int
+    mean: float
+    learnable: int
+    histogram: dict[str, int]
+    seconds: dict[str, float]
+
+
 class SuiteSummary(TypedDict, total=False):
     """The base and the adapter on one suite, by label ("base", "adapter") where a field has one for each.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from hapo_lite.algo.signal import EntropySignal
@@ -32,11 +32,14 @@ class Trace:
     """One completion. stage: "train" or "eval". signal: the iteration's; sampling_signal: it set the temperatures.
 
     rewards: its rewards by name, before their weights; empty in an evaluation and without `reward.functions`.
+    group_size, group_correct: the completions of its group, recorded or not, and those of them that are correct; 0 and
+    0 in files of older versions.
 
     tokens: lists by name. Every trace has id, text, logp_sampling, logp_base (the sampler's, at the base temperature),
     entropy (nats) and temperature. A training trace also has logp_old, logp_new, h, ratio, advantage (of the
-    completion), credit (of the token), lower, upper, clipped ("", "low" or "high") and, for methods that use it,
-    kl_base. These are the values at the moment of the update that used the completion.
+    completion), credit (of the token), clipped ("", "low" or "high") and, for methods that have them, lower, upper,
+    measure (what the bounds hold, if that is not the ratio) and kl_base. These are the values at the moment of the
+    update that used the completion.
     """
 
     stage: str
@@ -53,6 +56,8 @@ class Trace:
     signal: EntropySignal | None = None
     sampling_signal: EntropySignal | None = None
     rewards: dict[str, float] = field(default_factory=dict)
+    group_size: NonNegativeInt = 0
+    group_correct: NonNegativeInt = 0
     version: int = VERSION
 
 
@@ -61,8 +66,12 @@ def write_traces(folder: Path, iteration: int, traces: Sequence[Trace]) -> None:
     if not traces:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(dataclasses.asdict(t), ensure_ascii=False) + "\n" for t in traces)
-    replace_text(folder / f"{iteration:06d}.jsonl", "".join(lines))
+    replace_text(folder / f"{iteration:06d}.jsonl", "".join(map(trace_line, traces)))
+
+
+def trace_line(trace: Trace) -> str:
+    """The line of a file that holds the trace."""
+    return json.dumps(dataclasses.asdict(trace), ensure_ascii=False) + "\n"
 
 
 def read_traces(path: Path) -> list[Trace]:

@@ -18,6 +18,7 @@ from hapo_lite.sft.recipe import WarmRecipe
 from hapo_lite.sft.recorder import WarmRecorder
 from hapo_lite.sft.solutions import Encoder, WorkedPrompts, worked_prompts
 from hapo_lite.tasks.data import Column
+from hapo_lite.tasks.pass_rates import PassRates
 from hapo_lite.tasks.stream import LazyPrompts
 from hapo_lite.train.collect import Collector
 from hapo_lite.train.loop import Loop
@@ -51,7 +52,12 @@ class WarmRun(Run):
             return worked_prompts(data.training, policy, self.recipe, progress, self.display.say)
 
     def make_loop(
-        self, policy: Policy, collector: Collector, prompts: LazyPrompts, held_out: Sequence[EncodedPrompt]
+        self,
+        policy: Policy,
+        collector: Collector,
+        prompts: LazyPrompts,
+        held_out: Sequence[EncodedPrompt],
+        rates: PassRates,
     ) -> WarmLoop:
         return WarmLoop(self.recipe, policy, collector, cast(WorkedPrompts, prompts), held_out)
 

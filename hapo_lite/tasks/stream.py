@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hapo_lite.errors import UserError
-from hapo_lite.records import EncodedPrompt, Prompt
+from hapo_lite.records import EncodedPrompt, GroupResult, Prompt, Standing
 from hapo_lite.tasks.store import digest_of, origin_of
 
 
@@ -27,6 +28,11 @@ class LazyPrompts(Sequence[EncodedPrompt | None]):
         # The tokens of one prompt differ with another tokenizer or chat template.
         tokens = encode(prompts[0]) if len(prompts) else []
         self.digest = hashlib.sha256(f"{digest_of(prompts)} {most} {tokens}".encode()).hexdigest()
+
+    @property
+    def ids(self) -> list[str]:
+        """The id of every prompt, in order."""
+        return [prompt.id for prompt in self._prompts]
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -69,21 +75,84 @@ class PromptStream:
 
         Raises UserError if a whole epoch has no prompt that is short enough.
         """
-        taken: list[EncodedPrompt] = []
-        position = start
-        while len(taken) < count:
-            prompt = self._at(position)
-            if prompt is not None:
-                taken.append(prompt)
-            elif position - (taken[-1].index if taken else start) > 2 * len(self.prompts):
-                raise UserError("every prompt of the training data is too long: raise data.max_prompt_tokens")
-            position += 1
-        return taken
+        return Draw(self, start).take(count)
 
-    def _at(self, position: int) -> EncodedPrompt | None:
+    def draw(self, start: int, iteration: int, standings: Mapping[str, Standing]) -> Draw:
+        """The prompts of one iteration, from position `start` on. standings: what the run knows of them, by id."""
+        return Draw(self, start)
+
+    def after(
+        self, standings: Mapping[str, Standing], results: Sequence[GroupResult], iteration: int
+    ) -> Mapping[str, Standing]:
+        """What the run knows of its prompts after an iteration with these results."""
+        return standings
+
+    def place(self, position: int) -> int:
+        """The place among the prompts that position `position` of the stream stands for."""
         epoch, place = divmod(position, len(self.prompts))
         if epoch != self._epoch:
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.prompts))
+            self._order = self.order(epoch)
             self._epoch = epoch
-        chosen = self.prompts[int(self._order[place])]
-        return None if chosen is None else EncodedPrompt(position, chosen.prompt, chosen.ids)
+        return int(self._order[place])
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The places of all prompts in the order of an epoch."""
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.prompts))
+
+
+class Draw:
+    """Prompts of a stream, taken one after another from a position on.
+
+    used: positions passed so far. too_long: those of them whose prompt is too long. order: places of all prompts, which
+    are taken in this order instead of the stream's. resting: places of prompts that are passed over, unless an epoch's
+    length from where a `take` begins has too few others: they are then taken before any prompt is taken twice.
+    """
+
+    def __init__(
+        self,
+        stream: PromptStream,
+        start: int,
+        order: Sequence[int] | NDArray[np.int64] | None = None,
+        resting: Collection[int] = (),
+    ) -> None:
+        self.stream = stream
+        self.start = start
+        self.order = order
+        self.resting = resting
+        self.used = 0
+        self.too_long = 0
+
+    def take(self, count: int) -> list[EncodedPrompt]:
+        """The next `count` prompts; each carries its position. Raises UserError as `PromptStream.take` does."""
+        taken: list[EncodedPrompt] = []
+        asleep: list[int] = []
+        size = len(self.stream.prompts)
+        begin = self.used
+        while len(taken) < count and self.used < begin + size:
+            if self._place(self.used) in self.resting:
+                asleep.append(self.used)
+            else:
+                self._add(taken, self.used)
+            self.used += 1
+        for offset in asleep[: count - len(taken)]:
+            self._add(taken, offset)
+        while len(taken) < count:
+            latest = taken[-1].index - self.start if taken else begin
+            if not self._add(taken, self.used) and self.used - latest > 2 * size:
+                raise UserError("every prompt of the training data is too long: raise data.max_prompt_tokens")
+            self.used += 1
+        return sorted(taken, key=lambda prompt: prompt.index)
+
+    def _place(self, offset: int) -> int:
+        if self.order is None:
+            return self.stream.place(self.start + offset)
+        return int(self.order[offset % len(self.order)])
+
+    def _add(self, taken: list[EncodedPrompt], offset: int) -> bool:
+        """Add the prompt `offset` positions after the start to `taken`, unless it is too long."""
+        prompt = self.stream.prompts[self._place(offset)]
+        if prompt is None:
+            self.too_long += 1
+            return False
+        taken.append(EncodedPrompt(self.start + offset, prompt.prompt, prompt.ids))
+        return True

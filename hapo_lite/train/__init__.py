@@ -9,8 +9,8 @@ from typing import Any
 
 
 class CallableRoom(ModuleType):
-    """A package that can be called: `hapo_lite.train` is both this package and a function, and so are `sft` and
-    `evaluate`.
+    """A package that can be called: `hapo_lite.train` is both this package and a function, and so are `sft`,
+    `evaluate` and `probe`.
 
     entrance: the module of the package that has the function. It is imported by the first call.
     """

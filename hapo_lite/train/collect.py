@@ -14,12 +14,12 @@ from typing import Protocol
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from hapo_lite.records import Completion, EncodedPrompt, Graded, Prompt, Request, Score
+from hapo_lite.records import Completion, EncodedPrompt, Graded, GroupResult, Prompt, Request, Score
 from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.engine import Engine
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.progress import Progress
-from hapo_lite.tasks.stream import PromptStream
+from hapo_lite.tasks.stream import Draw
 from hapo_lite.train.oom_retry import OomRetry
 
 
@@ -70,12 +70,16 @@ class Sampled:
 class Collected:
     """Graded groups, and what sampling them cost. seconds: by stage.
 
-    prompts_used: positions of the stream that were consumed, including prompts left out because they are too long.
+    prompts_used: positions of the stream that were consumed. too_long: those of them whose prompt is too long. resting:
+    prompts that rest in this iteration. results: of all groups that were sampled.
     """
 
     completions: list[Completion] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
+    results: list[GroupResult] = field(default_factory=list)
     prompts_used: int = 0
+    too_long: int = 0
+    resting: int = 0
     groups_sampled: int = 0
     groups_equal: int = 0
     groups_discarded: int = 0
@@ -97,6 +101,8 @@ class Collected:
         self.seconds["grade"] += sampled.grade_seconds
         for start in range(0, len(graded), samples):
             group = graded.select(range(start, start + samples))
+            right = sum(score.correct for score in group.scores)
+            self.results.append(GroupResult(group.completions[0].prompt.prompt.id, right, samples))
             equal = len({_compared(score, wanted.compared) for score in group.scores}) == 1
             self.groups_equal += equal
             if equal and wanted.token_budget is not None:
@@ -164,18 +170,18 @@ class Collector:
         graded = Graded([completion for completion, _ in pairs], [score for _, score in pairs])
         return Sampled(graded, rolled - started, time.perf_counter() - rolled)
 
-    def collect(self, stream: PromptStream, cursor: int, wanted: GroupsWanted) -> Collected:
-        """Collect the wanted groups from position `cursor` of the stream on; fewer if the token budget is used up."""
-        collected = Collected()
+    def collect(self, draw: Draw, wanted: GroupsWanted) -> Collected:
+        """Collect the wanted groups of the next prompts; fewer if the token budget is used up."""
+        collected = Collected(resting=len(draw.resting))
         while (missing := wanted.groups - len(collected.completions) // wanted.samples) > 0:
-            prompts = stream.take(cursor + collected.prompts_used, missing)
+            prompts = draw.take(missing)
             kept = ""
             if wanted.token_budget is not None:
                 kept = f"{wanted.groups - missing} of {wanted.groups} groups kept"
             with self.progress.within(kept):
                 sampled = self.sample_and_grade(prompts, wanted.samples, wanted.processor, wanted.key)
-            collected.prompts_used = prompts[-1].index + 1 - cursor
             collected.add(sampled, wanted)
             if wanted.token_budget is None or collected.tokens_sampled >= wanted.token_budget:
                 break
+        collected.prompts_used, collected.too_long = draw.used, draw.too_long
         return collected

@@ -15,7 +15,7 @@ from hapo_lite.rollout.draws import DrawKey
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.trace import Trace
 from hapo_lite.train.collect import Collector
-from hapo_lite.train.traces import make_trace
+from hapo_lite.train.traces import count_groups, make_trace, of_group
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,12 @@ class HeldOut:
         """The same evaluation with traces of the first completion of the first `count` prompts."""
         graded = self.graded
         shown = range(0, len(graded), self.samples)[:count]
-        traces = [make_trace(policy, "eval", iteration, graded.completions[i], graded.scores[i]) for i in shown]
+        groups = count_groups(graded.completions, graded.scores)
+        traces = []
+        for i in shown:
+            completion = graded.completions[i]
+            trace = make_trace(policy, "eval", iteration, completion, graded.scores[i])
+            traces.append(of_group(trace, groups[completion.prompt.index]))
         return replace(self, traces=traces)
 
 

@@ -94,9 +94,11 @@ class Loop:
         collected = self.sample(state)
         clock.lap("rollout")
         state = state.after_rollout(collected.prompts_used, collected.tokens_sampled)
+        state = replace(state, standings=self.stream.after(state.standings, collected.results, state.iteration))
         metrics = rollout_metrics(collected)
         traces: list[Trace] = []
         if collected.completions:
+            self.observer.on_graded(collected.graded)
             state, learned, traces = self.learn(state, collected.graded, clock)
             metrics |= learned
         else:
@@ -118,7 +120,8 @@ class Loop:
             self.recipe.token_budget if rollout.dynamic_sampling else None,
             tuple(self.recipe.reward.normalised),
         )
-        return self.collector.collect(self.stream, state.cursor, wanted)
+        draw = self.stream.draw(state.cursor, state.iteration, state.standings)
+        return self.collector.collect(draw, wanted)
 
     def learn(self, state: TrainState, graded: Graded, clock: Stopwatch) -> Iteration:
         """Score and update. A non-finite value found before the first update skips every update of the iteration."""
@@ -128,7 +131,7 @@ class Loop:
             advantage = advantages(graded, self.recipe.method, self.recipe.reward.normalised)
             plan = self.plan(graded, self.active(advantage.tolist(), traced), state.iteration)
             self.resources.progress.enter("scoring")
-            plan, experience = self.scoring.score(graded, advantage, plan)
+            plan, experience = self.scoring.score(graded, advantage, plan, self.selection_key(state.iteration))
         except NotFinite as found:
             return self.skip(state, graded, str(found))
         clock.lap("score")
@@ -147,6 +150,10 @@ class Loop:
         if self.recipe.method.needs_base:
             return set(range(len(advantage)))  # The divergence from the base has a gradient everywhere.
         return {i for i, value in enumerate(advantage) if value != 0.0} | set(traced)
+
+    def selection_key(self, iteration: int) -> DrawKey:
+        """What the random numbers depend on with which the method singles out tokens."""
+        return DrawKey(self.recipe.seed, Stage.SELECTION, iteration)
 
     def plan(self, graded: Graded, active: set[int], iteration: int) -> Plan:
         """Deal the completions to optimiser steps and micro-batches."""
@@ -179,7 +186,7 @@ class Loop:
         return Update(
             self.policy,
             recipe.method,
-            recipe.rollout.temperature,
+            recipe.rollout,
             recipe.training.max_grad_norm,
             self.learner,
             self.resources,

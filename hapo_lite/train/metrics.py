@@ -42,7 +42,8 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
         "groups/sampled": collected.groups_sampled,
         "groups/equal_share": collected.groups_equal / max(collected.groups_sampled, 1),
         "groups/discarded": collected.groups_discarded,
-        "groups/too_long": collected.prompts_used - collected.groups_sampled,
+        "groups/too_long": collected.too_long,
+        "groups/resting": collected.resting,
     }
     for name in scores[0].rewards if scores else ():
         values = torch.tensor([s.rewards[name] for s in scores], dtype=torch.float64)
@@ -103,12 +104,16 @@ def entropy_metrics(experience: Experience) -> dict[str, float]:
 
 
 def update_metrics(outcomes: Sequence[TokenOutcome], method: Method) -> dict[str, float]:
-    """Divergence from the base over all tokens; ratios, clipping and credit over completions with an advantage."""
+    """Divergence from the base over all tokens; ratios, clipping and credit over completions with an advantage.
+
+    Both are over the tokens that the updates computed.
+    """
+    outcomes = [o.of_computed() for o in outcomes]
     divergence = _base_divergence(outcomes)
     live = [o for o in outcomes if o.advantage != 0.0]
-    if not live:
-        return divergence
     ratio = _flat([o.ratio for o in live])
+    if not ratio.numel():
+        return divergence
     uncertain = _flat([o.uncertain for o in live]).bool()
     low = _flat([o.clipped_low for o in live]).bool()
     high = _flat([o.clipped_high for o in live]).bool()
@@ -116,6 +121,7 @@ def update_metrics(outcomes: Sequence[TokenOutcome], method: Method) -> dict[str
     credit = _flat([o.credit for o in live])
     change = credit.abs() - before.abs()
     count = ratio.numel()
+    trained = torch.cat([trained_tokens(method, o.uncertain) if o.trained is None else o.trained for o in live])
     # A redistributed token differs by a factor 1 + h; rounding alone stays far below this.
     moved = 1e-6 * before.abs()
     return divergence | {
@@ -130,7 +136,7 @@ def update_metrics(outcomes: Sequence[TokenOutcome], method: Method) -> dict[str
         "credit/amplified_share": float((change > moved).sum()) / count,
         "credit/suppressed_share": float((change < -moved).sum()) / count,
         # Computed from the method, since a token's redistributed credit may be 0 on one CPU and tiny on another.
-        "credit/zero_share": float((~trained_tokens(method, uncertain)).sum()) / count,
+        "credit/zero_share": float((~trained).sum()) / count,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hapo_lite.records import Graded
 from hapo_lite.runs.skipped import SkippedStep
 
 
@@ -12,6 +13,9 @@ class Observer:
         """From here on the iteration is finished and recorded; until now it could be abandoned without a trace in the
         weights. It is called once in every iteration.
         """
+
+    def on_graded(self, graded: Graded) -> None:
+        """The completions of the iteration have been sampled and graded."""
 
     def on_skip(self, step: SkippedStep) -> None:
         """An optimiser step is skipped because a number is not finite."""

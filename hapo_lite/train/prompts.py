@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from hapo_lite.errors import UserError, counted
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.template import text_of
-from hapo_lite.recipe import DataSettings, EvaluationSettings
+from hapo_lite.recipe import DataSettings, EvaluationSettings, PassRateSettings
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.tasks.data import Column, PromptSet, load_prompts, split_held_out
+from hapo_lite.tasks.pass_rates import PassRates, choose_by_pass_rate
 from hapo_lite.tasks.stream import LazyPrompts
 from hapo_lite.tiny.bundled import TASKS
 
@@ -26,10 +28,18 @@ CHECKED_AT_START = 1_000
 
 
 class Data(NamedTuple):
-    """Prompts to train on and prompts to evaluate on, disjoint."""
+    """Prompts to train on and prompts to evaluate on, disjoint. rates: pass rates that were measured before the run."""
 
     training: Sequence[Prompt]
     held_out: Sequence[Prompt]
+    rates: PassRates = MappingProxyType({})
+
+    def chosen(self, settings: PassRateSettings | None, say: Say) -> Data:
+        """The data with the prompts to train on that `data.pass_rate` chooses. Raises as `choose_by_pass_rate` does."""
+        if settings is None:
+            return self
+        chosen = choose_by_pass_rate(self.training, settings, say)
+        return self._replace(training=chosen.prompts, rates=chosen.rates)
 
 
 def load_data(

@@ -17,6 +17,7 @@ import hapo_lite
 from hapo_lite.errors import writing
 from hapo_lite.model.adapter import save_adapter
 from hapo_lite.recipe import Recipe
+from hapo_lite.records import Graded
 from hapo_lite.runs.checkpoint import TrainState, save_checkpoint
 from hapo_lite.runs.files import file_hash, replace_text, replacing_folder
 from hapo_lite.runs.folder import RunFolder
@@ -25,8 +26,10 @@ from hapo_lite.runs.trace import Trace, write_traces
 from hapo_lite.train.collapse import CollapseWatch
 from hapo_lite.train.curves import PANELS, ROWS, Panels, closing_table, draw_curves
 from hapo_lite.train.loop import Loop
+from hapo_lite.train.trackers import EVALUATION, TRAINING, Table, send_numbers, send_table
 from hapo_lite.train.verdict import Verdict, judge_run
 
+NOTHING = Graded([], [])
 HEADLINE = {"reward/mean": "reward", "entropy/all_mean": "entropy", "eval/accuracy": "avg@n"}
 """Metrics that the progress bar shows, with their labels."""
 
@@ -35,7 +38,7 @@ class Recorder:
     """Writes the files of a run, in its main process. say: prints a sentence for the user.
 
     headline_of: metrics that the progress bar shows, with their labels. rows: of the closing table. panels: of
-    curves.png.
+    curves.png. graded: the completions of the iteration that is recorded next.
     """
 
     headline_of: ClassVar[dict[str, str]] = HEADLINE
@@ -49,6 +52,7 @@ class Recorder:
         self.say = say
         self.main = loop.accelerator.is_main_process
         self.shown: dict[str, float] = {}
+        self.graded = NOTHING
         self.collapse_watch = CollapseWatch()
         if self.main:
             for line in folder.metrics.read():
@@ -61,10 +65,12 @@ class Recorder:
 
     def record(self, metrics: dict[str, Any], traces: list[Trace], evaluate: bool) -> None:
         """Add an iteration's line to metrics.jsonl, and write its traces. evaluate: evaluate first, and add that."""
+        tables = {TRAINING: self.graded}
         if evaluate:
             evaluation = self.loop.evaluate(int(metrics["iteration"]))
             metrics = metrics | evaluation.metrics
             traces = traces + evaluation.traces
+            tables[EVALUATION] = evaluation.graded
         self.loop.resources.progress.enter("recording")
         # JSON has no nan or inf, which the entropy of an evaluation may be.
         metrics = {key: v for key, v in metrics.items() if not isinstance(v, float) or math.isfinite(v)}
@@ -77,8 +83,16 @@ class Recorder:
         for warning in self.collapse_watch.see(metrics):
             tqdm.write(f"warning: {warning}")
         if self.recipe.logging.report_to != "none":
-            numbers = {key: value for key, value in metrics.items() if not isinstance(value, list)}
-            self.loop.accelerator.log(numbers, step=int(metrics["iteration"]))
+            self.track(metrics, tables)
+        self.graded = NOTHING
+
+    def track(self, metrics: dict[str, Any], tables: dict[str, Graded]) -> None:
+        """Send an iteration's numbers and its tables of completions to the tracker. tables: by name."""
+        accelerator, step, settings = self.loop.accelerator, int(metrics["iteration"]), self.recipe.logging
+        for name, graded in tables.items():
+            if len(graded) and settings.table_rows:
+                send_table(accelerator, settings.report_to, Table.of(name, graded, settings.table_rows), step)
+        send_numbers(accelerator, metrics, step)
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of `state`, unless no iteration has been done yet."""

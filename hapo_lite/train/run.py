@@ -22,7 +22,7 @@ from hapo_lite.model.policy import Policy
 from hapo_lite.model.sharding import fsdp_requested, shard_base
 from hapo_lite.model.template import reads_date
 from hapo_lite.recipe import Recipe, flatten
-from hapo_lite.records import EncodedPrompt
+from hapo_lite.records import EncodedPrompt, Graded
 from hapo_lite.rollout.canary import check_engine
 from hapo_lite.rollout.engine import Engine, make_engine
 from hapo_lite.rollout.whole_base import WholeBaseEngine
@@ -34,9 +34,11 @@ from hapo_lite.runs.progress import Progress
 from hapo_lite.runs.skipped import SkippedStep
 from hapo_lite.runs.status import Status
 from hapo_lite.runs.summary import RunSummary
+from hapo_lite.tasks.curriculum import make_stream
 from hapo_lite.tasks.data import Column
+from hapo_lite.tasks.pass_rates import PassRates
 from hapo_lite.tasks.rewards import Scorer, notes_on_code
-from hapo_lite.tasks.stream import LazyPrompts, PromptStream
+from hapo_lite.tasks.stream import LazyPrompts
 from hapo_lite.train.accelerator import busy_cpu, make_accelerator, someone_wants_to_stop, unseen_gpu
 from hapo_lite.train.collect import Collector
 from hapo_lite.train.loop import Loop
@@ -113,7 +115,7 @@ class Run:
         with progress.within(f"rollout.engine = {recipe.rollout.engine}"):
             engine = self.make_engine(policy)
         collector = Collector(engine, scorer, self.accelerator, progress)
-        loop = self.make_loop(policy, collector, prompts, held_out)
+        loop = self.make_loop(policy, collector, prompts, held_out, data.rates)
         state = resume(self.folder, recipe, loop, say)
         if loop.samples and not is_over(loop.recipe, state):
             progress.enter("engine check")
@@ -127,7 +129,8 @@ class Run:
     def read_data(self, columns: Sequence[Column]) -> Data:
         """The prompts to train on and to evaluate on. columns: those of the data that rewards ask for."""
         recipe = self.recipe
-        return load_data(recipe.data, recipe.evaluation, recipe.seed, self.display.say, columns)
+        data = load_data(recipe.data, recipe.evaluation, recipe.seed, self.display.say, columns)
+        return data.chosen(recipe.data.pass_rate, self.display.say)
 
     def training_prompts(self, data: Data, policy: Policy) -> LazyPrompts:
         """The prompts to train on, tokenised when they are read."""
@@ -135,10 +138,16 @@ class Run:
         return training_prompts(data.training, policy, recipe.data, recipe.rollout.max_new_tokens, self.display.say)
 
     def make_loop(
-        self, policy: Policy, collector: Collector, prompts: LazyPrompts, held_out: Sequence[EncodedPrompt]
+        self,
+        policy: Policy,
+        collector: Collector,
+        prompts: LazyPrompts,
+        held_out: Sequence[EncodedPrompt],
+        rates: PassRates,
     ) -> Loop:
         """The loop of the run's iterations."""
-        return Loop(self.recipe, policy, collector, PromptStream(prompts, self.recipe.seed), held_out)
+        stream = make_stream(prompts, self.recipe.data, rates, self.recipe.seed)
+        return Loop(self.recipe, policy, collector, stream, held_out)
 
     def make_recorder(self, loop: Loop) -> Recorder:
         """The writer of the run's files."""
@@ -256,6 +265,9 @@ class RunObserver(Observer):
 
     def before_update(self) -> None:
         self.interrupts.shield()
+
+    def on_graded(self, graded: Graded) -> None:
+        self.recorder.graded = graded
 
     def on_skip(self, step: SkippedStep) -> None:
         self.recorder.keep_step(step)

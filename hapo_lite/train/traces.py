@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,15 +16,34 @@ from hapo_lite.runs.trace import Trace
 
 
 def choose_traced(graded: Graded, count: int) -> list[int]:
-    """Places of up to `count` completions to record: from each group, one that is correct and one that is not."""
-    chosen: list[int] = []
+    """Places of up to `count` completions to record, ascending.
+
+    First come one that is correct and one that is not from each group. If there is room for more, the other completions
+    follow, group by group.
+    """
+    first: list[int] = []
+    others: list[int] = []
     seen: set[tuple[int, bool]] = set()
     for i, (completion, score) in enumerate(zip(graded.completions, graded.scores, strict=True)):
         key = (completion.prompt.index, score.correct)
-        if key not in seen and len(chosen) < count:
-            seen.add(key)
-            chosen.append(i)
-    return chosen
+        (others if key in seen else first).append(i)
+        seen.add(key)
+    return sorted([*first, *others][:count])
+
+
+@dataclass(frozen=True)
+class GroupCount:
+    """The number of a group's completions, and of those that are correct."""
+
+    size: int
+    correct: int
+
+
+def count_groups(completions: Sequence[Completion], scores: Sequence[Score]) -> dict[int, GroupCount]:
+    """The counts of each group, by the index of its prompt."""
+    sizes = Counter(completion.prompt.index for completion in completions)
+    correct = Counter(c.prompt.index for c, score in zip(completions, scores, strict=True) if score.correct)
+    return {index: GroupCount(size, correct[index]) for index, size in sizes.items()}
 
 
 @dataclass(frozen=True)
@@ -47,17 +67,19 @@ def training_traces(
     sampling_signal: EntropySignal | None,
 ) -> list[Trace]:
     """Traces of the completions at the places `traced`. outcomes: by place."""
-    return [
-        make_trace(
-            policy,
-            "train",
-            iteration,
-            experience.completions[i],
-            experience.scores[i],
-            Treatment(sampling_signal, experience.signal, outcomes.get(i)),
-        )
-        for i in traced
-    ]
+    groups = count_groups(experience.completions, experience.scores)
+    traces = []
+    for i in traced:
+        completion = experience.completions[i]
+        treatment = Treatment(sampling_signal, experience.signal, outcomes.get(i))
+        trace = make_trace(policy, "train", iteration, completion, experience.scores[i], treatment)
+        traces.append(of_group(trace, groups[completion.prompt.index]))
+    return traces
+
+
+def of_group(trace: Trace, group: GroupCount) -> Trace:
+    """The trace with the counts of its group."""
+    return replace(trace, group_size=group.size, group_correct=group.correct)
 
 
 def make_trace(
@@ -120,10 +142,12 @@ def _update_columns(outcome: TokenOutcome) -> dict[str, list[Any]]:
         "ratio": _rounded(outcome.ratio),
         "advantage": [_seven_digits(outcome.advantage)] * len(outcome.ratio),
         "credit": _rounded(outcome.credit),
-        "lower": _rounded(outcome.lower),
-        "upper": _rounded(outcome.upper),
         "clipped": clipped,
     }
+    if bool(outcome.upper.isfinite().all()):  # A soft gate has no bounds, and JSON has no infinity.
+        columns |= {"lower": _rounded(outcome.lower), "upper": _rounded(outcome.upper)}
+    if outcome.measure is not None:
+        columns["measure"] = _rounded(outcome.measure)
     if outcome.kl_base is not None:
         columns["kl_base"] = _rounded(outcome.kl_base)
     return columns

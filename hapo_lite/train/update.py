@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from hapo_lite.algo.methods import Method
-from hapo_lite.algo.objective import Credit, PolicyLoss, loss_denominator, method_loss
+from hapo_lite.algo.objective import PolicyLoss, loss_denominator, method_loss
+from hapo_lite.algo.surrogate import Credit
 from hapo_lite.model.policy import Policy
+from hapo_lite.recipe import RolloutSettings
 from hapo_lite.records import Experience, TokenOutcome, pad
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.runs.skipped import SkippedStep
@@ -118,7 +120,7 @@ class Update:
 
     policy: Policy
     method: Method
-    temperature: float
+    rollout: RolloutSettings
     max_grad_norm: float
     learner: Learner
     resources: Resources
@@ -132,7 +134,7 @@ class Update:
         share = [batch for part in plan.updates for batch in processes.rank_share(part)]
         progress.count(len(share), "micro-batches", padded_tokens(share, lengths))
         for number, (members, batches) in enumerate(zip(plan.members, plan.updates, strict=True), 1):
-            denominator = loss_denominator(trained[members], self.method.loss_average)
+            denominator = self.denominator(trained[members])
             parts, gradients = self.resources.oom.fit(
                 "update",
                 [batches],
@@ -154,6 +156,10 @@ class Update:
         updated.outcomes = processes.gather(updated.outcomes)
         return updated
 
+    def denominator(self, trained_counts: Tensor) -> float:
+        """`loss_denominator` of a step. trained_counts: trained tokens of each of its completions."""
+        return loss_denominator(trained_counts, self.method.loss_average, self.rollout.max_new_tokens)
+
     def _attempt(self, experience: Experience, denominator: float, parts: Parts) -> LossAndOutcomes:
         [batches] = parts
         return self.gradients(experience, batches, denominator)
@@ -161,7 +167,7 @@ class Update:
     def gradients(self, experience: Experience, batches: list[list[int]], denominator: float) -> LossAndOutcomes:
         """`sum_gradients` of a step's micro-batches, with the outcomes of this process's.
 
-        denominator: `loss_denominator` of the whole step.
+        denominator: that of the whole step.
         """
         outcomes: dict[int, TokenOutcome] = {}
 
@@ -171,33 +177,42 @@ class Update:
             return part.loss
 
         def idle(batch: list[int]) -> Tensor:
-            return logprobs(self.policy, experience.select(batch).completions, self.temperature)[0].sum()
+            return logprobs(self.policy, experience.select(batch).completions, self.rollout.temperature)[0].sum()
 
         passes = Passes(self.policy, loss_of, idle, experience.sequence_lengths)
         return LossAndOutcomes(sum_gradients(batches, passes, self.learner, self.resources), outcomes)
 
     def micro_batch(self, batch: Experience, denominator: float) -> LossAndOutcomes:
         """The loss of one micro-batch, with its graph, and its effect on each token. The outcomes are by row."""
-        logp, _ = logprobs(self.policy, batch.completions, self.temperature)
+        logp, _ = logprobs(self.policy, batch.completions, self.rollout.temperature, batch.kept)
         inputs = batch.padded(self.method, logp.device)
         loss, credit = method_loss(self.method, logp, inputs, denominator)
-        return LossAndOutcomes(loss.loss, outcomes_of(batch, logp, loss, credit))
+        return LossAndOutcomes(loss.loss, outcomes_of(batch, self.method, logp, loss, credit))
 
 
-def outcomes_of(batch: Experience, logp: Tensor, loss: PolicyLoss, credit: Credit) -> dict[int, TokenOutcome]:
+def outcomes_of(
+    batch: Experience, method: Method, logp: Tensor, loss: PolicyLoss, credit: Credit
+) -> dict[int, TokenOutcome]:
     """The loss's effect on each token, on the CPU, by row of `batch`. logp: [B, T].
 
     The ratio is measured on completions that the loss leaves out too.
     """
+    old_logp, kept, advantage = pad(batch.old_logp, logp.device), None, credit.advantage
+    if batch.kept is not None:
+        kept = pad(batch.kept, logp.device)
+        logp, advantage = torch.where(kept, logp, old_logp), torch.where(kept, advantage, 0.0)
+    trained = batch.trained(method)
     by_token = {
         "logp": logp,
-        "ratio": (logp.detach() - pad(batch.old_logp, logp.device)).exp(),
-        "credit": credit.advantage,
+        "ratio": (logp.detach() - old_logp).exp(),
+        "credit": advantage,
         "lower": credit.lower,
         "upper": credit.upper,
         "clipped_low": loss.clipped_low,
         "clipped_high": loss.clipped_high,
     }
+    if loss.measure is not None:
+        by_token["measure"] = loss.measure
     if loss.kl_base is not None:
         by_token["kl_base"] = loss.kl_base
     # Stacked, they are one copy from a GPU.
@@ -210,6 +225,8 @@ def outcomes_of(batch: Experience, logp: Tensor, loss: PolicyLoss, credit: Credi
             batch.entropy[row],
             batch.h[row],
             batch.uncertain[row],
+            trained=trained[row] if batch.factor is None else trained[row] & (batch.factor[row] != 0.0),
+            computed=None if batch.kept is None else batch.kept[row],
             **{name: rows[row, : batch.completions[row].length].clone() for name, rows in by_token.items()},
         )
         for row in range(len(batch))

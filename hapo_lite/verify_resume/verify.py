@@ -26,7 +26,7 @@ from hapo_lite.errors import UserError
 from hapo_lite.runs.lines import timeless
 from hapo_lite.runs.status import ENDED, Doing, read_status
 
-COMMANDS = ("train", "sft", "evaluate", "compare")
+COMMANDS = ("train", "sft", "probe", "evaluate", "compare")
 POLL_S = 0.0005
 """Seconds between two readings of status.json."""
 LEAVING_S = 20.0

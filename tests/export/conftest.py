@@ -41,7 +41,7 @@ def run(finished, tmp_path) -> Path:
 
 @pytest.fixture(scope="package")
 def merged(finished) -> Path:
-    assert run_command(command.main, [str(finished), "--to", "merged"]) == 0
+    assert run_command(command.main, [str(finished), "--to", "merged", "--onto", "original"]) == 0
     return finished / "export" / "merged"
 
 

@@ -16,8 +16,11 @@ WAIT = 15_000
 
 
 @contextlib.contextmanager
-def opened_page(browser, address, **context):
-    """A browser tab; an error of the page's script, or a request to another host, fails what was done with it."""
+def opened_page(browser, address, tab="Generate", **context):
+    """A browser tab; an error of the page's script, or a request to another host, fails what was done with it.
+
+    tab: the page's tab to open; "": the one that the page opens on.
+    """
     context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | context))
     context.set_default_timeout(WAIT)
     page = context.new_page()
@@ -27,7 +30,10 @@ def opened_page(browser, address, **context):
         "request", lambda r: None if re.match(r"data:|blob:|http://127\.0\.0\.1:", r.url) else troubles.append(r.url)
     )
     page.goto(address)
-    page.wait_for_selector("#generate")
+    # One event fills the page: the tab that it opens on, and the tab behind it. On a busy machine it takes long.
+    page.wait_for_selector("#generated-tokens .hapo-saves, .hapo-crumbs a, .hapo-crumbs b", timeout=4 * WAIT)
+    if tab:
+        open_tab(page, tab)
     yield page
     context.close()
     assert not troubles
@@ -62,3 +68,18 @@ def details(page, slot: str) -> dict[str, str]:
 
 def open_tab(page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
+
+
+def pick_run(page, name: str) -> None:
+    """Opens the tab Run and picks a run."""
+    open_tab(page, "Run")
+    page.locator("#run-name input").click()
+    page.get_by_role("option", name=name).click()
+    page.wait_for_selector(f"#run-crumbs :text-is('{name}')")
+
+
+def open_completion(page, stage: str = "") -> None:
+    """Opens the first group of the table, or the first one of a stage, and its first completion."""
+    page.locator(f"#run-prompts tbody tr:has-text('{stage}') a").first.click()
+    page.locator("#run-group .hapo-answer a").first.click()
+    filled(page, "opened")

@@ -23,7 +23,7 @@ def test_named_rewards_have_a_panel_of_their_own():
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("kind", ["s", "d"])
+@pytest.mark.parametrize("kind", ["s", "d", "c"])
 def test_text_stands_out_on_every_colour(kind, theme):
     for step in colour.palette(kind, theme):
         assert colour.contrast(colour.text_colour(step), step) >= 4.5
@@ -52,6 +52,15 @@ def test_both_sides_of_the_diverging_scale_differ_for_colour_blind_readers(visio
     seen = (linear @ torch.tensor(DICHROMACY[vision]).T).clamp(0, 1).pow(1 / 2.4)
     for step in range(3, 8):
         assert torch.dist(seen[7 - step], seen[7 + step]) > 0.25, step
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("vision", DICHROMACY)
+def test_what_stops_a_gradient_has_colours_that_colour_blind_readers_tell(vision, theme):
+    rgb = torch.tensor([[int(step[i : i + 2], 16) / 255 for i in (1, 3, 5)] for step in colour.palette("c", theme)[:4]])
+    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = (linear @ torch.tensor(DICHROMACY[vision]).T).clamp(0, 1).pow(1 / 2.4)
+    assert torch.pdist(seen).min() > 0.15
 
 
 def test_texts_that_share_a_scale_give_a_number_one_colour():

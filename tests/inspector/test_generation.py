@@ -9,6 +9,10 @@ from hapo_lite.algo.methods import PRESETS
 from hapo_lite.errors import UserError
 from hapo_lite.inspect.generate import GenerationSettings, ModelShelf, generate
 from hapo_lite.inspect.tokens import token_table
+from hapo_lite.records import EncodedPrompt, Prompt, Request
+from hapo_lite.rollout.draws import DrawKey, Stage
+from hapo_lite.rollout.sampling import AdaptiveTemperature
+from hapo_lite.rollout.transformers_engine import TransformersEngine
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,22 @@ def test_without_hapo_there_is_one_pass_at_one_temperature(policy):
     items = list(generate(policy, GenerationSettings("3+4*5=?", method=PRESETS["dapo"], temperature=0.7)))
     assert not any(item.first_pass for item in items)
     assert items[-1].trace.tokens["temperature"] == pytest.approx([0.7] * len(items))
+
+
+@pytest.mark.parametrize("preset", ["hapo", "dapo"])
+def test_it_writes_what_the_engine_samples(policy, preset):
+    method = PRESETS[preset]
+    trace = last(policy, method=method, seed=5, temperature=1.3).trace
+    prompt = Prompt("p", (("user", "3+4*5=?"),), "23")
+    request = Request(EncodedPrompt(0, prompt, tuple(policy.encode(prompt.chat()))), sample=0)
+    processor = AdaptiveTemperature(trace.sampling_signal, 1.3, method.tau)
+    engine = TransformersEngine(policy, batch_size=4, max_new_tokens=240)
+    [completion] = engine.sample([request], processor, DrawKey(5, Stage.TRAINING, 0))
+    assert trace.tokens["id"] == completion.ids.tolist() and trace.text == completion.text
+    for name, values in {"entropy": completion.entropy, "temperature": completion.temperature}.items():
+        assert trace.tokens[name] == values.double().tolist()
+    assert trace.tokens["logp_base"] == pytest.approx(completion.base_logp.tolist(), abs=1e-5)
+    assert trace.tokens["logp_sampling"] == pytest.approx(completion.sampling_logp.tolist(), abs=1e-5)
 
 
 def test_limits_end_a_generation(policy):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hapo_lite.algo.methods import PRESETS, Method
-from hapo_lite.algo.objective import assign_credit
-from hapo_lite.algo.tokens import TokenSignals, fit_signal
+from hapo_lite.algo.objective import LossInputs, assign_credit, method_loss
+from hapo_lite.algo.tokens import TokenSignals, fit_signal, trained_tokens
 from hapo_lite.inspect import markup, views
 from hapo_lite.inspect.tokens import (
+    STOPS,
     csv_text,
     dual_entropy,
     percentiles,
@@ -22,6 +25,7 @@ from hapo_lite.inspect.tokens import (
     treated_tokens,
     what_if,
 )
+from hapo_lite.train.metrics import gap_metrics
 from tests.inspector.traces import ENTROPIES, make_trace, trained
 
 
@@ -71,6 +75,69 @@ def test_what_if_is_the_equations(ratio, advantage):
             assert clip == ("high" if ratio > high else "")
         else:
             assert clip == ("low" if ratio < low else "high" if ratio > method.dual_clip else "")
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_stopped_a_gradient_is_named_where_the_loss_has_none(preset, advantage):
+    method, entropy = PRESETS[preset], torch.tensor(ENTROPIES)
+    signal = fit_signal(method, entropy)
+    tokens = TokenSignals.of_one(method, signal, entropy)
+    logp = torch.tensor([[0.5, 0.9, 12.0, 1.0, 1.7, 1.26]]).log().requires_grad_()
+    inputs = LossInputs(torch.zeros(1, 6), torch.tensor([advantage]), tokens, torch.ones(1, 6), None, torch.zeros(1, 6))
+    weightless = dataclasses.replace(method, kl_certain=0.0)  # The divergence from the base has a gradient of its own.
+    loss, credit = method_loss(weightless, logp, inputs, 6.0)
+    loss.loss.backward()
+    low, high = loss.clipped_low[0].tolist(), loss.clipped_high[0].tolist()
+    columns = {
+        "advantage": [advantage] * 6,
+        "credit": credit.advantage[0].tolist(),
+        "clipped": ["low" if a else "high" if b else "" for a, b in zip(low, high, strict=True)],
+    }
+    trace = make_trace()
+    trace = dataclasses.replace(trace, tokens=trace.tokens | columns, signal=signal)
+    stops = [STOPS[int(code)] for code in token_table(trace, method).numbers["stopped"]]
+    trained = trained_tokens(method, tokens.uncertain)[0].tolist()
+    for i, (stop, gradient) in enumerate(zip(stops, logp.grad[0].tolist(), strict=True)):
+        assert (stop == "none") == (abs(gradient) > 1e-9), (i, stop)
+        assert (stop == "masked") == (not trained[i])
+        if low[i] and trained[i]:
+            assert stop == "lower bound"
+        if high[i] and trained[i] and preset != "cispo":  # Its bound limits a weight, and the gradient stays.
+            assert stop == ("upper bound" if advantage > 0 else "dual clip")
+    if preset == "hapo" and advantage < 0:
+        assert {"lower bound", "dual clip"} <= set(stops)
+
+
+def test_a_completion_that_is_left_out_is_masked():
+    method = dataclasses.replace(Method(), truncated="mask")
+    trace = dataclasses.replace(trained(make_trace(), method, 1.0, [1.0] * 6), truncated=True)
+    assert set(token_table(trace, method).numbers["stopped"]) == {float(STOPS.index("masked"))}
+
+
+def test_the_distance_of_sampler_and_trainer_is_that_of_the_metrics():
+    trace = trained(make_trace(), Method(), 1.0, [1.0] * 6)
+    trace.tokens["logp_old"] = [p + 0.01 * i for i, p in enumerate(trace.tokens["logp_base"])]
+    numbers = token_table(trace).numbers
+    columns = {name: torch.tensor(trace.tokens[name]) for name in ("logp_base", "logp_old")}
+    sampled = SimpleNamespace(base_logp=columns["logp_base"])
+    metrics = gap_metrics([sampled], [columns["logp_old"]])
+    assert max(numbers["gap"]) == pytest.approx(metrics["sampler/gap_max"], abs=1e-6)
+    assert sum(numbers["gap"]) / 6 == pytest.approx(metrics["sampler/gap_mean"], abs=1e-6)
+    assert numbers["surprise"] == [-p - e for p, e in zip(trace.tokens["logp_old"], ENTROPIES, strict=True)]
+    assert "gap" not in token_table(make_trace()).numbers
+
+
+def test_credit_before_and_after_share_a_scale_and_a_category_is_named():
+    page = html.unescape(markup.token_text(token_table(trained(make_trace(), Method(), 0.5, [1.0] * 6))))
+    before, after = (
+        re.search(rf'data-name="{name}" hidden>(.*?)</span>', page).group(1) for name in ("advantage", "credit")
+    )
+    assert before == after
+    shown = json.loads(re.search(r'class="hapo-data">(.*?)</div>', page, re.DOTALL).group(1))
+    assert shown["kinds"]["stopped"] == "c" and set(shown["rows"]["stopped"]) <= set(STOPS)
+    for name in shown["rows"]:
+        assert f'hapo-meaning" data-name="{name}"' in page
 
 
 def test_percentiles_count_ties():

@@ -7,11 +7,12 @@ import re
 import time
 
 from hapo_lite.algo.methods import Method
+from hapo_lite.inspect import example
 from hapo_lite.inspect.generate import GenerationSettings, ModelShelf, generate
 from hapo_lite.inspect.runs import open_run
 from hapo_lite.inspect.tokens import show_number, token_table, what_if
 from hapo_lite.runs.trace import write_traces
-from tests.inspector.browser import details, filled, forget, generated, open_tab, opened_page
+from tests.inspector.browser import details, filled, forget, generated, open_completion, open_tab, opened_page, pick_run
 from tests.inspector.traces import make_trace
 
 
@@ -82,16 +83,17 @@ def test_downloads(page):
 
 
 def test_a_run_opens(page, root):
-    open_tab(page, "Run")
-    filled(page, "opened")
+    pick_run(page, "plain")
     assert page.input_value("#run-iteration input[type=number]") == "1"
-    assert page.locator("#run-curves .hapo-figure").count() == 1
-    page.locator("#run-completion input").click()
-    page.get_by_role("option", name=re.compile("^train")).click()
+    open_completion(page, "train")
     page.wait_for_selector("#opened-tokens .clip-low", state="attached")
     page.hover("#opened-tokens .t[data-i='4']")
     trace = open_run(root, "plain").traces(1)[0][1]
-    assert details(page, "opened")["Credit"] == show_number(trace.tokens["credit"][4])
+    assert details(page, "opened")["Credit after"] == show_number(trace.tokens["credit"][4])
+    page.click("#run-crumbs a:has-text('iteration 1')")
+    page.get_by_role("button", name="Training curves").click()
+    page.wait_for_selector("#run-curves .hapo-figure")
+    assert page.locator("#run-curves .hapo-figure").count() == 1
     clipped = page.locator("#run-treated tr:has-text('clipped low')")
     assert clipped.locator("td").all_inner_texts() == ["clipped low", "1", "·b ×1"]
     page.get_by_role("button", name="Right against wrong").click()
@@ -107,17 +109,15 @@ def test_a_run_opens(page, root):
 
 
 def test_a_live_run_is_followed_and_a_reader_left_in_peace(page, root):
-    open_tab(page, "Run")
-    filled(page, "opened")
-    page.locator("#run-name input").click()
-    page.get_by_role("option", name="live").click()
-    page.wait_for_selector("#run-completion :text('iteration 0')")
+    pick_run(page, "live")
+    page.wait_for_selector("#run-crumbs :text-is('iteration 0')")
     # Taken along from the last iteration to the next.
     write_traces(root / "live" / "traces", 1, [make_trace(iteration=1)])
-    page.wait_for_selector("#run-completion :text('iteration 1')")
+    page.wait_for_selector("#run-crumbs :text-is('iteration 1')")
     page.fill("#run-iteration input[type=number]", "0")
     page.keyboard.press("Tab")
-    page.wait_for_selector("#run-completion :text('iteration 0')")
+    page.wait_for_selector("#run-crumbs :text-is('iteration 0')")
+    open_completion(page)
     page.hover("#opened-tokens .t[data-i='2']")
     details(page, "opened")
     page.fill("#opened-ratio input[type=number]", "1.5")
@@ -131,24 +131,38 @@ def test_a_live_run_is_followed_and_a_reader_left_in_peace(page, root):
 
 
 def test_hostile_text_stays_text(page):
-    open_tab(page, "Run")
-    filled(page, "opened")
-    page.locator("#run-name input").click()
-    page.get_by_role("option", name="hostile").click()
+    pick_run(page, "hostile")
     page.wait_for_selector("#run-problems .hapo-error:has-text('000000.jsonl:2')")
+    page.wait_for_selector("#run-prompts tr:has-text('<img')")
+    page.fill("#run-prompts .hapo-search", "</td><script>window.attacked=1</script>")
+    page.wait_for_selector("#run-prompts .hapo-count:has-text('0 of 1')")
+    page.fill("#run-prompts .hapo-search", '<IMG SRC=X onerror="')
+    page.wait_for_selector("#run-prompts .hapo-count:has-text('1 of 1')")
+    open_completion(page)
     page.wait_for_selector("#opened-tokens .t:has-text('<script>')")
+    assert page.locator("#run-crumbs b:has-text('sample 0')").count() == 1
     for i in range(10):
         page.hover(f"#opened-tokens .t[data-i='{i}']")
     details(page, "opened")
     page.locator("#opened-figures .hapo-plot").first.scroll_into_view_if_needed()
     page.wait_for_selector("#opened-figures .js-plotly-plot")
     assert page.evaluate("window.attacked") is None
-    assert page.locator("#opened-tokens img, #opened-tokens script, #opened-summary img").count() == 0
+    for part in ("opened-tokens", "opened-summary", "run-crumbs"):
+        assert page.locator(f"#{part} :is(img, script)").count() == 0
+    page.go_back()
+    page.wait_for_selector("#run-group .t:has-text('<script>')")
+    assert page.locator("#run-group :is(img, script), #run-prompts :is(img, script)").count() == 0
+    assert page.evaluate("window.attacked") is None
+    page.go_forward()
+    filled(page, "opened")
     assert "(100,000 characters)" in page.locator("#opened-tokens .hapo-tokens").inner_text()
 
 
 def test_compare_marks_differences(page, root):
     open_tab(page, "Compare")
+    for button in page.get_by_role("button", name="Model, signal and temperature").all():
+        if button.is_visible():
+            button.click()
     page.fill("#left-tau input[type=number]", "0.5")
     page.keyboard.press("Tab")
     # On this problem the two sides part at a token where the temperature decides, for any tau from 0.2 up.
@@ -178,10 +192,13 @@ def test_a_user_error_is_one_sentence(browser, serve):
 
 
 def test_two_tabs_do_not_disturb_each_other(page, fresh):
+    page.locator("input[aria-label='Problem']:visible").fill("3*9+26=?")
+    page.keyboard.press("Enter")
     generated(page)
     mine = page.locator("#generated-tokens .hapo-tokens").inner_text()
-    assert fresh.locator("#generated-tokens .t").count() == 0
-    fresh.locator("input[aria-label='Problem']").fill("2+3*4=?")
+    assert fresh.locator("#generated-summary").inner_text().count("9*7+4=?")
+    assert fresh.locator("#generated-tokens .hapo-tokens").inner_text() != mine
+    fresh.locator("input[aria-label='Problem']:visible").fill("2+3*4=?")
     fresh.keyboard.press("Enter")
     generated(fresh)
     assert fresh.locator("#generated-tokens .hapo-tokens").inner_text() != mine
@@ -219,3 +236,96 @@ def test_on_a_phone_a_tap_shows_the_details(browser, address):
         panel = page.locator("#generated-tokens .hapo-details").bounding_box()
         assert panel["y"] >= 0 and panel["y"] + panel["height"] <= 845
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_it_opens_on_a_recorded_group(browser, serve):
+    started = time.monotonic()
+    with opened_page(browser, serve(), tab="") as page:
+        page.wait_for_selector("#generate-group .hapo-answer")
+        answers = page.locator("#generate-group .hapo-answer")
+        assert answers.count() == example.GROUP
+        assert "1 right" in page.locator("#generate-status").inner_text()
+        assert page.locator("#generate-group [aria-current] a").inner_text() == "✓answer 4"
+        # A picture of the page shows numbers: those of the most uncertain token, until a reader picks another.
+        assert "Entropy" in details(page, "generated")
+        page.click("#generate-group .hapo-answer a:has-text('answer 1')")
+        page.wait_for_selector("#generate-group [aria-current] a:has-text('answer 1')")
+        assert page.evaluate("location.hash") == "#example=0"
+        assert "wrong" in page.locator("#generated-summary").inner_text()
+        page.go_back()
+        generated(page)
+        assert page.locator("#generate-group .hapo-answer").count() == 0
+    assert time.monotonic() - started < 60
+
+
+def test_with_a_run_it_opens_on_the_run(browser, address):
+    with opened_page(browser, address, tab="") as page:
+        page.wait_for_selector("#run-prompts tbody tr")
+        assert page.get_by_role("tab", name="Run").get_attribute("aria-selected") == "true"
+        assert page.evaluate("location.hash") == "#run=plain"
+
+
+def test_an_address_leads_back_to_its_view(browser, address, root):
+    with opened_page(browser, address, tab="") as page:
+        open_completion(page, "train")
+        sent = page.url
+        assert sent.endswith("#run=plain&iteration=1&stage=train&prompt=p&completion=1")
+        page.go_back()
+        page.wait_for_selector("#run-group .hapo-answer")
+        page.go_back()
+        page.wait_for_selector("#run-prompts tbody tr")
+        page.go_forward()
+        page.wait_for_selector("#run-group .hapo-answer")
+        # The slider keeps to the prompt, and the browser goes back from there too.
+        page.fill("#run-iteration input[type=number]", "0")
+        page.keyboard.press("Tab")
+        page.wait_for_selector("#run-crumbs :text-is('iteration 0')")
+        assert page.evaluate("location.hash") == "#run=plain&iteration=0&stage=train&prompt=p"
+        page.go_back()
+        page.wait_for_selector("#run-crumbs :text-is('iteration 1')")
+    with opened_page(browser, sent, tab="") as page:
+        filled(page, "opened")
+        assert page.locator("#run-crumbs b").inner_text() == "sample 0"
+
+
+def test_the_table_of_prompts_is_sorted_filtered_and_searched(page, root):
+    kinds = {"easy": ["correct"] * 2, "mixed": ["correct", "wrong"], "hard": ["wrong", "unparseable"]}
+    traces = [
+        make_trace(["x"] * (3 - i), prompt_id=name, sample=i, outcome=kind, reward=float(kind == "correct"))
+        for name, kinds_of in kinds.items()
+        for i, kind in enumerate(kinds_of)
+    ]
+    for trace in traces:
+        trace.messages[:] = [("user", f"{trace.prompt_id} question")]
+    write_traces(root / "table" / "traces", 0, traces)
+    page.reload()
+    pick_run(page, "table")
+    rows = page.locator("#run-prompts tbody tr:visible a")
+    page.wait_for_selector("#run-prompts tbody tr:nth-child(3)")
+    assert rows.all_inner_texts() == ["easy·question", "mixed·question", "hard·question"]
+    right = page.get_by_role("columnheader", name="right")
+    page.get_by_role("button", name="right", exact=True).click()
+    assert right.get_attribute("aria-sort") == "descending"
+    page.get_by_role("button", name="right", exact=True).click()
+    assert rows.all_inner_texts() == ["hard·question", "mixed·question", "easy·question"]
+    page.select_option("#run-prompts .hapo-filter", "wrong")
+    assert rows.all_inner_texts() == ["hard·question", "mixed·question"]
+    page.select_option("#run-prompts .hapo-mix", "mixed")
+    assert page.locator("#run-prompts .hapo-count").inner_text() == "1 of 3 prompts"
+    page.select_option("#run-prompts .hapo-mix", "")
+    page.fill("#run-prompts .hapo-search", "HARD")
+    assert rows.all_inner_texts() == ["hard·question"]
+    page.click("#run-prompts tbody tr:visible td:nth-child(2)")
+    page.wait_for_selector("#run-group .hapo-answer")
+    # They agree in two tokens; then one goes on, and the other has ended.
+    assert page.locator("#run-group .t.alone").all_inner_texts() == ["x"]
+
+
+def test_a_token_keeps_its_numbers(page):
+    generated(page)
+    page.click("#generated-tokens .t[data-i='3']")
+    kept = details(page, "generated")
+    page.hover("#generated-tokens .t[data-i='1']")
+    assert details(page, "generated") != kept
+    page.hover("#generate")
+    assert details(page, "generated") == kept

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from hapo_lite.algo.methods import PRESETS
-from hapo_lite.evaluate import evaluation
+from hapo_lite.evaluate import session
 from hapo_lite.evaluate.evaluation import evaluate
 from hapo_lite.export.parity import effect_of_adapter, measure_drift, refer
 from hapo_lite.export.probes import Probes, compute_in_fp32
@@ -17,7 +17,7 @@ from tests.pretend_gpu.conftest import KINDS, model_settings, policy_of
 from tests.pretend_gpu.test_rollout import A_BATCH, A_PASS
 
 A_SHOWN_TOKEN = 1
-"""Waits of the inspector for a token: all that it shows comes to the host at once."""
+"""Waits of the inspector for a token at most: all that a look shows comes to the host at once."""
 GREEDY = (7, 2)
 """Waits of `generate` for greedy answers, for all of them and for a step."""
 
@@ -37,7 +37,7 @@ def test_evaluate(kind, stage, make_recipe, monkeypatch):
         f"model.dtype={model.dtype}", f"model.quantization={model.quantization}", "benchmark.suites=[tiny]",
         "benchmark.limit=4", "benchmark.samples=4", "benchmark.top_p=0.95",
     )  # fmt: skip
-    monkeypatch.setattr(evaluation, "load_policy", lambda *_: policy_of(kind))
+    monkeypatch.setattr(session, "load_policy", lambda *_: policy_of(kind))
     with stage("evaluation: a suite, the base", kind) as seen:
         summary = evaluate(recipe)["tiny"]
         seen.budget = A_BATCH + recipe.rollout.max_new_tokens // LOOK_EVERY

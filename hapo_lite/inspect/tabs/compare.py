@@ -28,7 +28,10 @@ class CompareTab:
             "Two settings answer one prompt with the same random numbers. Underlined tokens have no counterpart on the "
             "other side (Eq. 5-8)."
         )
-        self.problem = problem_box()
+        with gr.Row(elem_classes="hapo-ask"):
+            self.problem = problem_box()
+            start = gr.Button("Compare", variant="primary", elem_id="compare", scale=0, min_width=130)
+            cancel = gr.Button("Cancel", scale=0, min_width=110)
         with gr.Row():
             columns = [gr.Column(min_width=300) for _ in SIDES]
         with gr.Accordion("Limits and system prompt", open=False):
@@ -37,10 +40,7 @@ class CompareTab:
         for side, column, preset in zip(SIDES, columns, ("", "dapo"), strict=True):
             with column:
                 gr.HTML(f'<h3 class="hapo-h">{side.capitalize()}</h3>')
-                self.boxes.append(ModelBoxes(app, side, self.limits, preset))
-        with gr.Row(elem_classes="hapo-actions"):
-            start = gr.Button("Compare", variant="primary", elem_id="compare")
-            cancel = gr.Button("Cancel")
+                self.boxes.append(ModelBoxes(app, side, self.limits, preset, open_all=False))
         self.status = gr.HTML(elem_id="compare-status")
         self.views = []
         with gr.Row():

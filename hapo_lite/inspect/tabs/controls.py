@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -22,9 +24,7 @@ Values = dict[Any, Any]
 def problem_box() -> gr.Dropdown:
     """The box for the problem, with examples."""
     examples = [p.prompt for p in problems("test")[:8]]
-    return gr.Dropdown(
-        examples, value=examples[0], label="Problem", info="type one or pick one", allow_custom_value=True
-    )
+    return gr.Dropdown(examples, value=examples[0], label="Problem", allow_custom_value=True, scale=1)
 
 
 class LimitBoxes:
@@ -43,9 +43,10 @@ class ModelBoxes:
     """The boxes for the model and the method. A run that a reader picks fills them with its settings.
 
     side: begins the ids of the boxes. preset: the method at first; "": that of the page's defaults.
+    open_all: whether all boxes are unfolded at first.
     """
 
-    def __init__(self, app: AppState, side: str, limits: LimitBoxes, preset: str = "") -> None:
+    def __init__(self, app: AppState, side: str, limits: LimitBoxes, preset: str = "", open_all: bool = True) -> None:
         self.app = app
         start = app.start()
         with gr.Row():
@@ -60,51 +61,55 @@ class ModelBoxes:
                 list(PRESETS),
                 value=preset or start.method.preset,
                 label="Method",
-                info="dapo: without HAPO, all tokens are treated alike",
+                info="dapo: without HAPO",
                 elem_id=f"{side}-method",
             )
-        with gr.Row():
-            self.model = gr.Textbox(
-                start.model, label="Model", info="tiny (bundled), a hub name or a folder", elem_id=f"{side}-model"
-            )
-            self.adapter = gr.Dropdown(
-                app.adapters(),
-                value=start.adapter,
-                label="Adapter",
-                info="runs/NAME/adapter; empty: none",
-                allow_custom_value=True,
-                elem_id=f"{side}-adapter",
-            )
-        with gr.Row():
-            self.quantization = gr.Radio(
-                ["none", "nf4"], value=start.quantization, label="Quantisation", info="nf4: 4-bit base"
-            )
-            self.signal = gr.Radio(
-                [FIRST_PASS, FROM_RUN], value=FIRST_PASS, label="Signal", info="the tokens that h compares with (Eq. 5)"
-            )
-        with gr.Row():
-            self.temperature = gr.Slider(
-                0.05, 2.5, start.temperature, step=0.05, label="Temperature", info="T_base (Eq. 8)", min_width=210
-            )
-            self.tau = gr.Slider(
-                0.0,
-                0.9,
-                start.method.tau,
-                step=0.01,
-                label="tau",
-                info="how far the temperature moves (Eq. 8)",
-                min_width=210,
-                elem_id=f"{side}-tau",
-            )
-            self.rho = gr.Slider(
-                0.0,
-                1.0,
-                start.method.quantile,
-                step=0.01,
-                label="rho",
-                info="quantile of the pivot (Eq. 5)",
-                min_width=210,
-            )
+        with gr.Accordion("Model, signal and temperature", open=open_all):
+            with gr.Row():
+                self.model = gr.Textbox(
+                    start.model, label="Model", info="tiny (bundled), a hub name or a folder", elem_id=f"{side}-model"
+                )
+                self.adapter = gr.Dropdown(
+                    app.adapters(),
+                    value=start.adapter,
+                    label="Adapter",
+                    info="runs/NAME/adapter; empty: none",
+                    allow_custom_value=True,
+                    elem_id=f"{side}-adapter",
+                )
+            with gr.Row():
+                self.quantization = gr.Radio(
+                    ["none", "nf4"], value=start.quantization, label="Quantisation", info="nf4: 4-bit base"
+                )
+                self.signal = gr.Radio(
+                    [FIRST_PASS, FROM_RUN],
+                    value=FIRST_PASS,
+                    label="Signal",
+                    info="the tokens that h compares with (Eq. 5)",
+                )
+            with gr.Row():
+                self.temperature = gr.Slider(
+                    0.05, 2.5, start.temperature, step=0.05, label="Temperature", info="T_base (Eq. 8)", min_width=210
+                )
+                self.tau = gr.Slider(
+                    0.0,
+                    0.9,
+                    start.method.tau,
+                    step=0.01,
+                    label="tau",
+                    info="how far the temperature moves (Eq. 8)",
+                    min_width=210,
+                    elem_id=f"{side}-tau",
+                )
+                self.rho = gr.Slider(
+                    0.0,
+                    1.0,
+                    start.method.quantile,
+                    step=0.01,
+                    label="rho",
+                    info="quantile of the pivot (Eq. 5)",
+                    min_width=210,
+                )
         filled = [self.method, self.model, self.adapter, self.quantization, self.temperature, self.tau, self.rho]
         self.inputs: set[Any] = {self.run, self.signal, *filled}
         self.run.input(self._fill, self.run, [*filled, limits.system_prompt], **NO_PROGRESS)
@@ -127,13 +132,16 @@ class ModelBoxes:
         ]
 
     def policy(self, values: Values) -> Policy:
-        """The model that the boxes name. It is loaded unless it is held already. Raises UserError.
+        """The model that the boxes name. It is loaded unless it is held already. Raises UserError."""
+        return self.loader(values)()
 
-        While the model is that of the picked run, prompts are rendered as in that run.
-        """
+    def loader(self, values: Values) -> Callable[[], Policy]:
+        """What gives the model that the boxes name. While it is that of the picked run, prompts are rendered as in that
+        run. Raises UserError if the run is none."""
         run = self._run(values)
         model = run.recipe.model if run and run.recipe else None
-        return self.app.shelf.get(values[self.model], values[self.adapter] or "", values[self.quantization], model)
+        adapter, quantization = values[self.adapter] or "", values[self.quantization]
+        return partial(self.app.shelf.get, values[self.model], adapter, quantization, model)
 
     def _run(self, values: Values) -> Run | None:
         """The run that is picked. Raises UserError if it is not a run."""

@@ -1,4 +1,4 @@
-"""The inspector's page: its three tabs, its look, and the server that serves it."""
+"""The inspector's page: its tabs, its look, and the server that serves it."""
 
 from __future__ import annotations
 
@@ -9,30 +9,36 @@ import gradio as gr
 import plotly
 
 from hapo_lite.errors import UserError
-from hapo_lite.inspect import colour, figures
+from hapo_lite.inspect import assets, figures
 from hapo_lite.inspect.tabs.compare import CompareTab
 from hapo_lite.inspect.tabs.generate import GenerateTab
+from hapo_lite.inspect.tabs.navigation import COMPARE, GENERATE, RULES, RUN, Navigation
+from hapo_lite.inspect.tabs.rules import RulesTab
 from hapo_lite.inspect.tabs.run import RunTab
 from hapo_lite.inspect.tabs.state import AppState, Session
+from hapo_lite.inspect.tabs.updates import give_updates
 
-ASSETS = Path(figures.__file__).parent
 INLINE_HEIGHT = 900
 """Height of the page in a notebook, pixels."""
 PLOTLY_JS = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 
 
 def build(app: AppState) -> gr.Blocks:
-    """The page with its three tabs."""
+    """The page with its tabs. With a run it opens on the tab Run."""
     with gr.Blocks(title="HAPO inspector", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.HTML('<h1 class="hapo-title">HAPO inspector <small>what every token is given</small></h1>')
         session = gr.State(Session())
-        with gr.Tabs():
-            with gr.Tab("Generate"):
-                GenerateTab(app, session)
-            with gr.Tab("Run"):
-                RunTab(app, blocks, session)
-            with gr.Tab("Compare"):
+        with gr.Tabs(selected=RUN if app.first_run else GENERATE) as tabs:
+            with gr.Tab("Generate", id=GENERATE):
+                generate = GenerateTab(app, session)
+            with gr.Tab("Run", id=RUN):
+                run = RunTab(app, session)
+            with gr.Tab("Rules", id=RULES):
+                RulesTab(app)
+            with gr.Tab("Compare", id=COMPARE):
                 CompareTab(app, session)
+        Navigation(app, tabs, generate, run).connect(blocks, session)
+    give_updates(blocks)
     return blocks
 
 
@@ -53,10 +59,10 @@ def head() -> str:
     """
     return (
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{(ASSETS / 'page.css').read_text('utf-8')}{colour.palette_css()}</style>"
+        f"<style>{assets.style()}</style>"
         f'<script src="/gradio_api/file={PLOTLY_JS}" defer></script>'
         f"<script>window.HAPO_TEMPLATES = {json.dumps(figures.templates())};</script>"
-        f"<script>{(ASSETS / 'page.js').read_text('utf-8')}</script>"
+        f"<script>{assets.script()}</script>"
     )
 
 

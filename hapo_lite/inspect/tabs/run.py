@@ -1,4 +1,4 @@
-"""The tab Run: a run's curves and its recorded completions, also while the run trains."""
+"""The tab Run: a run, the groups of an iteration, and the completions of a group, also while the run trains."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Any
 import gradio as gr
 
 from hapo_lite.errors import UserError, counted
-from hapo_lite.inspect import markup, views
+from hapo_lite.inspect import group_views, health_views, markup, views
+from hapo_lite.inspect.groups import Group
+from hapo_lite.inspect.health import health
+from hapo_lite.inspect.places import Place
 from hapo_lite.inspect.runs import Entry, Run
+from hapo_lite.inspect.tabs.run_place import Found, find, trail
 from hapo_lite.inspect.tabs.state import (
     NO_PROGRESS,
     QUIET,
     AppState,
     Fingerprint,
-    OnPage,
     Session,
     error_note,
     explain,
@@ -31,35 +34,45 @@ WORDS = "words"
 
 
 class RunTab:
-    """The tab with its events. It shows one run, one iteration of it, and one completion of that."""
+    """The tab with its events. It shows a run's iteration, one of its groups, or one completion of that."""
 
-    def __init__(self, app: AppState, blocks: gr.Blocks, session: gr.State) -> None:
+    def __init__(self, app: AppState, session: gr.State) -> None:
         self.app = app
         self.session = session
-        explain("A recorded run. Pick an iteration and a completion. Marked tokens were clipped (Eq. 5-13).")
         with gr.Row(elem_classes="hapo-run-row"):
             runs = app.runs()
             self.name = gr.Dropdown(runs, value=app.first_run or None, label="Run", elem_id="run-name", scale=3)
-            self.live = gr.Checkbox(
-                True, label="Live", info=f"re-read every {LIVE_SECONDS:g} s", scale=1, elem_id="run-live"
-            )
-            self.reload = gr.Button("Refresh", scale=1, size="sm")
+            self.iteration = gr.Slider(0, 1, 0, step=1, label="Iteration", elem_id="run-iteration", scale=4)
+            with gr.Column(min_width=110, scale=0, elem_classes="hapo-stack"):
+                self.live = gr.Checkbox(True, label="Live", elem_id="run-live")
+                self.reload = gr.Button("Refresh", size="sm")
+        self.crumbs = gr.HTML(elem_id="run-crumbs")
         self.problems = gr.HTML(elem_id="run-problems")
-        with gr.Accordion("Training curves", open=True):
-            self.curves = gr.HTML(elem_id="run-curves")
-        with gr.Row():
-            self.iteration = gr.Slider(0, 1, 0, step=1, label="Iteration", elem_id="run-iteration")
-            self.completion = gr.Dropdown([], label="Completion", elem_id="run-completion")
-        self.treated = gr.HTML(elem_id="run-treated")
-        self.view = GenerationView(app, "opened", session)
-        self._build_parts()
+        with gr.Column() as self.overview:
+            self._build_overview()
+        with gr.Column(visible=False) as self.group:
+            self.answers = gr.HTML(elem_id="run-group")
+        with gr.Column(visible=False) as self.completion:
+            self.view = GenerationView(app, "opened", session)
         self.timer = gr.Timer(LIVE_SECONDS)
         self.news = gr.State()
-        self._connect_page(blocks)
+        self.shown: list[Any] = [
+            *(self.crumbs, self.iteration, self.overview, self.group, self.completion, self.prompts, self.treated),
+            *(self.right, self.wrong, self.words, self.answers, *self.view.outputs),
+        ]
+        whole = [self.problems, self.health, self.timeline, self.curves, self.prompt, self.over]
+        self.outputs: list[Any] = [self.name, *whole, *self.shown]
+        self._connect_page()
         self._connect_parts()
 
-    def _build_parts(self) -> None:
-        """The parts below the completion, which begin folded."""
+    def _build_overview(self) -> None:
+        """The parts that show a whole iteration."""
+        self.health = gr.HTML(elem_id="run-health")
+        self.timeline = gr.HTML(elem_id="run-timeline")
+        self.prompts = gr.HTML(elem_id="run-prompts")
+        self.treated = gr.HTML(elem_id="run-treated")
+        with gr.Accordion("Training curves", open=False):
+            self.curves = gr.HTML(elem_id="run-curves")
         with gr.Accordion("Right against wrong, this iteration", open=False) as self.sides:
             explain("Completions of this iteration, coloured by entropy. Look where they part (Eq. 5).")
             with gr.Row():
@@ -76,90 +89,100 @@ class RunTab:
             self.prompt = gr.Dropdown([], label="Prompt", elem_id="run-prompt")
             self.over = gr.HTML(elem_id="run-over")
 
-    def _connect_page(self, blocks: gr.Blocks) -> None:
-        """The events that change the run, the iteration or the completion."""
+    def _connect_page(self) -> None:
+        """The events that change the run or its iteration. The page's address does so too: `tabs/page.py`."""
         session = self.session
-        shown = [self.completion, self.treated, self.right, self.wrong, self.words, *self.view.outputs]
-        everything = [self.problems, self.curves, self.iteration, self.prompt, self.over, *shown]
-        where = [session, self.iteration, self.completion]
-        opening = {"fn": self.open, "inputs": [session, self.name], "outputs": everything}
         self.timer.tick(self.look, session, self.news, **NO_PROGRESS)
         # One event fills the page, since each further one costs a round trip. Slower parts follow after it.
         for filled in (
-            gr.on([self.name.input, blocks.load], **opening, show_progress="minimal"),
-            self.reload.click(self.refresh, [session, self.name], [self.name, *everything], show_progress="minimal"),
-            self.news.change(self.follow, where, everything, **NO_PROGRESS),
-            self.iteration.input(self.show, where, shown, **QUIET),
-            self.completion.input(self.show_completion, where, self.view.outputs, **QUIET),
+            self.name.input(self.open, [session, self.name], self.outputs, show_progress="minimal"),
+            self.reload.click(self.refresh, [session, self.name], self.outputs, show_progress="minimal"),
+            self.news.change(self.follow, session, self.outputs, **NO_PROGRESS),
+            self.iteration.input(self.turn, [session, self.iteration], self.shown, **QUIET),
         ):
-            filled.then(self.view.write_csv, session, self.view.csv, **NO_PROGRESS).then(
-                self.index, session, [self.problems, self.prompt], **NO_PROGRESS
-            )
+            self.complete(filled)
         self.live.input(lambda on: gr.Timer(active=on), self.live, self.timer, **NO_PROGRESS)
 
+    def complete(self, filled: Any) -> None:
+        """Add what follows once the page is filled. filled: the event that fills it."""
+        filled.then(self.view.write_csv, self.session, self.view.csv, **NO_PROGRESS).then(
+            self.index, self.session, [self.problems, self.prompt], **NO_PROGRESS
+        )
+
     def _connect_parts(self) -> None:
-        """The events of the parts below the completion."""
+        """The events of the parts below the table."""
         self.prompt.input(self.show_prompt, [self.session, self.prompt], self.over, **QUIET)
         for part, name, outputs in (
             (self.sides, SIDES, [self.right, self.wrong]),
             (self.dual, WORDS, [self.words]),
         ):
-            part.expand(self.unfold(name), [self.session, self.iteration], outputs, **NO_PROGRESS)
+            part.expand(self.unfold(name), self.session, outputs, **NO_PROGRESS)
             part.collapse(self.fold(name), self.session, None, **NO_PROGRESS)
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
     def open(self, session: Session, name: str | None) -> Update:
-        """Open a run and show it. The slider goes to its last iteration."""
-        if session.run is None or session.run.path != self.app.root / (name or ""):
+        """Open a run and show its last iteration that has something to show."""
+        return self.go(session, Place(name or ""))
+
+    def go(self, session: Session, place: Place) -> Update:
+        """Open the run of a place and show the place. Without an iteration, the page follows the run."""
+        if session.run is None or session.run.path != self.app.root / place.run:
             session.run = None
-            session.on_page = None
-        if not name:
+            session.drawn.clear()
+        if not place.run:
             hint = f"No run is open: pick one of {self.app.root}, or start with --run runs/NAME."
-            return {self.problems: markup.note(hint), self.curves: "", **self.show(session, 0, None)}
+            return {self.problems: markup.note(hint), **self.nothing(session)}
         try:
-            session.run = session.run or self.app.run(name)
+            session.run = session.run or self.app.run(place.run)
         except UserError as error:
-            return {self.problems: error_note(error), self.curves: "", **self.show(session, 0, None)}
-        return self.overview(session, session.run)
+            return {self.problems: error_note(error), **self.nothing(session)}
+        session.following = place.iteration is None
+        return self.overall(session, session.run) | self.show(session, session.run, place)
 
     def refresh(self, session: Session, name: str | None) -> Update:
         """Read the list of runs and the open run again."""
+        stays = session.place.run == name and not session.following
         session.run = None
-        return {self.name: gr.Dropdown(choices=self.app.runs()), **self.open(session, name)}
+        choices = gr.Dropdown(choices=self.app.runs(), value=name or None)
+        return {self.name: choices, **self.go(session, session.place if stays else Place(name or ""))}
 
     def look(self, session: Session) -> Any:
         """The fingerprint of the run's files, if it differs from that of the page."""
         now = fingerprint(session.run) if session.run else None
         return gr.skip() if now is None or now == session.seen else now
 
-    def follow(self, session: Session, iteration: int, completion: int | None) -> Update:
-        """Show what the run has written since. A reader at the last iteration moves on to the new last one."""
+    def follow(self, session: Session) -> Update:
+        """Show what the run has written since. A reader who has picked no iteration moves on to the new last one."""
         run = session.run
         if run is None:
             return {self.curves: gr.skip()}
-        shown = session.seen[0] if session.seen else []
-        at_end = not shown or iteration >= shown[-1]
-        return self.overview(session, run, None if at_end else iteration, completion)
+        place = Place(session.place.run) if session.following else session.place
+        return self.overall(session, run) | self.show(session, run, place)
 
-    def overview(
-        self, session: Session, run: Run, iteration: int | None = None, completion: int | None = None
-    ) -> Update:
-        """The whole tab. iteration: None for the last one."""
+    def turn(self, session: Session, iteration: int) -> Update:
+        """Show another iteration: the group of the same prompt if it has one, else all its prompts."""
+        run = session.run
+        if run is None:
+            return self.nothing(session)
+        here = session.place
+        session.following = iteration >= max(run.iterations(), default=0)
+        update = self.show(session, run, Place(here.run, int(iteration), here.stage, here.prompt), push=True)
+        del update[self.iteration]  # It would fight with the reader, who may be dragging it.
+        return update
+
+    def overall(self, session: Session, run: Run) -> Update:
+        """What belongs to the whole run."""
         session.seen = fingerprint(run)
-        curves, problems = views.curves(run)
-        iterations = run.iterations()
-        low, high = (iterations[0], iterations[-1]) if iterations else (0, 0)
-        chosen = high if iteration is None else iteration
-        if iterations:
-            problems = problems + run.entries(nearest(run, chosen))[1]
-        else:
+        lines, problems = run.metrics()
+        if not run.iterations():
             problems = [*problems, f"{run.path} has no traces yet"]
+        state = health(run, lines)
         return {
             self.problems: problems_html(run, problems),
-            self.curves: curves,
-            self.iteration: gr.Slider(minimum=low, maximum=max(high, low + 1), value=chosen),
-            **self.show(session, chosen, completion),
+            self.health: health_views.health_html(run.path.name, state, lines, run.activity) if lines else "",
+            self.timeline: health_views.health_figures(lines, state.warnings),
+            self.curves: views.curves(run)[0],
         }
 
     def index(self, session: Session) -> Update:
@@ -173,43 +196,68 @@ class RunTab:
         choices = [(f"{name}: {counted(len(entries), 'completion')}", name) for name, entries in run.prompts().items()]
         return {self.problems: problems_html(run, problems), self.prompt: gr.Dropdown(choices=choices)}
 
-    # --- an iteration and a completion ------------------------------------------------------------------------------
+    # --- an iteration, a group and a completion ---------------------------------------------------------------------
 
-    def show(self, session: Session, iteration: int, completion: int | None) -> Update:
-        """An iteration and one of its completions: `completion` if the iteration has it, else the first."""
-        run = session.run
-        if run is None:
-            nothing = {self.treated: "", self.right: "", self.wrong: "", self.words: ""}
-            empty = gr.Dropdown(choices=[], value=None)
-            return {self.completion: empty, **nothing, **self.show_completion(session, iteration, None)}
-        number = nearest(run, iteration)
-        entries, _ = run.entries(number)
-        places = [entry.place for entry in entries]
-        choices = [(entry.title, entry.place) for entry in entries]
-        first = places[0] if places else None
-        value = completion if completion in places else first
+    def nothing(self, session: Session) -> Update:
+        """The tab without a run."""
+        session.drawn.clear()
+        session.place = Place()
+        parts = [self.health, self.timeline, self.curves, self.crumbs, self.prompts, self.treated, self.answers]
+        parts += [self.right, self.wrong, self.words]
+        return dict.fromkeys(parts, "") | self._level("overview") | self.view.blank()
+
+    def show(self, session: Session, run: Run, place: Place, push: bool = False) -> Update:
+        """A place of the open run, or the nearest one that there is. push: add it to the browser's history."""
+        found = find(run, place)
+        session.place = found.place
+        iterations = run.iterations()
+        low, high = (iterations[0], iterations[-1]) if iterations else (0, 0)
+        slider = gr.Slider(minimum=low, maximum=max(high, low + 1), value=found.number)
+        names, beside = trail(found)
+        # The address of a run that is followed names no iteration, so that it leads to the newest one later too.
+        here = Place(place.run) if session.following and found.level == "overview" else found.place
         update: Update = {
-            self.completion: gr.Dropdown(choices=choices, value=value, label=f"Completion of iteration {number}"),
-            self.treated: views.treated(entries),
+            self.crumbs: group_views.crumbs(here, names, beside, push),
+            self.iteration: slider,
+            **self._level(found.level),
+        }
+        if not session.draws(found.level, run, found.place):
+            return update
+        try:
+            if found.entry is not None:
+                return update | self.show_completion(session, run, found.entry)
+            if found.group is not None:
+                return update | self.show_group(run, found, found.group)
+        except UserError as error:
+            return update | {self.problems: error_note(error)}
+        return update | self.show_iteration(session, run, found)
+
+    def _level(self, level: str) -> Update:
+        """Show the parts of one level and hide those of the others."""
+        parts = {"overview": self.overview, "group": self.group, "completion": self.completion}
+        return {part: gr.Column(visible=name == level) for name, part in parts.items()}
+
+    def show_iteration(self, session: Session, run: Run, found: Found) -> Update:
+        """The table of an iteration's prompts, and what the update did to their tokens."""
+        update: Update = {
+            self.prompts: group_views.prompt_table(found.place.run, found.number, found.entries),
+            self.treated: views.treated(found.entries) if found.entries else "",
         }
         for name in (SIDES, WORDS):
-            update |= self.part(name, run, entries if name in session.unfolded else [])
-        return update | self.show_completion(session, iteration, value)
+            update |= self.part(name, run, found.entries if name in session.unfolded else [])
+        return update
 
-    def show_completion(self, session: Session, iteration: int, place: int | None) -> Update:
-        """One completion. place: the number of its trace in the iteration's file; None: no completion."""
-        run = session.run
-        number = nearest(run, iteration) if run else 0
-        traces = run.traces(number)[0] if run else []
-        if run is None or place is None or not 0 <= place < len(traces):
-            session.on_page = None
-            return self.view.blank()
-        wanted = OnPage(run.path, number, place, run.stamp(number))
-        if session.on_page == wanted:
-            # A live run is read again and again. What the page shows already stays, since a reader may be reading it.
-            return {self.view.summary: gr.skip()}
-        session.on_page = wanted
-        return self.view.fill(session, Shown(traces[place], run.table(traces[place]), run.settings.method))
+    def show_group(self, run: Run, found: Found, group: Group) -> Update:
+        """A group: its prompt, and its completions beside one another."""
+        trace = run.trace_of(group.entries[0])
+        answers = group_views.answers(run, found.place, group)
+        facts = group_views.group_facts(group, answers, trace.messages, trace.gold)
+        return {self.answers: facts + group_views.group_page(answers, group)}
+
+    def show_completion(self, session: Session, run: Run, entry: Entry) -> Update:
+        """One completion, token by token."""
+        trace = run.trace_of(entry)
+        return self.view.fill(session, Shown(trace, run.table(trace), run.settings.method))
 
     def part(self, name: str, run: Run | None, entries: Sequence[Entry]) -> Update:
         """The content of SIDES or WORDS. It is empty without entries."""
@@ -218,13 +266,13 @@ class RunTab:
             return {self.right: right, self.wrong: wrong}
         return {self.words: views.iteration_words(run, entries) if run and entries else ""}
 
-    def unfold(self, name: str) -> Callable[[Session, int], Update]:
+    def unfold(self, name: str) -> Callable[[Session], Update]:
         """An event that fills a part when a reader unfolds it."""
 
-        def fill(session: Session, iteration: int) -> Update:
+        def fill(session: Session) -> Update:
             session.unfolded.add(name)
             run = session.run
-            return self.part(name, run, run.entries(nearest(run, iteration))[0] if run else [])
+            return self.part(name, run, find(run, session.place).entries if run else [])
 
         return fill
 
@@ -242,11 +290,6 @@ class RunTab:
             return error_note(error)
 
 
-def nearest(run: Run, iteration: int) -> int:
-    """The iteration with traces that is nearest to `iteration`; 0 if none has traces."""
-    return min(run.iterations(), key=lambda i: abs(i - iteration), default=0)
-
-
 def fingerprint(run: Run) -> Fingerprint:
     """A value that changes whenever the run has written something."""
     metrics = run.path / "metrics.jsonl"
@@ -254,10 +297,9 @@ def fingerprint(run: Run) -> Fingerprint:
 
 
 def problems_html(run: Run, sentences: Sequence[str]) -> str:
-    """Notes on the run's activity and on the first problems of its files. sentences: all but the recipe's problems."""
+    """Notes on the first problems of a run's files. sentences: all but the recipe's problems."""
     problems = [*run.recipe_problems, *sentences]
-    notes = [markup.note(run.activity)] if run.activity else []
-    notes += [markup.note(sentence, "error") for sentence in problems[:MOST_PROBLEMS]]
+    notes = [markup.note(sentence, "error") for sentence in problems[:MOST_PROBLEMS]]
     if len(problems) > MOST_PROBLEMS:
         notes.append(markup.note(f"and {len(problems) - MOST_PROBLEMS} more"))
     return "".join(notes)

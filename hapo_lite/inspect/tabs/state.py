@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +14,12 @@ from hapo_lite.algo.methods import Method
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.errors import UserError
 from hapo_lite.inspect import markup
-from hapo_lite.inspect.generate import ModelShelf
+from hapo_lite.inspect.generate import GenerationSettings, ModelShelf
+from hapo_lite.inspect.places import Place
 from hapo_lite.inspect.runs import Run, Stamp, open_run, run_names
 from hapo_lite.inspect.tokens import csv_text
 from hapo_lite.inspect.views import Shown
+from hapo_lite.model.policy import Policy
 
 FIRST_PASS = "first pass"
 FROM_RUN = "run's latest"
@@ -31,14 +34,16 @@ Fingerprint = tuple[list[int], int]
 """A run's iterations with traces, and the modification time of its metrics, ns."""
 
 
-@dataclass(frozen=True)
-class OnPage:
-    """The completion of a run that the page shows. stamp: that of its file when it was read."""
+Drawn = tuple[Path, Place, Stamp | None]
+"""A run's folder, a place of the run, and the stamp of the iteration's file when it was read."""
 
-    run: Path
-    iteration: int
-    place: int
-    stamp: Stamp
+
+@dataclass(frozen=True)
+class Written:
+    """What a generation was written with. policy: loads the model, unless the shelf still holds it."""
+
+    policy: Callable[[], Policy]
+    settings: GenerationSettings
 
 
 @dataclass
@@ -46,16 +51,32 @@ class Session:
     """The state of one browser tab.
 
     shown: the generation of each view, by its slot. cancel: the generation under way is to end. run: the open run.
-    seen: the fingerprint of its files when the page was filled. on_page: the completion of it on the page. unfolded:
-    the names of the parts that are unfolded.
+    place: the place of it on the page. following: nobody has picked an iteration, so the page goes to each new one.
+    seen: the fingerprint of its files when the page was filled. drawn: what each level of the tab Run shows. unfolded:
+    the names of the parts that are unfolded. written: what the last generation was written with.
     """
 
     shown: dict[str, Shown] = field(default_factory=dict)
     cancel: bool = False
     run: Run | None = None
+    place: Place = field(default_factory=Place)
+    following: bool = True
     seen: Fingerprint | None = None
-    on_page: OnPage | None = None
+    drawn: dict[str, Drawn] = field(default_factory=dict)
     unfolded: set[str] = field(default_factory=set)
+    written: Written | None = None
+
+    def draws(self, level: str, run: Run, place: Place) -> bool:
+        """Whether a level of the tab Run is to be drawn anew. What it shows already stays, as a reader may read it."""
+        try:
+            stamp = run.stamp(place.iteration or 0)
+        except (UserError, OSError):
+            stamp = None
+        wanted = (run.path, place, stamp)
+        if self.drawn.get(level) == wanted:
+            return False
+        self.drawn[level] = wanted
+        return True
 
 
 @dataclass(frozen=True)

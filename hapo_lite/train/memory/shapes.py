@@ -32,6 +32,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from hapo_lite.errors import UserError, first_line
 from hapo_lite.model.adapter import adapted
 from hapo_lite.model.refusals import known_problem, no_fused_attention
+from hapo_lite.model.unpacked import unpack
 from hapo_lite.recipe import ModelSettings
 from hapo_lite.tiny.bundled import loadable
 
@@ -180,10 +181,24 @@ class _Linear4bit(Linear4bit):
         self.register_buffer("codes", torch.empty(16 + 256 + 1))
         self.bias = linear.bias
 
+    @property
+    def W_q(self) -> Tensor:
+        """The packed weight. peft unpacks a layer that has this name by its `dequantize`."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """An empty weight, [out, in]. DoRA's magnitudes are made from the real one."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.compute_dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
         out = _FourBitProduct.apply(x.to(self.compute_dtype), self.out_features, self.scales, bias)
         return out.to(x.dtype)
+
+
+@unpack.register
+def _(layer: _Linear4bit, dtype: torch.dtype) -> Tensor:
+    return _unpacked(torch.empty(0, layer.in_features, dtype=dtype), layer.out_features, layer.scales)
 
 
 class _FourBitProduct(torch.autograd.Function):

@@ -1,0 +1,90 @@
+// Figures: each is drawn when it comes into view.
+(() => {
+  "use strict";
+  const { dark, read, welcomed, within } = window.HAPO;
+  const CSV_ICON = { width: 24, height: 24, path: "M3 4h18v16H3zM5 6v3h6V6zM13 6v3h6V6zM5 11v3h6v-3zM13 11v3h6v-3zM5 16v2h6v-2zM13 16v2h6v-2z" };
+
+  function figureCsv(plot, name) {
+    const rows = [["series", "x", "y"]];
+    for (const series of plot.data) {
+      const values = series.y || series.x || [];
+      Array.from(values).forEach((_, i) => {
+        rows.push([series.name || "", series.x ? series.x[i] : i, series.y ? series.y[i] : ""]);
+      });
+    }
+    window.HAPO.saveCsv(name, rows);
+  }
+
+  function draw(holder) {
+    if (!window.Plotly) {
+      setTimeout(draw, 200, holder);
+      return;
+    }
+    const figure = holder.closest(".hapo-figure"), spec = read(figure, "hapo-spec");
+    const layout = { ...spec.layout };
+    // Where fingers point, a drag across a figure scrolls the page.
+    if (matchMedia("(pointer: coarse)").matches) layout.dragmode = false;
+    if (holder.data) Plotly.purge(holder);
+    Plotly.newPlot(holder, spec.data, layout, {
+      displaylogo: false,
+      displayModeBar: true,
+      responsive: true,
+      modeBarButtons: [[
+        "toImage",
+        { name: "csv", title: "Download the numbers as CSV", icon: CSV_ICON, click: (plot) => figureCsv(plot, spec.name) },
+        "zoom2d", "resetScale2d",
+      ]],
+      toImageButtonOptions: { format: "png", filename: spec.name, scale: 2 },
+    }).then(() => {
+      dress(holder);
+      if (!spec.tokens) return;
+      holder.removeAllListeners("plotly_click");
+      holder.on("plotly_click", (event) => pick(holder, event.points[0].x));
+    });
+  }
+  // A point of a figure that was clicked: its token is shown in the text above it.
+  function pick(holder, position) {
+    const sections = [...document.querySelectorAll(".hapo-text[data-key]")].filter((section) => section.offsetParent);
+    const section = sections.findLast((one) => one.compareDocumentPosition(holder) & Node.DOCUMENT_POSITION_FOLLOWING);
+    const token = section && section.querySelector(`.t[data-i="${position}"]`);
+    if (!token) return;
+    token.scrollIntoView({ block: "nearest" });
+    window.HAPO.pin(token);
+  }
+  function dress(holder) {
+    if (window.Plotly && holder.data) Plotly.relayout(holder, window.HAPO_TEMPLATES[dark() ? "dark" : "light"]);
+  }
+
+  const drawn = new WeakMap();
+  const keyOf = (plot) => plot.closest(".hapo-figure").dataset.key;
+  function drawOnce(plot) {
+    if (drawn.get(plot) === keyOf(plot)) return;
+    drawn.set(plot, keyOf(plot));
+    draw(plot);
+  }
+  const inView = new IntersectionObserver((entries) => {
+    for (const entry of entries) if (entry.isIntersecting) drawOnce(entry.target);
+  }, { rootMargin: "200px" });
+  // A figure of few points is also drawn below the fold when the browser has nothing else to do, as for a picture of the
+  // whole page.
+  const SMALL = 100_000;
+  const whenIdle = window.requestIdleCallback || ((work) => setTimeout(work, 500));
+  const drawLater = (plot) => whenIdle(() => {
+    if (!plot.isConnected || !plot.offsetParent) return;
+    if (plot.closest(".hapo-figure").querySelector(".hapo-spec").textContent.length < SMALL) drawOnce(plot);
+  });
+
+  welcomed((root) => within(root, ".hapo-plot").forEach((plot) => {
+    // An element that is observed again reports at once whether it is in view.
+    inView.unobserve(plot);
+    inView.observe(plot);
+    drawLater(plot);
+  }));
+  function followTheme() {
+    new MutationObserver(() => {
+      document.querySelectorAll(".hapo-plot").forEach((plot) => drawn.has(plot) && dress(plot));
+    }).observe(document.body, { attributeFilter: ["class"] });
+  }
+  if (document.body) followTheme();
+  else document.addEventListener("DOMContentLoaded", followTheme);
+})();
