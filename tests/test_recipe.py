@@ -26,7 +26,10 @@ def test_every_shipped_recipe_loads_and_survives_a_round_trip(path, write_recipe
     assert not recipe.advice()
 
 
-@pytest.mark.parametrize("path", [p for p in SHIPPED if p.stem != "tiny_cpu"], ids=lambda p: p.stem)
+ON_A_CARD = [path for path in SHIPPED if path.stem not in ("tiny_cpu", "smollm2_gsm8k")]
+
+
+@pytest.mark.parametrize("path", ON_A_CARD, ids=lambda p: p.stem)
 def test_the_first_evaluation_takes_less_than_a_tenth_of_the_first_hour(path):
     """By the time of a step that the recipe's own comment estimates, with every batch as long as it may be."""
     recipe = load_recipe(path)

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,23 @@ LEAST_SHARE = 0.01
 def load() -> list[Trace]:
     """The recorded group, G traces."""
     return read_traces(FILE)
+
+
+def without_temperature(trace: Trace, method: Method) -> Trace:
+    """A recorded completion as `method`, which has no adaptive temperature, treats its tokens at the first update.
+
+    The tokens and the advantage of the completion are the recorded ones. Raises ValueError for another method, and for
+    a completion without a signal.
+    """
+    if method.adaptive_temperature or trace.signal is None:
+        raise ValueError("a method without adaptive temperature and a recorded signal are needed")
+    found = _columns(trace, trace.signal, trace.tokens["advantage"][0], method)
+    # With as many digits as the advantage has in the file, a credit that is equal to it is written alike.
+    columns = {name: _short(values) for name, values in found.items()}
+    # At the base temperature the model gives each alternative its probability at the base temperature.
+    columns["temperature"] = [1.0] * len(columns["h"])
+    columns["alternatives"] = [[(text, base, base) for text, base, _ in row] for row in trace.tokens["alternatives"]]
+    return dataclasses.replace(trace, tokens=trace.tokens | columns)
 
 
 def record() -> list[Trace]:
@@ -84,11 +102,22 @@ def _graded(trace: Trace) -> Trace:
 
 def _updated(trace: Trace, signal: EntropySignal, advantage: float) -> Trace:
     """The trace with the columns of an update in which every ratio is 1."""
+    columns = _columns(trace, signal, advantage, Method())
+    kept = {name: _short(values) for name, values in (trace.tokens | columns).items()}
+    kept["alternatives"] = [
+        [(text, *_short(shares)) for text, *shares in choices if shares[0] >= LEAST_SHARE]
+        for choices in trace.tokens["alternatives"]
+    ]
+    return dataclasses.replace(trace, stage="recorded", tokens=kept, signal=signal)
+
+
+def _columns(trace: Trace, signal: EntropySignal, advantage: float, method: Method) -> dict[str, list[Any]]:
+    """The columns that an update under the method records of a completion, with a ratio of 1 for every token."""
     entropy = torch.tensor(trace.tokens["entropy"])
-    tokens = TokenSignals.of_one(Method(), signal, entropy)
+    tokens = TokenSignals.of_one(method, signal, entropy)
     ratio = torch.ones(1, len(entropy))
-    credit = assign_credit(Method(), torch.tensor([advantage]), tokens, ratio)
-    columns = {
+    credit = assign_credit(method, torch.tensor([advantage]), tokens, ratio)
+    return {
         "h": tokens.h[0].tolist(),
         "ratio": ratio[0].tolist(),
         "advantage": [advantage] * len(entropy),
@@ -97,12 +126,6 @@ def _updated(trace: Trace, signal: EntropySignal, advantage: float) -> Trace:
         "upper": credit.upper[0].tolist(),
         "clipped": [""] * len(entropy),
     }
-    kept = {name: _short(values) for name, values in (trace.tokens | columns).items()}
-    kept["alternatives"] = [
-        [(text, *_short(shares)) for text, *shares in choices if shares[0] >= LEAST_SHARE]
-        for choices in trace.tokens["alternatives"]
-    ]
-    return dataclasses.replace(trace, stage="recorded", tokens=kept, signal=signal)
 
 
 def _flat(traces: Sequence[Trace]) -> Tensor:

@@ -21,7 +21,7 @@
       return;
     }
     const figure = holder.closest(".hapo-figure"), spec = read(figure, "hapo-spec");
-    const layout = { ...spec.layout };
+    const layout = coloured(spec.layout);
     // Where fingers point, a drag across a figure scrolls the page.
     if (matchMedia("(pointer: coarse)").matches) layout.dragmode = false;
     if (holder.data) Plotly.purge(holder);
@@ -36,7 +36,6 @@
       ]],
       toImageButtonOptions: { format: "png", filename: spec.name, scale: 2 },
     }).then(() => {
-      dress(holder);
       if (!spec.tokens) return;
       holder.removeAllListeners("plotly_click");
       holder.on("plotly_click", (event) => pick(holder, event.points[0].x));
@@ -51,8 +50,18 @@
     token.scrollIntoView({ block: "nearest" });
     window.HAPO.pin(token);
   }
+  const template = () => window.HAPO_TEMPLATES[dark() ? "dark" : "light"];
   function dress(holder) {
-    if (window.Plotly && holder.data) Plotly.relayout(holder, window.HAPO_TEMPLATES[dark() ? "dark" : "light"]);
+    if (window.Plotly && holder.data) Plotly.relayout(holder, template());
+  }
+  // A layout with the colours of the theme in it, since a figure that gets them afterwards is drawn twice.
+  function coloured(layout) {
+    const own = structuredClone(layout);
+    for (const [path, value] of Object.entries(template())) {
+      const names = path.split("."), last = names.pop();
+      names.reduce((part, name) => (part[name] ??= {}), own)[last] = value;
+    }
+    return own;
   }
 
   const drawn = new WeakMap();
@@ -62,17 +71,50 @@
     drawn.set(plot, keyOf(plot));
     draw(plot);
   }
+  // Each figure has a turn of its own, those in view first, so that the page is painted and answers between two of them.
+  const near = new Set(), far = new Set();
+  const whenIdle = window.requestIdleCallback || ((work) => setTimeout(work, 50));
+  let waiting = false;
+  function wait() {
+    if (waiting || !near.size && !far.size) return;
+    waiting = true;
+    whenIdle(takeTurn, { timeout: 300 });
+  }
+  // While a figure is drawn, no numbers can follow the pointer, so figures wait while a reader moves it over tokens.
+  const POINTING = 250;
+  let pointed = -POINTING;
+  document.addEventListener("pointermove", (event) => {
+    if (event.target instanceof Element && event.target.closest(".hapo-tokens")) pointed = performance.now();
+  }, { passive: true });
+  function takeTurn() {
+    waiting = false;
+    const left = pointed + POINTING - performance.now();
+    if (left > 0) {
+      waiting = true;
+      setTimeout(takeTurn, left);
+      return;
+    }
+    // Those that waited may have left the view since.
+    const [plot] = near.size ? near : far;
+    near.delete(plot);
+    far.delete(plot);
+    // One that is hidden by now is drawn when it comes into view again.
+    if (plot?.isConnected && plot.offsetParent) drawOnce(plot);
+    wait();
+  }
   const inView = new IntersectionObserver((entries) => {
-    for (const entry of entries) if (entry.isIntersecting) drawOnce(entry.target);
+    for (const entry of entries) {
+      if (entry.isIntersecting) near.add(entry.target);
+      else near.delete(entry.target);
+    }
+    wait();
   }, { rootMargin: "200px" });
-  // A figure of few points is also drawn below the fold when the browser has nothing else to do, as for a picture of the
-  // whole page.
+  // A figure of few points is also drawn below the fold, as for a picture of the whole page.
   const SMALL = 100_000;
-  const whenIdle = window.requestIdleCallback || ((work) => setTimeout(work, 500));
-  const drawLater = (plot) => whenIdle(() => {
-    if (!plot.isConnected || !plot.offsetParent) return;
-    if (plot.closest(".hapo-figure").querySelector(".hapo-spec").textContent.length < SMALL) drawOnce(plot);
-  });
+  function drawLater(plot) {
+    if (plot.closest(".hapo-figure").querySelector(".hapo-spec").textContent.length < SMALL) far.add(plot);
+    wait();
+  }
 
   welcomed((root) => within(root, ".hapo-plot").forEach((plot) => {
     // An element that is observed again reports at once whether it is in view.

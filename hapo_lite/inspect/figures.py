@@ -23,6 +23,8 @@ MOST_MARKERS = 600
 """A longer text is drawn as a line without a marker for each token."""
 MOST_DOTS = 120
 """Iterations up to which a curve has a dot for each. Thousands of dots take a browser seconds to draw."""
+MOST_POINTS = 400
+"""Points that a curve has at most, however long the run."""
 SERIES = (BLUE, ORANGE, "#7a68a6", "#3a9c8b", GREY)
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
 DASHED = {"color": ORANGE, "dash": "dash", "width": 1.5}
@@ -206,17 +208,36 @@ def curve_figures(lines: Sequence[dict[str, Any]], other: Sequence[dict[str, Any
 
 
 def metric_curve(lines: Sequence[dict[str, Any]], key: str, name: str, look: dict[str, Any]) -> dict[str, Any]:
-    """One metric by iteration, from the lines that have a number for it."""
-    measured = [line for line in lines if is_number(line.get(key))]
+    """One metric by iteration, from the lines that have a number for it.
+
+    A curve of more than MOST_POINTS is drawn by its extremes, so that no spike is lost.
+    """
+    measured = [(line["iteration"], line[key]) for line in lines if is_number(line.get(key))]
+    drawn = extremes(measured, MOST_POINTS)
     return {
         "type": "scatter",
-        "x": [line["iteration"] for line in measured],
-        "y": [line[key] for line in measured],
+        "x": [iteration for iteration, _ in drawn],
+        "y": [value for _, value in drawn],
         "name": name,
-        "mode": "lines+markers" if len(measured) <= MOST_DOTS else "lines",
+        "mode": "lines+markers" if len(drawn) <= MOST_DOTS else "lines",
         "line": look,
         "marker": {"size": 4},
     }
+
+
+def extremes(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most `most` (x, y) points: all of them, or the lowest and the highest of each of equally long stretches.
+
+    The last point is one of them. most: an even number.
+    """
+    if len(points) <= most:
+        return list(points)
+    step = math.ceil(len(points) / (most // 2 - 1))
+    kept: set[int] = {len(points) - 1}
+    for start in range(0, len(points), step):
+        stretch = range(start, min(start + step, len(points)))
+        kept |= {min(stretch, key=lambda i: points[i][1]), max(stretch, key=lambda i: points[i][1])}
+    return [points[i] for i in sorted(kept)]
 
 
 def framed(y: str, data: list[dict[str, Any]], x: str = "token", height: int = 230, **layout: Any) -> Figure:

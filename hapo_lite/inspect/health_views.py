@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import html
 import math
 from collections.abc import Sequence
@@ -98,7 +99,8 @@ def health_figures(lines: Lines, warned: Sequence[Warned]) -> str:
 def stages_figure(lines: Lines, warned: Sequence[Warned]) -> Figure:
     """Seconds of each stage by iteration, one above the other, with a sign where a warning fell.
 
-    A bar of a long run stands for several iterations, with their mean, so that no run has more than MOST_BARS.
+    A bar of a long run stands for several iterations, with their mean, so that no run has more than MOST_BARS. A bar
+    has one sign at most.
     """
     step = max(1, math.ceil(len(lines) / MOST_BARS))
     parts = [lines[start : start + step] for start in range(0, len(lines), step)]
@@ -114,18 +116,28 @@ def stages_figure(lines: Lines, warned: Sequence[Warned]) -> Figure:
         bars = {"type": "bar", "x": starts, "y": means, "name": stage, "marker": {"color": colour}, "width": 0.9 * step}
         data.append(bars | {"offset": 0, "hovertemplate": "iteration %{x}<br>%{y:.3~g} s<extra>" + stage + "</extra>"})
     if data and warned:
-        signs = {
-            "type": "scatter",
-            "mode": "markers",
-            "name": "warning",
-            "x": [one.iteration for one in warned],
-            "y": [1.05 * max(tops)] * len(warned),
-            "text": [f"iteration {one.iteration}: {html.escape(one.sentence[:100], quote=False)}" for one in warned],
-            "hovertemplate": "%{text}<extra></extra>",
-            "marker": {"color": "#b3261e", "symbol": "triangle-up", "size": 10},
-        }
-        data.append(signs)
+        data.append(_signs(warned, starts, 1.05 * max(tops)))
     return _small(data, barmode="stack", showlegend=True)
+
+
+def _signs(warned: Sequence[Warned], starts: Sequence[int], height: float) -> dict[str, Any]:
+    """A sign for each bar with a warning, at its first one. starts: the first iterations of the bars."""
+    found: dict[int, list[Warned]] = {}
+    for one in warned:
+        found.setdefault(bisect.bisect_right(starts, one.iteration), []).append(one)
+    firsts = [ones[0] for ones in found.values()]
+    more = [f", and {counted(len(ones) - 1, 'more warning')}" if len(ones) > 1 else "" for ones in found.values()]
+    sentences = [f"iteration {one.iteration}: {html.escape(one.sentence[:100], quote=False)}" for one in firsts]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "warning",
+        "x": [one.iteration for one in firsts],
+        "y": [height] * len(firsts),
+        "text": [sentence + rest for sentence, rest in zip(sentences, more, strict=True)],
+        "hovertemplate": "%{text}<extra></extra>",
+        "marker": {"color": "#b3261e", "symbol": "triangle-up", "size": 10},
+    }
 
 
 def _curves(lines: Lines, named: dict[str, str]) -> Figure:

@@ -4,7 +4,9 @@
   const { make, welcomed, within } = window.HAPO;
 
   // --- the address ------------------------------------------------------------------------------------------------
-  window.addEventListener("hashchange", () => {
+  window.addEventListener("hashchange", (event) => {
+    // The answer to an earlier event may already have put its own address in the place of this one.
+    window.HAPO.asked = new URL(event.newURL).hash;
     const button = document.querySelector("#hapo-go");
     if (button) button.click();
   });

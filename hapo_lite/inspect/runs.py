@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
-import math
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hapo_lite.algo.methods import Method
 from hapo_lite.errors import UserError
+from hapo_lite.inspect.metrics_log import MetricsLog
 from hapo_lite.inspect.tokens import TREATED, TokenTable, token_table, treated_tokens
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.runs.files import inside
@@ -38,14 +38,17 @@ def run_names(root: Path) -> list[str]:
     return [p.name for p in sorted(runs, key=lambda p: p.stat().st_mtime, reverse=True)]
 
 
-def open_run(root: Path, name: str) -> Run:
-    """The run `name` in the folder of runs. Raises UserError if it is not a run, or leads out of the folder."""
+def open_run(root: Path, name: str, files: RunFiles | None = None) -> Run:
+    """The run `name` in the folder of runs. Raises UserError if it is not a run, or leads out of the folder.
+
+    files: what other pages have read of it.
+    """
     path = inside(root, root / name)
     if not name or path == root.resolve():
         raise UserError(f"{root} is a folder of runs: pick one of them")
     if not (path / "traces").is_dir() and not (path / "metrics.jsonl").is_file():
         raise UserError(f"{root / name} is no run: it has neither traces/ nor metrics.jsonl")
-    return Run(root / name)
+    return Run(root / name, files)
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,25 @@ class RunSettings:
     evaluation_temperature: float = 1.0
 
 
-@dataclass
-class Run:
-    """One run. A file is read when asked for, and again when it has changed, so a live run can be followed."""
+class RunFiles:
+    """Holds what has been read of a run's files. The pages that show the run share it, each in its own thread."""
 
-    path: Path
-    _traces: OrderedDict[int, FileTraces] = field(default_factory=OrderedDict)
-    _entries: dict[int, FileEntries] = field(default_factory=dict)
+    def __init__(self, path: Path) -> None:
+        self.traces: OrderedDict[int, FileTraces] = OrderedDict()
+        self.entries: dict[int, FileEntries] = {}
+        self.metrics = MetricsLog(path / "metrics.jsonl")
+        self.lock = threading.RLock()
+
+
+class Run:
+    """One run. A file is read when asked for, and again when it has changed, so a live run can be followed.
+
+    files: what other pages have read of it; None: nothing.
+    """
+
+    def __init__(self, path: Path, files: RunFiles | None = None) -> None:
+        self.path = path
+        self.files = files or RunFiles(path)
 
     def telling_iteration(self) -> int | None:
         """The last iteration with a completion that had an advantage, among the last MOST_LOOKED_AT; else the last one.
@@ -136,13 +151,15 @@ class Run:
             stamp = self.stamp(iteration)
         except (UserError, OSError) as error:
             return [], [str(error)]
-        held = self._traces.get(iteration)
-        if held is None or held.stamp != stamp:
-            traces, problems = salvage_traces(file)
-            held = self._traces[iteration] = FileTraces(stamp, traces, problems)
-            while len(self._traces) > FILES_HELD:
-                self._traces.popitem(last=False)
-        self._traces.move_to_end(iteration)
+        known = self.files.traces
+        with self.files.lock:
+            held = known.get(iteration)
+            if held is None or held.stamp != stamp:
+                traces, problems = salvage_traces(file)
+                held = known[iteration] = FileTraces(stamp, traces, problems)
+                while len(known) > FILES_HELD:
+                    known.popitem(last=False)
+            known.move_to_end(iteration)
         return held.traces, held.problems
 
     def entries(self, iteration: int) -> tuple[list[Entry], list[str]]:
@@ -151,11 +168,12 @@ class Run:
             stamp = self.stamp(iteration)
         except (UserError, OSError) as error:
             return [], [str(error)]
-        held = self._entries.get(iteration)
-        if held is None or held.stamp != stamp:
-            traces, problems = self.traces(iteration)
-            entries = [entry_of(trace, iteration, place) for place, trace in enumerate(traces)]
-            held = self._entries[iteration] = FileEntries(stamp, entries, problems)
+        with self.files.lock:
+            held = self.files.entries.get(iteration)
+            if held is None or held.stamp != stamp:
+                traces, problems = self.traces(iteration)
+                entries = [entry_of(trace, iteration, place) for place, trace in enumerate(traces)]
+                held = self.files.entries[iteration] = FileEntries(stamp, entries, problems)
         return held.entries, held.problems
 
     def stamp(self, iteration: int) -> Stamp:
@@ -186,22 +204,13 @@ class Run:
 
     def metrics(self) -> tuple[list[dict[str, Any]], list[str]]:
         """The lines of metrics.jsonl that have an iteration, and a sentence for every other line."""
-        lines: list[dict[str, Any]] = []
-        problems: list[str] = []
-        file = self.path / "metrics.jsonl"
-        try:
-            text = inside(self.path, file).read_text("utf-8")
-        except (UserError, OSError, UnicodeDecodeError) as error:
-            return [], [f"{file} cannot be read: {error}"]
-        for number, line in enumerate(text.splitlines(), 1):
+        log = self.files.metrics
+        with self.files.lock:
             try:
-                fields = json.loads(line)
-                if not math.isfinite(fields["iteration"]):
-                    raise ValueError("no iteration")
-                lines.append(fields)
-            except (ValueError, KeyError, TypeError):
-                problems.append(f"{file}:{number}: not a line of metrics")
-        return lines, problems
+                log.look(inside(self.path, log.path))
+            except (UserError, OSError) as error:
+                return [], [f"{log.path} cannot be read: {error}"]
+            return log.lines, log.problems
 
     @property
     def settings(self) -> RunSettings:

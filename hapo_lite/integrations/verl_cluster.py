@@ -3,7 +3,7 @@
 verl 0.9 gives its advantages and losses no entropies, though its pass with the old policy computes them. Its extension
 points carry them: a trainer (trainer.v1.trainer_mode=hapo) computes h over the whole iteration, and a loss takes h
 beside verl's own tensors. For A, an agent loop (rollout.agent.default_agent_loop=hapo) sends the previous iteration's
-signal to vLLM, where `verl_rollout` reads it. This module has not been run on a cluster yet.
+signal to vLLM, where `verl_rollout` reads it. `make verl-smoke` runs this module over a local Ray, on a CPU.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parent
 MODELS = MappingProxyType({"tiny": FOLDER / "model", "tiny_sums": FOLDER / "sums_model"})
 """The folders of the bundled models, by `model.name`."""
 TASKS: MappingProxyType[str, ModuleType] = MappingProxyType({"tiny": task, "tiny_sums": sums})
-"""The modules of the built-in tasks, by `data.source`. Each has `problems` and `worked_out`."""
+"""The modules of the built-in tasks, by `data.source`. Each has `all_problems`, `problems` and `worked_out`."""
 
 
 def loadable(name: str) -> str:

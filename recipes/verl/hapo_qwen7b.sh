@@ -8,7 +8,7 @@
 # The files are in verl's format: prompt, data_source, reward_model.ground_truth.
 set -euo pipefail
 
-plugin=hapo_lite.integrations.verl_cluster
+plugin=${PLUGIN:-hapo_lite.integrations.verl_cluster}
 overrides=(
   # The plug-in: imported in every process, then chosen by name. B is the estimator, C and D are the loss.
   "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES=$plugin"

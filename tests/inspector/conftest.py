@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+from pathlib import Path
 
 import pytest
 
 import app
 from hapo_lite.algo.methods import Method
+from hapo_lite.inspect.tabs.state import AppState
 from hapo_lite.runs.trace import write_traces
 from tests.inspector.browser import CHROMIUM, FLAGS, open_tab, opened_page
 from tests.inspector.traces import HOSTILE, make_trace, trained
@@ -63,6 +65,19 @@ def serve():
 def address(serve, root) -> str:
     """Of the server that most tests of this folder share."""
     return serve("--run", str(root / "plain"))
+
+
+@pytest.fixture
+def state():
+    """state(run) -> what the pages of an inspector that opens on this run's folder share."""
+    with contextlib.ExitStack() as stack:
+
+        def make(run: Path) -> AppState:
+            made = AppState("", "", run)
+            stack.callback(made.close)
+            return made
+
+        yield make
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from html.parser import HTMLParser
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,9 @@ from hapo_lite.inspect import fork_view
 from hapo_lite.inspect.fork import CANCELLED, Branch, Continuation, Fork, ForkSettings, fork, processor_of
 from hapo_lite.inspect.fork_view import Given
 from hapo_lite.inspect.generate import GenerationSettings, ModelShelf, generate
+from hapo_lite.inspect.tabs import fork as fork_tab
 from hapo_lite.inspect.tabs import loading
+from hapo_lite.tiny.bundled import TASKS
 from tests.inspector.browser import generated, opened_page
 from tests.inspector.traces import HOSTILE
 
@@ -51,6 +54,21 @@ def test_hostile_text_stays_text(gold):
 
     plain, hostile = parsed(["a"] * 8), parsed([*HOSTILE, ATTACK, "\u202eabc"])
     assert hostile.seen == plain.seen and hostile.attributes == plain.attributes
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_answer_to_a_built_in_problem_is_known(name):
+    for problem in TASKS[name].problems("test")[:3]:
+        assert fork_tab.known_answer(f" {problem.prompt}\n") == str(problem.answer)
+    assert fork_tab.known_answer("9*7+4") == fork_tab.known_answer("") == ""
+
+
+def test_a_further_built_in_task_is_known_without_a_change(monkeypatch):
+    spell = SimpleNamespace(prompt="spell 7", answer="seven")
+    other = ModuleType("other")
+    other.all_problems = lambda: (spell,)
+    monkeypatch.setattr(fork_tab, "TASKS", {**TASKS, "other": other})
+    assert [fork_tab.known_answer(text) for text in ("spell 7", "9*7+4=?", "spell 8")] == ["seven", "67", ""]
 
 
 def test_the_sentence_and_the_verdict_follow_the_numbers():

@@ -13,8 +13,9 @@ from hapo_lite.inspect import example, group_views
 from hapo_lite.inspect.groups import groups_of, prefix_tree
 from hapo_lite.inspect.places import Place
 from hapo_lite.inspect.runs import entry_of, open_run
+from hapo_lite.inspect.tabs.example import Example
 from hapo_lite.inspect.tabs.run_place import find, trail
-from hapo_lite.inspect.tokens import token_table
+from hapo_lite.inspect.tokens import token_table, treated_tokens
 from hapo_lite.runs.trace import write_traces
 from hapo_lite.tiny.task import problems
 from tests.inspector.traces import HOSTILE, make_trace, strip_known, trained
@@ -136,3 +137,16 @@ def test_the_recorded_example_is_what_its_command_writes():
     for made, kept in zip(example.record(), example.load(), strict=True):
         assert made.text == kept.text and made.outcome == kept.outcome
         assert made.tokens["credit"] == pytest.approx(kept.tokens["credit"], abs=1e-3)
+
+
+def test_the_recorded_answer_under_dapo_has_one_temperature_and_one_credit():
+    shown, other = Example().against_dapo()
+    assert other.trace.tokens["id"] == shown.trace.tokens["id"]
+    # DAPO: no adaptive temperature, bounds of 1 - 0.2 and 1 + 0.28, and the completion's advantage for each token.
+    for name, value in {"temperature": 1.0, "weight": 1.0, "lower": 0.8, "upper": 1.28}.items():
+        assert other.table.numbers[name] == pytest.approx([value] * len(other.table))
+    assert not any(treated_tokens(other.trace).values()) and any(treated_tokens(shown.trace).values())
+    assert other.table.numbers["entropy"] == shown.table.numbers["entropy"]
+    assert len(set(shown.table.numbers["temperature"])) > 1 and len(set(shown.table.numbers["upper"])) > 1
+    with pytest.raises(ValueError, match="adaptive temperature"):
+        example.without_temperature(shown.trace, Method())

@@ -160,6 +160,10 @@ def test_hostile_text_stays_text(page):
 
 def test_compare_marks_differences(page, root):
     open_tab(page, "Compare")
+    # It opens on a recorded answer, in the place of which the comparison comes.
+    filled(page, "right")
+    assert "as DAPO does" in page.locator("#compare-status").inner_text()
+    forget(page, "right")
     for button in page.get_by_role("button", name="Model, signal and temperature").all():
         if button.is_visible():
             button.click()

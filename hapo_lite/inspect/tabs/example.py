@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from hapo_lite.algo.methods import Method
+from hapo_lite.algo.methods import PRESETS, Method
 from hapo_lite.inspect import example, group_views, markup
 from hapo_lite.inspect.generate import GenerationSettings
 from hapo_lite.inspect.groups import groups_of
@@ -33,6 +33,12 @@ class Example:
     def shown(self, number: int) -> Shown:
         """One completion. number: from 0 on; a number that no completion has stands for the first one to open."""
         return self.all_shown[number if number < len(self.all_shown) else self.first]
+
+    def against_dapo(self) -> tuple[Shown, Shown]:
+        """The completion that is opened at first, as recorded under HAPO and as DAPO treats the same tokens."""
+        hapo, dapo = self.all_shown[self.first], PRESETS["dapo"]
+        trace = example.without_temperature(hapo.trace, dapo)
+        return hapo, Shown(trace, replace(token_table(trace, dapo), signal_from=hapo.table.signal_from), dapo)
 
     def settings(self, shown: Shown) -> GenerationSettings:
         """The settings that a completion was written with."""

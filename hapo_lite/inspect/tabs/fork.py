@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
+from types import ModuleType
 
 import gradio as gr
 import torch
@@ -17,12 +19,19 @@ from hapo_lite.inspect.tabs.controls import Values
 from hapo_lite.inspect.tabs.state import ONE_AT_A_TIME, Session, Written, arm, error_note, explain, stop
 from hapo_lite.inspect.tabs.view import Update
 from hapo_lite.tasks.verify import grade
-from hapo_lite.tiny.task import all_problems
+from hapo_lite.tiny.bundled import TASKS
 
 
 def known_answer(problem: str) -> str:
-    """The answer to a problem of the bundled task; "" for another problem."""
-    return next((str(p.answer) for p in all_problems() if p.prompt == problem.strip()), "")
+    """The answer to a problem of a built-in task; "" for another problem."""
+    found = (_answers(task).get(problem.strip(), "") for task in TASKS.values())
+    return next(filter(None, found), "")
+
+
+@functools.cache
+def _answers(task: ModuleType) -> dict[str, str]:
+    """The answers of a built-in task, by problem."""
+    return {problem.prompt: str(problem.answer) for problem in task.all_problems()}
 
 
 class ForkPart:

@@ -9,12 +9,14 @@ import gradio as gr
 from hapo_lite.inspect.places import Place
 from hapo_lite.inspect.tabs.generate import GenerateTab
 from hapo_lite.inspect.tabs.run import RunTab
-from hapo_lite.inspect.tabs.state import QUIET, AppState, Session
+from hapo_lite.inspect.tabs.state import IN_ORDER, QUIET, AppState, Session
 from hapo_lite.inspect.tabs.view import Update
 
 GENERATE, RUN, RULES, COMPARE = "generate", "run", "rules", "compare"
 """The ids of the tabs."""
-READ_ADDRESS = "(session, address) => [session, window.location.hash]"
+OPENED_AT = "(session, address) => [session, window.location.hash]"
+ASKED_FOR = "(session, address) => [session, window.HAPO.asked]"
+"""OPENED_AT and ASKED_FOR read the address of the page: at its opening, and where a reader wants to go."""
 
 
 class Navigation:
@@ -32,8 +34,8 @@ class Navigation:
         button = gr.Button(visible="hidden", elem_id="hapo-go")
         outputs: list[Any] = [self.tabs, *self.generate.outputs, *self.run.outputs]
         inputs = [session, address]
-        opened = blocks.load(self.arrive, inputs, outputs, js=READ_ADDRESS, show_progress="minimal")
-        went = button.click(self.go, inputs, outputs, js=READ_ADDRESS, **QUIET)
+        opened = blocks.load(self.arrive, inputs, outputs, js=OPENED_AT, show_progress="minimal", **IN_ORDER)
+        went = button.click(self.go, inputs, outputs, js=ASKED_FOR, **QUIET, **IN_ORDER)
         for filled in (opened, went):
             view = self.generate.view
             filled.then(view.write_csv, session, view.csv, **QUIET)

@@ -35,8 +35,8 @@ def build(app: AppState) -> gr.Blocks:
                 run = RunTab(app, session)
             with gr.Tab("Rules", id=RULES):
                 RulesTab(app)
-            with gr.Tab("Compare", id=COMPARE):
-                CompareTab(app, session)
+            with gr.Tab("Compare", id=COMPARE) as opened:
+                CompareTab(app, session, generate.example).fill_when_opened(opened)
         Navigation(app, tabs, generate, run).connect(blocks, session)
     give_updates(blocks)
     return blocks

@@ -15,6 +15,7 @@ from hapo_lite.inspect.places import Place
 from hapo_lite.inspect.runs import Entry, Run
 from hapo_lite.inspect.tabs.run_place import Found, find, trail
 from hapo_lite.inspect.tabs.state import (
+    IN_ORDER,
     NO_PROGRESS,
     QUIET,
     AppState,
@@ -30,7 +31,10 @@ LIVE_SECONDS = 5.0
 MOST_PROBLEMS = 5
 SIDES = "sides"
 WORDS = "words"
-"""SIDES and WORDS are the parts of the tab that are built when a reader unfolds them."""
+CURVES = "curves"
+"""SIDES, WORDS and CURVES are the parts of the tab that are built when a reader unfolds them."""
+MOST_PROMPTS = 300
+"""Prompts to choose from under "The same prompt over training"."""
 
 
 class RunTab:
@@ -71,7 +75,7 @@ class RunTab:
         self.timeline = gr.HTML(elem_id="run-timeline")
         self.prompts = gr.HTML(elem_id="run-prompts")
         self.treated = gr.HTML(elem_id="run-treated")
-        with gr.Accordion("Training curves", open=False):
+        with gr.Accordion("Training curves", open=False) as self.training:
             self.curves = gr.HTML(elem_id="run-curves")
         with gr.Accordion("Right against wrong, this iteration", open=False) as self.sides:
             explain("Completions of this iteration, coloured by entropy. Look where they part (Eq. 5).")
@@ -95,10 +99,10 @@ class RunTab:
         self.timer.tick(self.look, session, self.news, **NO_PROGRESS)
         # One event fills the page, since each further one costs a round trip. Slower parts follow after it.
         for filled in (
-            self.name.input(self.open, [session, self.name], self.outputs, show_progress="minimal"),
-            self.reload.click(self.refresh, [session, self.name], self.outputs, show_progress="minimal"),
-            self.news.change(self.follow, session, self.outputs, **NO_PROGRESS),
-            self.iteration.input(self.turn, [session, self.iteration], self.shown, **QUIET),
+            self.name.input(self.open, [session, self.name], self.outputs, show_progress="minimal", **IN_ORDER),
+            self.reload.click(self.refresh, [session, self.name], self.outputs, show_progress="minimal", **IN_ORDER),
+            self.news.change(self.follow, session, self.outputs, **NO_PROGRESS, **IN_ORDER),
+            self.iteration.input(self.turn, [session, self.iteration], self.shown, **QUIET, **IN_ORDER),
         ):
             self.complete(filled)
         self.live.input(lambda on: gr.Timer(active=on), self.live, self.timer, **NO_PROGRESS)
@@ -115,8 +119,9 @@ class RunTab:
         for part, name, outputs in (
             (self.sides, SIDES, [self.right, self.wrong]),
             (self.dual, WORDS, [self.words]),
+            (self.training, CURVES, [self.curves]),
         ):
-            part.expand(self.unfold(name), self.session, outputs, **NO_PROGRESS)
+            part.expand(self.unfold(name), self.session, outputs, **NO_PROGRESS, **IN_ORDER)
             part.collapse(self.fold(name), self.session, None, **NO_PROGRESS)
 
     # --- the run ----------------------------------------------------------------------------------------------------
@@ -128,7 +133,7 @@ class RunTab:
     def go(self, session: Session, place: Place) -> Update:
         """Open the run of a place and show the place. Without an iteration, the page follows the run."""
         if session.run is None or session.run.path != self.app.root / place.run:
-            session.run = None
+            session.leave_run()
             session.drawn.clear()
         if not place.run:
             hint = f"No run is open: pick one of {self.app.root}, or start with --run runs/NAME."
@@ -138,12 +143,14 @@ class RunTab:
         except UserError as error:
             return {self.problems: error_note(error), **self.nothing(session)}
         session.following = place.iteration is None
-        return self.overall(session, session.run) | self.show(session, session.run, place)
+        unchanged = session.seen == fingerprint(session.run)
+        whole: Update = {} if unchanged else self.overall(session, session.run)
+        return whole | self.show(session, session.run, place)
 
     def refresh(self, session: Session, name: str | None) -> Update:
         """Read the list of runs and the open run again."""
         stays = session.place.run == name and not session.following
-        session.run = None
+        session.leave_run()
         choices = gr.Dropdown(choices=self.app.runs(), value=name or None)
         return {self.name: choices, **self.go(session, session.place if stays else Place(name or ""))}
 
@@ -182,7 +189,7 @@ class RunTab:
             self.problems: problems_html(run, problems),
             self.health: health_views.health_html(run.path.name, state, lines, run.activity) if lines else "",
             self.timeline: health_views.health_figures(lines, state.warnings),
-            self.curves: views.curves(run)[0],
+            **self.part(CURVES, run if CURVES in session.unfolded else None),
         }
 
     def index(self, session: Session) -> Update:
@@ -190,11 +197,20 @@ class RunTab:
         run = session.run
         if run is None:
             return {self.prompt: gr.Dropdown(choices=[], value=None)}
+        if session.indexed == session.seen:
+            return {self.prompt: gr.skip()}
+        session.indexed = session.seen
         problems = run.metrics()[1]
         for number in run.iterations():
             problems = problems + run.entries(number)[1]
-        choices = [(f"{name}: {counted(len(entries), 'completion')}", name) for name, entries in run.prompts().items()]
-        return {self.problems: problems_html(run, problems), self.prompt: gr.Dropdown(choices=choices)}
+        found = run.prompts()
+        offered = found
+        if len(found) > MOST_PROMPTS:
+            often = set(sorted(found, key=lambda name: -len(found[name]))[:MOST_PROMPTS])
+            offered = {name: entries for name, entries in found.items() if name in often}
+        choices = [(f"{name}: {counted(len(entries), 'completion')}", name) for name, entries in offered.items()]
+        label = "Prompt" if offered is found else f"Prompt: the {MOST_PROMPTS} recorded most often, of {len(found):,}"
+        return {self.problems: problems_html(run, problems), self.prompt: gr.Dropdown(choices=choices, label=label)}
 
     # --- an iteration, a group and a completion ---------------------------------------------------------------------
 
@@ -229,7 +245,11 @@ class RunTab:
             if found.group is not None:
                 return update | self.show_group(run, found, found.group)
         except UserError as error:
-            return update | {self.problems: error_note(error)}
+            del session.drawn[found.level]
+            lost = error_note(error)
+            if found.level == "group":
+                return update | {self.answers: lost}
+            return update | self.view.blank() | {self.view.summary: lost}
         return update | self.show_iteration(session, run, found)
 
     def _level(self, level: str) -> Update:
@@ -259,8 +279,10 @@ class RunTab:
         trace = run.trace_of(entry)
         return self.view.fill(session, Shown(trace, run.table(trace), run.settings.method))
 
-    def part(self, name: str, run: Run | None, entries: Sequence[Entry]) -> Update:
-        """The content of SIDES or WORDS. It is empty without entries."""
+    def part(self, name: str, run: Run | None, entries: Sequence[Entry] = ()) -> Update:
+        """The content of SIDES, WORDS or CURVES. It is empty without a run; SIDES and WORDS also without entries."""
+        if name == CURVES:
+            return {self.curves: views.curves(run)[0] if run else ""}
         if name == SIDES:
             right, wrong = views.right_against_wrong(run, entries) if run and entries else ("", "")
             return {self.right: right, self.wrong: wrong}

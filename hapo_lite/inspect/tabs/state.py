@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +18,13 @@ from hapo_lite.errors import UserError
 from hapo_lite.inspect import markup
 from hapo_lite.inspect.generate import GenerationSettings, ModelShelf
 from hapo_lite.inspect.places import Place
-from hapo_lite.inspect.runs import Run, Stamp, open_run, run_names
+from hapo_lite.inspect.runs import Run, RunFiles, Stamp, open_run, run_names
 from hapo_lite.inspect.tokens import csv_text
 from hapo_lite.inspect.views import Shown
 from hapo_lite.model.policy import Policy
 
+RUNS_HELD = 4
+"""Runs whose files stay in memory, also when no page shows them."""
 FIRST_PASS = "first pass"
 FROM_RUN = "run's latest"
 """FIRST_PASS and FROM_RUN are the choices for the signal of a generation."""
@@ -29,6 +33,8 @@ ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "mode
 NO_PROGRESS: dict[str, Any] = {"show_progress": "hidden"}
 QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
 """Options of an event that may come often: only the last one that waits is handled."""
+IN_ORDER: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "place"}
+"""Options of an event that changes what the tab Run shows: the place that was asked for last is shown last."""
 
 Fingerprint = tuple[list[int], int]
 """A run's iterations with traces, and the modification time of its metrics, ns."""
@@ -52,8 +58,9 @@ class Session:
 
     shown: the generation of each view, by its slot. cancel: the generation under way is to end. run: the open run.
     place: the place of it on the page. following: nobody has picked an iteration, so the page goes to each new one.
-    seen: the fingerprint of its files when the page was filled. drawn: what each level of the tab Run shows. unfolded:
-    the names of the parts that are unfolded. written: what the last generation was written with.
+    seen: the fingerprint of its files when the page was filled. indexed: that when the prompts of all iterations were
+    listed. drawn: what each level of the tab Run shows. unfolded: the names of the parts that are unfolded. written:
+    what the last generation was written with.
     """
 
     shown: dict[str, Shown] = field(default_factory=dict)
@@ -62,9 +69,14 @@ class Session:
     place: Place = field(default_factory=Place)
     following: bool = True
     seen: Fingerprint | None = None
+    indexed: Fingerprint | None = None
     drawn: dict[str, Drawn] = field(default_factory=dict)
     unfolded: set[str] = field(default_factory=set)
     written: Written | None = None
+
+    def leave_run(self) -> None:
+        """Forget the open run, so that the page is filled with the next one as a whole."""
+        self.run = self.seen = self.indexed = None
 
     def draws(self, level: str, run: Run, place: Place) -> bool:
         """Whether a level of the tab Run is to be drawn anew. What it shows already stays, as a reader may read it."""
@@ -105,7 +117,13 @@ class AppState:
         if run:
             open_run(self.root, run.name)
         self.shelf = ModelShelf()
+        self._files: OrderedDict[str, RunFiles] = OrderedDict()
+        self._lock = threading.Lock()
         self._downloads = tempfile.TemporaryDirectory(prefix="hapo-inspect-")
+
+    def close(self) -> None:
+        """Remove the folder for downloads, which otherwise goes with the process."""
+        self._downloads.cleanup()
 
     def runs(self) -> list[str]:
         """The names of the runs, newest first."""
@@ -118,8 +136,17 @@ class AppState:
         return list(dict.fromkeys(["", self.adapter, *found]))
 
     def run(self, name: str) -> Run:
-        """The run of that name. Raises UserError if it is not a run, or leads out of the folder of runs."""
-        return open_run(self.root, name)
+        """The run of that name. Raises UserError if it is not a run, or leads out of the folder of runs.
+
+        Its settings are read anew, but of its other files only what no page has read.
+        """
+        with self._lock:
+            run = open_run(self.root, name, self._files.get(name))
+            self._files[name] = run.files
+            self._files.move_to_end(name)
+            if len(self._files) > RUNS_HELD:
+                self._files.popitem(last=False)
+        return run
 
     def start(self) -> Defaults:
         """The defaults of a new page: the command line's model and adapter, else the settings of its run."""
