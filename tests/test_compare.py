@@ -85,7 +85,7 @@ def test_a_comparison_leaves_everything_it_promises(finished):
         "logs",
         *(f"{arm}-seed{seed}" for arm in ("dapo", "hapo") for seed in (0, 1)),
         *(f"{name}.csv" for name in ("table", "differences", "runs", "curves")),
-        *(f"{name}.png" for name in ("accuracy", "differences", "arms", "entropy", "length", "clipped")),
+        *(f"{name}.png" for name in ("accuracy", "solved", "differences", "arms", "entropy", "length", "clipped")),
         "report.html",
     }
     for arm in ("dapo", "hapo"):
@@ -136,7 +136,7 @@ def test_the_report_is_one_file_and_its_text_is_escaped(finished, tmp_path):
     words = "".join(page.words)
     assert ABOUT in words and "<b>bold" not in text
     assert "3 of 4 runs are not complete" in words and "hapo-seed0 failed: <i>no memory</i>" in words
-    assert page.tags.count("img") == page.tags.count("source") == 6
+    assert page.tags.count("img") == page.tags.count("source") == 7
 
 
 @pytest.mark.slow

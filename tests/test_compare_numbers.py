@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hapo_lite.compare import pace
-from hapo_lite.compare.numbers import Numbers, clipped_share, run_numbers
+from hapo_lite.compare.numbers import Numbers, clipped_share, run_numbers, solved_share
 from hapo_lite.compare.plan import load_comparison, planned_runs
 from hapo_lite.compare.report import difference_rows, table_rows, text_table
 from hapo_lite.compare.words import caveats, findings, shown, verdict
@@ -33,6 +34,7 @@ def lines_of(accuracies: list[float], tokens=(0, 60, 110), entropy=(1.0, 0.5)) -
                 "seconds/iteration": 2.0,
                 "eval/accuracy": accuracies[i],
                 "eval/length_mean": 5.0 + i,
+                "eval/solved": [0, i - 1, 3, 4],
             }
             for i in (1, 2)
         ),
@@ -53,6 +55,16 @@ def test_a_runs_numbers_worked_by_hand():
     assert run.measures["clipped"] == pytest.approx(0.0332, abs=1e-12)
     assert (run.measures["length"], run.measures["seconds"]) == (7.0, 4.0)
     assert run.curves["accuracy"][[0, 30, 60, 80, 100]] == pytest.approx([0.2, 0.5, 0.8, 0.6, 0.4])
+
+
+def test_problems_solved_worked_by_hand():
+    """Two of four problems have a right attempt at 60 tokens and three at 110, so 0.5 + 40/50 0.25 at 100."""
+    run = run_numbers(
+        [lines_of([0.2, 0.8, 0.3])[0] | {"eval/solved": [0, 0, 0, 1]}, *lines_of([0.2] * 3)[1:]], GRID, 0.5
+    )
+    assert run.measures["solved"] == 0.75
+    assert run.curves["solved"][[0, 30, 60, 100]] == pytest.approx([0.25, 0.375, 0.5, 0.7])
+    assert math.isnan(solved_share({"eval/accuracy": 0.5}))
 
 
 def test_a_threshold_that_is_not_reached_counts_as_all_the_tokens():

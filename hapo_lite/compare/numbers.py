@@ -40,6 +40,7 @@ class Measure:
 MEASURES: dict[str, Measure] = {
     "final": Measure("final accuracy", "held-out accuracy at the end", ".3f", 1),
     "area": Measure("area", "held-out accuracy, mean over the tokens: area under the learning curve", ".3f", 1),
+    "solved": Measure("pass@n", "share of the held-out problems that some attempt at the end has solved", ".3f", 1),
     "to_threshold": Measure("tokens to threshold", "tokens until the held-out accuracy has come up to it", ",.0f", -1),
     "length": Measure("length", "held-out completion length at the end, tokens", ".1f"),
     "entropy": Measure("entropy", "training entropy over the last tenth of the tokens, nats", ".3f"),
@@ -48,6 +49,7 @@ MEASURES: dict[str, Measure] = {
 }
 CURVES: dict[str, str] = {
     "accuracy": "held-out accuracy",
+    "solved": "held-out problems solved (pass@n)",
     "entropy": "training entropy, nats",
     "length": "completion length in training, tokens",
     "clipped": "share of tokens stopped by clipping",
@@ -168,7 +170,7 @@ def run_numbers(lines: Lines, grid: NDArray[np.float64], threshold: float) -> Ru
     A quantity is interpolated between two lines. It stays at its last value for a run that max_iterations ended early.
     """
     budget = float(grid[-1])
-    evaluated = [x for x in lines if "eval/accuracy" in x]
+    evaluated = [x | {"solved": solved_share(x)} for x in lines if "eval/accuracy" in x]
     trained = [x | {"clipped": clipped_share(x)} for x in lines if "tokens" in x]
     accuracy = line_through(evaluated, "eval/accuracy", budget)
     entropy = line_through(trained, "entropy/all_mean", budget)
@@ -183,6 +185,7 @@ def run_numbers(lines: Lines, grid: NDArray[np.float64], threshold: float) -> Ru
         reach=reach,
         curves={
             "accuracy": np.interp(grid, *accuracy),
+            "solved": np.interp(grid, *line_through(evaluated, "solved", budget)),
             "entropy": np.interp(grid, *entropy),
             "length": np.interp(grid, *line_through(trained, "length/mean", budget)),
             "clipped": np.interp(grid, *clipped),
@@ -190,6 +193,7 @@ def run_numbers(lines: Lines, grid: NDArray[np.float64], threshold: float) -> Ru
         measures={
             "final": final["eval/accuracy"],
             "area": mean_height(accuracy),
+            "solved": final["solved"],
             "to_threshold": budget if reach is None else reach,
             "length": final["eval/length_mean"],
             "entropy": mean_height(entropy, LATE * budget),
@@ -213,6 +217,12 @@ def mean_height(line: NDArray[np.float64], start: float = 0.0) -> float:
     tokens, values = line
     at = np.concatenate([[start], tokens[tokens > start]])
     return float(np.trapezoid(np.interp(at, tokens, values), at) / (at[-1] - start))
+
+
+def solved_share(line: dict[str, Any]) -> float:
+    """Fraction of the held-out problems with at least one right attempt (pass@n); NaN for a line that has no counts."""
+    counts = line.get("eval/solved")
+    return sum(count > 0 for count in counts) / len(counts) if counts else float("nan")
 
 
 def clipped_share(line: dict[str, Any]) -> float:

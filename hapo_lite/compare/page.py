@@ -21,7 +21,7 @@ from hapo_lite.compare.words import caveats, findings, shown, signed, verdict
 from hapo_lite.runs.progress import in_words
 from hapo_lite.train.intervals import Interval
 
-COMPARED = ("final", "area", "to_threshold", "length", "entropy")
+COMPARED = ("final", "area", "solved", "to_threshold", "length", "entropy")
 """Measures in the table of differences; differences.csv has all measures."""
 SIGNS = {"better": "▲", "worse": "▼", "more": "△", "less": "▽"}
 

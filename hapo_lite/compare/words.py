@@ -42,13 +42,17 @@ def verdict(numbers: Numbers, arm: str, measure: str) -> str:
 
 
 def findings(numbers: Numbers) -> list[str]:
-    """Sentences about the final accuracies and the areas."""
+    """Sentences about the final accuracies, the areas and the problems solved."""
     comparison, base = numbers.comparison, numbers.comparison.base
     ranked = sorted(numbers.arms, key=lambda arm: -numbers.mean(arm, "final").value)
     ends = ", ".join(f"{arm} {numbers.mean(arm, 'final').value:.3f}" for arm in ranked)
     before = [run.before for run in numbers.runs.values()]
     said = [f"After {comparison.tokens:,} tokens, from {sum(before) / len(before):.3f} before: {ends}."]
-    for measure, what in (("final", "final accuracy"), ("area", "area under the learning curve")):
+    for measure, what in (
+        ("final", "final accuracy"),
+        ("area", "area under the learning curve"),
+        ("solved", "held-out problems solved (pass@n)"),
+    ):
         sorts: dict[str, list[str]] = {"better": [], "worse": [], "": [], "one seed": []}
         for arm in numbers.others:
             found = numbers.difference(arm, measure)
@@ -100,7 +104,7 @@ def _about_intervals(numbers: Numbers) -> str:
     together = 1.0 - (1.0 - LEVEL) / count
     lasting = [
         f"{arm} ({MEASURES[measure].heading})"
-        for measure in ("final", "area")
+        for measure in ("final", "area", "solved")
         for arm in compared
         if (found := numbers.difference(arm, measure, together)) and (found.above_zero or found.below_zero)
     ]
