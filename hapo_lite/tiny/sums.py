@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 LARGEST = 60
 """The numbers are different and between 1 and this."""
-LEVELS = ((2, 6), (3, 8), (3, 10), (4, 10), (4, 11))
+LEVELS = ((2, 6), (2, 8), (3, 8), (3, 10), (4, 10))
 """How many numbers are to be found among how many, from easy to hard. Each level has as many problems."""
 PROBLEMS = 12_000
 """The problems of both splits."""
@@ -80,8 +80,8 @@ def problems(split: str, seed: int = 0) -> list[Sum]:
 class Patience:
     """Probabilities that a student subtracts from the target at a try, and that he gives up after one that failed."""
 
-    subtract: float = 0.08
-    give_up: float = 0.65
+    subtract: float = 0.12
+    give_up: float = 0.6
 
 
 def write_solution(problem: Sum, patience: Patience, rng: random.Random, tries: int = 6) -> str:
