@@ -1,14 +1,15 @@
 """How fast the inspector's page is in a real browser: Debian's chromium, driven by Playwright.
 
-    python benchmarks/inspector.py [--tokens 4096] [--completions 1000] [--length 300]
+    python benchmarks/inspector.py [--model FOLDER] [--tokens 4096] [--completions 1000] [--length 300]
 
-The bundled model, with a longer context and without stop tokens, generates `--tokens` tokens. The program measures the
-time from the last token until the page is at rest, pointing at tokens, colouring, the what-if slider and the drawing of
-every figure. Then the page opens a run of `--completions` recorded completions of `--length` tokens, in one file and in
-files of eight; the program measures the time from choosing the run until the page is at rest, and the same for a group
-and a completion. Last it reads runs of 20 and of 500 iterations again after they have written one more. A page is at
-rest when it shows what was asked for and the browser has nothing left to do but to draw figures, which take turns; of a
-completion and of a live run, the program also measures the time until every figure that shows is drawn.
+The bundled model or that of `--model`, with a longer context and without stop tokens, generates `--tokens` tokens, in
+two passes. The program measures the time until the model is loaded, how fast the page writes beside the engine alone,
+the time from the last token until the page is at rest, pointing at tokens, colouring, the what-if slider and the
+drawing of every figure. Then the page opens a run of `--completions` recorded completions of `--length` tokens, in one
+file and in files of eight; the program measures the time from choosing the run until the page is at rest, and the same
+for a group and a completion. Last it reads runs of 20 and of 500 iterations again after they have written one more. A
+page is at rest when it shows what was asked for and the browser has nothing left to do but to draw figures, which take
+turns; of a completion and of a live run, the program also measures the time until every figure that shows is drawn.
 """
 
 from __future__ import annotations
@@ -98,18 +99,18 @@ COLOURED = """async () => {
 }"""
 
 
-def long_model(folder: Path, context: int) -> Path:
-    """The bundled model, which never stops and takes `context` tokens."""
+def long_model(source: Path, folder: Path, context: int) -> Path:
+    """A model that never stops and takes at least `context` tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.chat_template = None
-    model = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32, use_safetensors=True)
-    tokenizer.add_tokens([f"<|{i}|>" for i in range(len(tokenizer), model.config.vocab_size)])
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True)
+    tokenizer.add_tokens([f"<|more {i}|>" for i in range(len(tokenizer), model.config.vocab_size)])
     # The id of this token lies behind the vocabulary of the model, which therefore cannot write it.
     tokenizer.add_special_tokens({"eos_token": "<|never|>"})
     assert tokenizer.eos_token_id >= model.config.vocab_size
-    model.config.max_position_embeddings = context
+    model.config.max_position_embeddings = max(context, model.config.max_position_embeddings)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -189,12 +190,29 @@ def write_metrics(folder: Path, iterations: int) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
 
 
-class Measurement:
-    """A served page in a browser. ends: the times at which generations ended, which grows while the page is used."""
+def engine_alone(model: Path, tokens: int) -> float:
+    """Seconds in which the engine writes one completion of so many tokens, without a page or alternatives."""
+    from hapo_lite.inspect.generate import ModelShelf
+    from hapo_lite.records import EncodedPrompt, Prompt, Request
+    from hapo_lite.rollout.draws import DrawKey, Stage
+    from hapo_lite.rollout.sampling import AdaptiveTemperature
+    from hapo_lite.rollout.transformers_engine import TransformersEngine
 
-    def __init__(self, page: Any, ends: list[float]) -> None:
+    policy = ModelShelf().get(str(model))
+    prompt = Prompt("prompt", (("user", "9*7+4=?"),), answer="")
+    request = Request(EncodedPrompt(0, prompt, tuple(policy.encode(prompt.chat()))), sample=0)
+    engine = TransformersEngine(policy, batch_size=1, max_new_tokens=tokens)
+    started = time.monotonic()
+    engine.sample([request], AdaptiveTemperature(None), DrawKey(0, Stage.TRAINING, 0))
+    return time.monotonic() - started
+
+
+class Measurement:
+    """A served page in a browser. times: of each generation's tokens, which grow while the page is used."""
+
+    def __init__(self, page: Any, times: list[Times]) -> None:
         self.page = page
-        self.ends = ends
+        self.times = times
 
     def generation(self, tokens: int) -> None:
         """Generate so many tokens and use what the page shows."""
@@ -210,8 +228,11 @@ class Measurement:
         page.click("#generate")
         rest = page.evaluate(AT_REST, "#generated-tokens .hapo-saves")
         count = page.locator("#generated-tokens .t").count()
-        took = self.ends[-1] - started
-        print(f"{count:,} tokens written, streamed, in {took:.1f} s; page at rest {rest - self.ends[-1]:.2f} s later")
+        times = self.times[-1]
+        print(f"loaded, and the first token drawn, in {times.first - started:.1f} s")
+        speed = 2 * count / (times.end - times.first)
+        print(f"{count:,} tokens written twice and streamed, at {speed:.1f} tokens/s")
+        print(f"page at rest {rest - times.end:.2f} s after the last token")
         self.hover(count)
         print(f"colour by another quantity: {page.evaluate(COLOURED):.0f} ms")
         print(f"every figure drawn: {page.evaluate(DRAWN):.2f} s")
@@ -282,26 +303,38 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def note_ends() -> list[float]:
-    """Have the inspector add the time at which each generation ends to the list that is returned."""
+@dataclasses.dataclass
+class Times:
+    """When a generation's first token and its last one were drawn, seconds since the epoch."""
+
+    first: float
+    end: float = 0.0
+
+
+def note_times() -> list[Times]:
+    """Have the inspector add the times of each generation to the list that is returned."""
     from hapo_lite.inspect.generate import GenerationSettings, Policy, Progress
     from hapo_lite.inspect.tabs import stream
 
-    ends: list[float] = []
+    found: list[Times] = []
     generate = stream.generate
 
     def timed(policy: Policy, settings: GenerationSettings) -> Iterator[Progress]:
+        times = None
         for progress in generate(policy, settings):
+            times = times or Times(time.time())
             if progress.ended:
-                ends.append(time.time())
+                times.end = time.time()
+                found.append(times)
             yield progress
 
     stream.generate = timed
-    return ends
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=TINY_MODEL, metavar="FOLDER", help="default: the bundled one")
     parser.add_argument("--tokens", type=int, default=4096, help="0: no generation")
     parser.add_argument("--completions", type=int, default=1000)
     parser.add_argument("--length", type=int, default=300)
@@ -318,8 +351,8 @@ def main() -> None:
         print(f"{arguments.completions:,} completions of {arguments.length} tokens: {size:.0f} MB")
         import app
 
-        ends = note_ends()
-        model = long_model(root / "model", arguments.tokens + 256)
+        times = note_times()
+        model = long_model(arguments.model, root / "model", arguments.tokens + 256)
         command = ["--model", str(model), "--run", str(root / "runs" / "many_files"), "--port", str(free_port())]
         _, address = app.serve(command, block=False)
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS.split())
@@ -331,7 +364,7 @@ def main() -> None:
         print(f"page opened on the run in {time.time() - started:.2f} s")
         page.evaluate(PRESSED)
         page.get_by_role("tab", name="Generate").click()
-        measurement = Measurement(page, ends)
+        measurement = Measurement(page, times)
         if arguments.tokens:
             measurement.generation(arguments.tokens)
         page.get_by_role("tab", name="Run").click()
@@ -340,6 +373,8 @@ def main() -> None:
         for iterations in (20, 500):
             measurement.live(root / "runs" / f"live{iterations}", iterations)
         browser.close()
+        if arguments.tokens:
+            print(f"the engine alone: {arguments.tokens / engine_alone(model, arguments.tokens):.1f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,13 @@ import math
 from hapo_lite.compare.numbers import MEASURES, Numbers
 from hapo_lite.train.intervals import LEVEL, Interval
 
+JUDGED = {
+    "final": "final accuracy",
+    "area": "area under the learning curve",
+    "solved": "held-out problems solved (pass@n)",
+}
+"""The measures by which arms are said to be better or worse, and what they are called in a sentence."""
+
 
 def shown(value: float, unit: str) -> str:
     """A number as `unit` formats it, without a sign where it rounds to 0; "-" for NaN."""
@@ -48,11 +55,7 @@ def findings(numbers: Numbers) -> list[str]:
     ends = ", ".join(f"{arm} {numbers.mean(arm, 'final').value:.3f}" for arm in ranked)
     before = [run.before for run in numbers.runs.values()]
     said = [f"After {comparison.tokens:,} tokens, from {sum(before) / len(before):.3f} before: {ends}."]
-    for measure, what in (
-        ("final", "final accuracy"),
-        ("area", "area under the learning curve"),
-        ("solved", "held-out problems solved (pass@n)"),
-    ):
+    for measure, what in JUDGED.items():
         sorts: dict[str, list[str]] = {"better": [], "worse": [], "": [], "one seed": []}
         for arm in numbers.others:
             found = numbers.difference(arm, measure)
@@ -104,7 +107,7 @@ def _about_intervals(numbers: Numbers) -> str:
     together = 1.0 - (1.0 - LEVEL) / count
     lasting = [
         f"{arm} ({MEASURES[measure].heading})"
-        for measure in ("final", "area", "solved")
+        for measure in JUDGED
         for arm in compared
         if (found := numbers.difference(arm, measure, together)) and (found.above_zero or found.below_zero)
     ]

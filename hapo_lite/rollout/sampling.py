@@ -19,7 +19,7 @@ from hapo_lite.rollout.inversion import draw_token
 
 
 @dataclass(frozen=True)
-class TemperatureSettings:
+class SamplingSettings:
     """What the distribution that a token is drawn from depends on, apart from the logits.
 
     signal, base, tau: arguments of `adaptive_temperature`. truncations: applied in order to the scaled logits; each
@@ -61,7 +61,7 @@ class Drawn:
     scores: Tensor
 
 
-def adapted_scores(logits: Tensor, settings: TemperatureSettings) -> Adapted:
+def adapted_scores(logits: Tensor, settings: SamplingSettings) -> Adapted:
     """Divide each row of logits, [B, V], by its own temperature (Eq. 8), then truncate.
 
     A row depends on nothing but its own logits, so it comes out the same in any batch.
@@ -104,7 +104,7 @@ class AdaptiveTemperature(LogitsProcessor):
             truncations.append(TopPLogitsWarper(top_p))
         if min_p > 0.0:
             truncations.append(MinPLogitsWarper(min_p))
-        self.settings = TemperatureSettings(signal, base, tau, tuple(truncations))
+        self.settings = SamplingSettings(signal, base, tau, tuple(truncations))
 
     def adapted(self, logits: Tensor) -> Adapted:
         """`adapted_scores` with this processor's settings. logits: [B, V]."""

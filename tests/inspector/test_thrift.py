@@ -11,7 +11,7 @@ from hapo_lite.inspect.places import Place
 from hapo_lite.inspect.tabs.run import RunTab
 from hapo_lite.inspect.tabs.state import Session
 from hapo_lite.runs.trace import write_traces
-from tests.inspector.browser import open_completion, opened_page
+from tests.inspector.browser import generated, open_completion, opened_page
 from tests.inspector.traces import make_trace
 
 COUNT_TURNS = """() => {
@@ -95,3 +95,11 @@ def test_figures_take_turns_and_are_drawn_once(browser, address):
         plots = page.locator("#opened-figures .js-plotly-plot")
         grids = plots.evaluate_all("(plots) => plots.map((plot) => plot.layout.xaxis.gridcolor)")
         assert set(grids) == {page.evaluate("window.HAPO_TEMPLATES.light['xaxis.gridcolor']")}
+
+
+def test_the_browser_keeps_no_answer(browser, serve):
+    """Gradio's history would write every answer to the disk, in the page's own thread."""
+    with opened_page(browser, serve()) as page:
+        generated(page)
+        page.wait_for_timeout(500)
+        assert not page.evaluate("[localStorage, sessionStorage].flatMap(Object.values).filter((v) => v.length > 200)")

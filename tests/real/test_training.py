@@ -12,9 +12,12 @@ from safetensors.torch import load_file
 from benchmarks.engine_check import FaultyEngine, faulty_engines
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import load_recipe
-from hapo_lite.records import EncodedPrompt
+from hapo_lite.records import EncodedPrompt, Request
 from hapo_lite.rollout.canary import compare as compare_engine
+from hapo_lite.rollout.canary import engine_logp, stepwise_logp, trainer_logp
+from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.engine import make_engine
+from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.runs.lines import MetricsFile
 from hapo_lite.runs.status import read_status
 from hapo_lite.runs.trace import read_traces
@@ -45,15 +48,41 @@ def test_the_sampler_is_as_near_to_the_trainer_as_the_dtype_allows(trained, line
     assert all(0 < line["sampler/gap_mean"] < GAP[trained.way] for line in lines)
 
 
+@pytest.fixture
+def prompts(trained) -> list[EncodedPrompt]:
+    """The first 16 of GSM8K's training problems."""
+    chosen = load_prompts(trained.recipe.data.model_copy(update={"limit": 16})).prompts
+    return [EncodedPrompt(i, p, tuple(trained.policy.encode(p.chat()))) for i, p in enumerate(chosen)]
+
+
 @pytest.mark.parametrize("trained", ["bf16"], indirect=True)
-def test_the_check_tells_right_from_wrong_and_the_sampler_is_at_the_floor_of_rounding(trained):
+def test_the_sampler_is_at_the_floor_of_rounding(trained, prompts):
+    """Over 1,024 tokens its distance is at most 1.1 floors, to three standard errors.
+
+    The check's own 64 tokens cannot tell: their ratio to the floor varies by 0.15 on SmolLM2 and by 0.26 on Qwen. A
+    head whose logits are rounded, the nearest wrong sampler, is told from the right one.
+    """
+    policy, temperature = trained.policy, trained.recipe.rollout.temperature
+    engine = make_engine(trained.recipe, policy)
+    key = DrawKey(trained.recipe.seed, Stage.CANARY, iteration=0)
+    completions = engine.sample([Request(p, 0) for p in prompts], AdaptiveTemperature(None, temperature), key, limit=64)
+    trainer = trainer_logp(policy, completions, temperature)
+    floor, rounded = ((steps - trainer).abs() for steps in stepwise_logp(policy, completions, temperature))
+
+    def above(distance: torch.Tensor) -> float:
+        """How far the mean of [N] is above 1.1 floors, in standard errors."""
+        excess = distance - 1.1 * floor
+        return float(excess.mean() / (excess.std() / len(excess) ** 0.5))
+
+    assert above((engine_logp(completions) - trainer).abs()) < 3 < above(rounded)
+
+
+@pytest.mark.parametrize("trained", ["bf16"], indirect=True)
+def test_the_check_tells_right_from_wrong(trained, prompts):
     """With the adapter that was trained: a block that is missing is a thirtieth of it."""
     recipe, policy = trained.recipe, trained.policy
-    chosen = load_prompts(recipe.data.model_copy(update={"limit": 16})).prompts
-    prompts = [EncodedPrompt(i, p, tuple(policy.encode(p.chat()))) for i, p in enumerate(chosen)]
     found = compare_engine(make_engine(recipe, policy), policy, prompts, recipe.rollout, recipe.seed)
     assert found.right and found.followed == pytest.approx(1.0, abs=0.02)
-    assert found.at_rest.engine < 1.1 * found.at_rest.floor and found.perturbed.engine < 1.1 * found.perturbed.floor
     for name in ("one block's adapter missing", "adapter one step old"):
         engine = faulty_engines(recipe, policy, None, seed=7)[name]
         assert not compare_engine(engine, policy, prompts, recipe.rollout, recipe.seed).right, name

@@ -84,6 +84,7 @@ def launch(app: AppState, host: str, port: int, block: bool = True) -> tuple[gr.
             theme=theme(),
             head=head(),
             footer_links=[],
+            run_history=False,  # the browser would keep every answer, and be busy for seconds with a long one
             quiet=True,
         )
     except OSError as error:
