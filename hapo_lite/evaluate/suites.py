@@ -14,6 +14,7 @@ from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.tasks.data import load_prompts
 from hapo_lite.tasks.sources import HubUnavailable
 from hapo_lite.tasks.store import origin_of
+from hapo_lite.tiny.bundled import TASKS
 from hapo_lite.train.prompts import load_data
 
 NAMED: Mapping[str, dict[str, str]] = {
@@ -30,7 +31,7 @@ NAMED: Mapping[str, dict[str, str]] = {
         "answer_column": "final_answer",
     },
     "gsm8k": {"source": "openai/gsm8k", "config": "main", "split": "test"},
-    "tiny": {"source": "tiny", "split": "test"},
+    **{name: {"source": name, "split": "test"} for name in TASKS},
 }
 PAPER = ("aime24", "aime25", "amc23", "math500", "olympiadbench", "minerva")
 """The six benchmarks of the paper (arXiv 2509.16591)."""
@@ -74,7 +75,7 @@ def chosen(recipe: Recipe) -> tuple[SuiteSettings, ...]:
     """`benchmark.suites`, or the default: the built-in task for a run on it, else the paper's six benchmarks."""
     if recipe.benchmark.suites is not None:
         return recipe.benchmark.suites
-    names = ("tiny",) if recipe.data.source == "tiny" else PAPER
+    names = (recipe.data.source,) if recipe.data.source in TASKS else PAPER
     return tuple(SuiteSettings(name=name) for name in names)
 
 

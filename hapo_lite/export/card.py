@@ -13,6 +13,7 @@ from hapo_lite.export.bases import BASES, Choice
 from hapo_lite.export.gguf import COMMAND, QUANTISE
 from hapo_lite.export.parity import Drift
 from hapo_lite.export.source import Source
+from hapo_lite.tiny.bundled import MODELS, TASKS
 from hapo_lite.train.curves import closing_table
 
 _ORIGINS = {"adapter": "went on from the adapter"}
@@ -119,9 +120,9 @@ def _ask(source: Source) -> str:
 
 def _load_adapter(source: Source) -> str:
     """Python lines that load the base and the adapter."""
-    tiny = source.model.name == "tiny"
-    name = "TINY_MODEL" if tiny else f'"{source.base}"'
-    more_imports = "from hapo_lite.model.origins import TINY_MODEL\n" if tiny else ""
+    bundled = source.model.name in MODELS
+    name = f'MODELS["{source.model.name}"]' if bundled else f'"{source.base}"'
+    more_imports = "from hapo_lite.tiny.bundled import MODELS\n" if bundled else ""
     revision = f', revision="{source.revision}"' if source.revision else ""
     return (
         f"from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n{more_imports}\n"
@@ -203,15 +204,15 @@ def before_and_after(source: Source) -> str:
 
 
 def _base(source: Source) -> str:
-    if source.model.name == "tiny":
-        return "hapo_lite's bundled model"
+    if source.model.name in MODELS:
+        return f"hapo_lite's bundled model {source.model.name}"
     return source.model.name + (f" at {source.revision}" if source.revision else "")
 
 
 def _data(source: Source) -> str:
     data = source.recipe.data
-    if data.source == "tiny":
-        return "the built-in task"
+    if data.source in TASKS:
+        return f"the built-in task {data.source}"
     parts = {"config": data.config, "split": data.split, "revision": data.revision}
     named = ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
     return f"{data.source} ({named})"

@@ -12,10 +12,10 @@ from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from hapo_lite.errors import UserError
-from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.recipe import ModelSettings, Recipe, load_recipe
 from hapo_lite.runs.checkpoint import STATE, file_hash, read_record
 from hapo_lite.runs.folder import RunFolder
+from hapo_lite.tiny.bundled import MODELS
 
 WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TOKENIZER_FILES = (
@@ -59,8 +59,8 @@ class Source:
     @property
     def base(self) -> str:
         """The base's name for `from_pretrained`: a hub name, or the absolute path of a folder."""
-        if self.model.name == "tiny":
-            return str(TINY_MODEL)
+        if bundled := MODELS.get(self.model.name):
+            return str(bundled)
         return str(Path(self.model.name).resolve()) if Path(self.model.name).is_dir() else self.model.name
 
     @property

@@ -16,11 +16,11 @@ from hapo_lite.algo.methods import Method
 from hapo_lite.errors import UserError
 from hapo_lite.inspect.metrics_log import MetricsLog
 from hapo_lite.inspect.tokens import TREATED, TokenTable, token_table, treated_tokens
-from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.runs.files import inside
 from hapo_lite.runs.status import read_status
 from hapo_lite.runs.trace import Trace, salvage_traces
+from hapo_lite.tiny.bundled import loadable
 
 FILES_HELD = 8
 """Trace files whose tokens stay in memory. For the other files, only an Entry per completion stays."""
@@ -252,7 +252,7 @@ class Run:
         recipe = self.recipe
         if recipe is None:
             return None
-        name = str(TINY_MODEL) if recipe.model.name == "tiny" else recipe.model.name
+        name = loadable(recipe.model.name)
         try:
             return AutoTokenizer.from_pretrained(
                 name, revision=recipe.model.revision, trust_remote_code=False, local_files_only=True

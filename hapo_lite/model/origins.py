@@ -18,9 +18,9 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import ModelSettings
+from hapo_lite.tiny.bundled import MODELS
 
-TINY_MODEL = Path(__file__).parents[1] / "tiny" / "model"
-"""The folder of the bundled model, which is named by `model.name: tiny`."""
+TINY_MODEL = MODELS["tiny"]
 HASHED_WHOLE = 64 << 20
 """Largest file, bytes, that is hashed whole. Of a larger file the size and SAMPLES pieces of PIECE bytes are hashed."""
 LOADED = (".json", ".safetensors", ".txt", ".model", ".tiktoken", ".jinja", ".py")
@@ -50,8 +50,8 @@ def model_origin(settings: ModelSettings) -> Origin:
     Raises UserError if they are not a model, and the error of transformers if nothing is found or the hub is not
     reached.
     """
-    if settings.name == "tiny":
-        return Origin(str(TINY_MODEL), digest=folder_digest(TINY_MODEL))
+    if bundled := MODELS.get(settings.name):
+        return Origin(str(bundled), digest=folder_digest(bundled))
     folder = Path(settings.name)
     if folder.is_dir():
         _refuse_adapter(settings.name, folder / "adapter_config.json")

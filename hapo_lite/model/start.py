@@ -19,6 +19,7 @@ from hapo_lite.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapt
 from hapo_lite.model.origins import Origin, folder_digest, object_in
 from hapo_lite.model.targets import peft_targets
 from hapo_lite.recipe import LoraSettings, ModelSettings
+from hapo_lite.tiny.bundled import same_bundled
 
 UNLIKE = {
     "rank_pattern": "a rank for each layer",
@@ -33,8 +34,6 @@ UNLIKE = {
 for."""
 VARIANTS = {"use_rslora": "rslora", "use_dora": "dora"}
 """Options of peft, and the values of model.lora.variant that they stand for."""
-BUNDLED = ("hapo_lite", "tiny", "model")
-"""The end of the bundled model's path, which differs between installations."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +158,9 @@ def _is_base(base: str, origin: Origin) -> bool:
     """Whether the base that an adapter names is the model of `origin`: by its name, or by a folder's contents."""
     if base == origin.name:
         return True
-    theirs, ours = Path(base), Path(origin.name)
-    if theirs.parts[-len(BUNDLED) :] == ours.parts[-len(BUNDLED) :] == BUNDLED:
+    if same_bundled(base, origin.name):
         return True
+    theirs = Path(base)
     return theirs.is_dir() and origin.digest is not None and folder_digest(theirs) == origin.digest
 
 

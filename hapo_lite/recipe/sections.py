@@ -40,7 +40,7 @@ FolderName = Annotated[str, AfterValidator(one_folder)]
 class ModelSettings(Section):
     """The base model, how it is loaded, and its adapter."""
 
-    name: HomePath = Field(description="Hub name or folder of a causal language model, or `tiny` for the bundled one")
+    name: HomePath = Field(description="Hub name or folder of a causal language model; or a bundled one: `tiny`, `tiny_sums`")
     revision: str | None = Field(None, description="Hub revision (commit, tag or branch)")
     trust_remote_code: bool = Field(
         False, description="Run the Python code that the model brings, with your rights; a hub name needs its commit"
@@ -90,7 +90,7 @@ class DataSettings(Section):
     """Where problems and their answers come from."""
 
     source: HomePath = Field(
-        description="`tiny` (the built-in task), a local .parquet, .jsonl, .json or .csv file, or a hub data set"
+        description="`tiny` or `tiny_sums` (built in), a local .parquet, .jsonl, .json or .csv file, or a hub data set"
     )
     config: str | None = Field(None, description="Configuration of a hub data set, such as `main`")
     revision: str | None = Field(None, description="Hub revision of the data set")

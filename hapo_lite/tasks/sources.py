@@ -19,7 +19,7 @@ from typing import Any
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import DataSettings
 from hapo_lite.runs.files import file_hash
-from hapo_lite.tiny.task import problems, worked_out
+from hapo_lite.tiny.bundled import TASKS
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 LONGEST_LINE = 1 << 26
@@ -62,8 +62,8 @@ class Table:
 def open_table(data: DataSettings) -> Table:
     """Open `data.source`. Raises UserError if it does not exist or cannot be read."""
     path = Path(data.source)
-    if data.source == "tiny":
-        return _tiny(data.split)
+    if data.source in TASKS:
+        return _built_in(data.source, data.split)
     if path.is_dir():
         raise UserError(f"data.source {data.source} is a folder: name one of its {', '.join(SUFFIXES)} files")
     if path.suffix.lower() in SUFFIXES:
@@ -79,9 +79,10 @@ def open_table(data: DataSettings) -> Table:
     return _hub(data)
 
 
-def _tiny(split: str) -> Table:
+def _built_in(name: str, split: str) -> Table:
+    task = TASKS[name]
     try:
-        chosen = problems(split)
+        chosen = task.problems(split)
     except ValueError as error:
         raise UserError(f"data.split: {error}") from None
 
@@ -89,9 +90,9 @@ def _tiny(split: str) -> Table:
         solved = "solution" in columns
         for problem in chosen:
             row = {"problem": problem.prompt, "answer": str(problem.answer)}
-            yield row | ({"solution": worked_out(problem)} if solved else {})
+            yield row | ({"solution": task.worked_out(problem)} if solved else {})
 
-    return Table("the built-in task", f"tiny-{split}", ("problem", "answer", "solution"), read)
+    return Table("the built-in task", f"{name}-{split}", ("problem", "answer", "solution"), read)
 
 
 def _file(path: Path) -> Table:

@@ -16,6 +16,7 @@ from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.tasks.data import Column, PromptSet, load_prompts, split_held_out
 from hapo_lite.tasks.pass_rates import PassRates, choose_by_pass_rate
 from hapo_lite.tasks.stream import LazyPrompts
+from hapo_lite.tiny.bundled import TASKS
 
 Say = Callable[[str], None]
 """Prints a sentence for the user."""
@@ -58,7 +59,7 @@ def load_data(
     found = load_prompts(data, columns, solutions)
     say_skipped("data", found, say)
     own = evaluation.data
-    if own is None and data.source == "tiny":
+    if own is None and data.source in TASKS:
         own = data.model_copy(update={"split": "test", "limit": None})
     if wanted == 0:
         return Data(found.prompts, ())

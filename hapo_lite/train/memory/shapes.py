@@ -31,10 +31,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hapo_lite.errors import UserError, first_line
 from hapo_lite.model.adapter import adapted
-from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.model.refusals import known_problem, no_fused_attention
 from hapo_lite.model.unpacked import unpack
 from hapo_lite.recipe import ModelSettings
+from hapo_lite.tiny.bundled import loadable
 
 BLOCK = 64
 """Number of NF4 weights that share a scale."""
@@ -46,7 +46,7 @@ FUSED, REPEATED = "shape_only", "shape_only_repeated"
 
 def load_config(settings: ModelSettings) -> PretrainedConfig:
     """The model's config.json, from a folder or the hub; no weights. Raises UserError if there is none."""
-    name = str(TINY_MODEL) if settings.name == "tiny" else settings.name
+    name = loadable(settings.name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False, revision=settings.revision)
     except (OSError, ValueError, KeyError) as error:
