@@ -55,8 +55,8 @@ AT_REST = """(selector) => new Promise((done) => {
 FIGURES = """(selector) => new Promise((done) => {
   const look = () => {
     // A large figure is drawn when it comes into view.
-    const small = (plot) => plot.closest(".hapo-figure").querySelector(".hapo-spec").textContent.length < 100_000;
-    const plots = [...document.querySelectorAll(selector)].filter((plot) => plot.offsetParent && small(plot));
+    const plots = [...document.querySelectorAll(selector)]
+      .filter((plot) => plot.offsetParent && window.HAPO.small(plot));
     const drawn = plots.length && plots.every((plot) => plot.matches(".js-plotly-plot"));
     if (drawn) requestIdleCallback(() => done(Date.now() / 1000));
     else setTimeout(look, 20);

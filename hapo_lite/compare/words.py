@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from hapo_lite.compare.numbers import MEASURES, Numbers
+from hapo_lite.compare.numbers import CURVES, MEASURES, Numbers
 from hapo_lite.train.intervals import LEVEL, Interval
 
 JUDGED = {
     "final": "final accuracy",
     "area": "area under the learning curve",
-    "solved": "held-out problems solved (pass@n)",
+    "solved": CURVES["solved"],
 }
 """The measures by which arms are said to be better or worse, and what they are called in a sentence."""
 

@@ -111,8 +111,9 @@
   }, { rootMargin: "200px" });
   // A figure of few points is also drawn below the fold, as for a picture of the whole page.
   const SMALL = 100_000;
+  const small = (plot) => plot.closest(".hapo-figure").querySelector(".hapo-spec").textContent.length < SMALL;
   function drawLater(plot) {
-    if (plot.closest(".hapo-figure").querySelector(".hapo-spec").textContent.length < SMALL) far.add(plot);
+    if (small(plot)) far.add(plot);
     wait();
   }
 
@@ -127,6 +128,7 @@
       document.querySelectorAll(".hapo-plot").forEach((plot) => drawn.has(plot) && dress(plot));
     }).observe(document.body, { attributeFilter: ["class"] });
   }
+  Object.assign(window.HAPO, { small });
   if (document.body) followTheme();
   else document.addEventListener("DOMContentLoaded", followTheme);
 })();
