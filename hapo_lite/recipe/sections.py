@@ -40,7 +40,9 @@ FolderName = Annotated[str, AfterValidator(one_folder)]
 class ModelSettings(Section):
     """The base model, how it is loaded, and its adapter."""
 
-    name: HomePath = Field(description="Hub name or folder of a causal language model; or a bundled one: `tiny`, `tiny_sums`")
+    name: HomePath = Field(
+        description="Hub name or folder of a causal language model, or a bundled one: `tiny`, `tiny_sums`"
+    )
     revision: str | None = Field(None, description="Hub revision (commit, tag or branch)")
     trust_remote_code: bool = Field(
         False, description="Run the Python code that the model brings, with your rights; a hub name needs its commit"
