@@ -18,6 +18,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 from numpy.typing import NDArray
 
 from hapo_lite.compare.numbers import CURVES, MEASURES, Band, Numbers
+from hapo_lite.compare.words import JUDGED
 from hapo_lite.inspect.figures import templates
 
 HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -173,15 +174,15 @@ def each_figure(numbers: Numbers, theme: str) -> Figure:
 
 
 def difference_figure(numbers: Numbers, theme: str) -> Figure:
-    """The final accuracy and the area of each arm less the reference's, with intervals and the seeds."""
+    """What arms are judged by, less the reference's, with intervals and the seeds: a panel a measure."""
     base = numbers.comparison.base
     others = [arm for arm in numbers.others if numbers.difference(arm, "final") is not None]
     with _theme(theme):
         figure = Figure(figsize=(WIDTH, 1.3 + 0.42 * max(len(others), 1)), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
+        panels = figure.subplots(1, len(JUDGED), sharey=True)
         look = styles(numbers, theme)
         paper = templates()[theme]["paper_bgcolor"]
-        for axes, measure in zip(panels, ("final", "area"), strict=True):
+        for axes, measure in zip(panels, JUDGED, strict=True):
             for row, arm in enumerate(others):
                 interval = numbers.difference(arm, measure)
                 if interval is None:
@@ -198,7 +199,7 @@ def difference_figure(numbers: Numbers, theme: str) -> Figure:
             axes.set_title(MEASURES[measure].heading, fontsize=10, loc="left")
             axes.grid(axis="y", visible=False)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.2g}" if abs(value) > 1e-9 else "0")
-            axes.locator_params(axis="x", nbins=5)
+            axes.locator_params(axis="x", nbins=3)
             axes.tick_params(axis="y", length=0)
         panels[0].set_yticks(range(len(others)), others)
         panels[0].set_ylim(len(others) - 0.5, -0.6)
