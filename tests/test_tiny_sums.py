@@ -120,7 +120,7 @@ def test_the_bundled_model_has_much_to_learn():
             chosen[index].chosen
         )
     solved = {k: mean(pass_at_k(right, k)) for k in (1, 8, 64)}
-    assert 0.03 < solved[1] < 0.15 and 0.2 < solved[8] <= 0.6 and 0.6 < solved[64] <= 0.85
+    assert 0.02 < solved[1] < 0.1 and 0.1 < solved[8] <= 0.6 and 0.4 < solved[64] <= 0.85
     easy, hard = (
         mean(right[i].mean() for i, p in enumerate(chosen) if p.level == level) for level in (LEVELS[0], LEVELS[-1])
     )
