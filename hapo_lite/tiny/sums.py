@@ -10,11 +10,12 @@ so a run on this task can tell problems that were learned from answers that were
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import random
 from collections import Counter
 from dataclasses import dataclass
+
+from hapo_lite.tiny.splits import in_split
 
 LARGEST = 60
 """The numbers are different and between 1 and this."""
@@ -44,11 +45,6 @@ class Sum:
         """How many numbers are to be found among how many."""
         return len(self.chosen), len(self.numbers)
 
-    @property
-    def held_out(self) -> bool:
-        """Whether no training sees the problem, neither pretraining nor a run: one in eight is held out, by hash."""
-        return hashlib.sha256(self.prompt.encode()).digest()[0] < 32
-
 
 @functools.cache
 def all_problems() -> tuple[Sum, ...]:
@@ -69,11 +65,7 @@ def all_problems() -> tuple[Sum, ...]:
 
 def problems(split: str, seed: int = 0) -> list[Sum]:
     """The "train" or the "test" problems, shuffled by `seed`. Raises ValueError for another split."""
-    if split not in ("train", "test"):
-        raise ValueError(f"the built-in task has the splits 'train' and 'test', not {split!r}")
-    chosen = [p for p in all_problems() if p.held_out == (split == "test")]
-    random.Random(seed).shuffle(chosen)
-    return chosen
+    return in_split(all_problems(), split, seed)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ strategies. Reinforcement learning can improve these decisions: no new skill is 
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from hapo_lite.tiny.splits import in_split
 
 STEP_OPENERS = ("First", "Start with", "Take")
 GUESS_OPENER = "Clearly"
@@ -37,11 +38,6 @@ class Problem:
         product = self.b * self.c
         return self.a - product if self.form == "a-b*c" else self.a + product
 
-    @property
-    def held_out(self) -> bool:
-        """Whether no training sees the problem, neither pretraining nor a run: one in eight is held out, by hash."""
-        return hashlib.sha256(self.prompt.encode()).digest()[0] < 32
-
 
 def all_problems() -> Iterator[Problem]:
     """Every problem of the task, about 15,000, in a fixed order."""
@@ -55,11 +51,7 @@ def all_problems() -> Iterator[Problem]:
 
 def problems(split: str, seed: int = 0) -> list[Problem]:
     """The "train" or the "test" problems, shuffled by `seed`. Raises ValueError for another split."""
-    if split not in ("train", "test"):
-        raise ValueError(f"the built-in task has the splits 'train' and 'test', not {split!r}")
-    chosen = [p for p in all_problems() if p.held_out == (split == "test")]
-    random.Random(seed).shuffle(chosen)
-    return chosen
+    return in_split(all_problems(), split, seed)
 
 
 @dataclass(frozen=True)
