@@ -272,6 +272,10 @@ def test_each_command_ignores_what_the_other_reads(make_recipe):
     warm, cold = make_recipe("sft.epochs=3", "data.solution_column=x"), make_recipe("method=dapo")
     assert first_incompatible_setting(before, warm) is None
     assert "data.solution_column" in first_incompatible_setting(before, WarmRecipe.of(warm))
+    for truncation in ("top_p=0.9", "top_k=5", "min_p=0.1"):
+        cut = make_recipe(f"rollout.{truncation}", "method.importance=truncated")
+        assert f"rollout.{truncation.split('=')[0]}" in first_incompatible_setting(before, cut)
+        assert first_incompatible_setting(before, WarmRecipe.of(cut)) is None
     longer = WarmRecipe.of(make_recipe("sft.epochs=3"))
     assert first_incompatible_setting(before, longer) == "sft.epochs = 1.0, the recipe now says 3.0"
     assert "method" in first_incompatible_setting(before, cold)

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "comparison",
-        metavar="RECIPE",
+        metavar="FILE",
         help="a comparison, such as recipes/compare_tiny.yaml, or the name of a shipped one, such as compare_tiny",
     )
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings to change")

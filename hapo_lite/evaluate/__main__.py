@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
         "--suite",
         action="append",
         metavar="NAME",
-        help="aime24, aime25, amc23, math500, minerva, olympiadbench, gsm8k, tiny, held_out, a file, or NAME=FILE; "
+        help="aime24, aime25, amc23, math500, minerva, olympiadbench, gsm8k, tiny, tiny_sums, held_out, a file, or NAME=FILE; "
         "may be given several times; without it benchmark.suites",
     )
     parser.add_argument(

@@ -1,6 +1,6 @@
 """The built-in task that needs exploring: which of the given numbers add up to the target.
 
-A problem is `4 9 13 17 22 31: 3 make 53?`, and its only answer is `9,13,31`. `write_solution` answers as an impatient
+A problem is `19 30 39 45 51 53: 2 make 104?`, and its only answer is `51,53`. `write_solution` answers as an impatient
 student would, who takes numbers at random and adds them up, gives up after a try or two, and then guesses. Now and then
 he subtracts from the target instead, and looks whether what is left is one of the numbers, which finds the answer in
 fewer tries. The bundled model `tiny_sums` imitates him. It solves few problems at its first attempt and not all in 64,
