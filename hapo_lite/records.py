@@ -280,9 +280,9 @@ class TokenOutcome:
     before the iteration's first update, at the base temperature, nats. h: the entropy signal. uncertain: bool, above
     the method's quantile. logp: log-probability at the moment of the update. credit: the final advantage of each token.
     lower, upper: bounds on the ratio or, where there is one, on `measure` (`algo.surrogate`): None if the ratio is what
-    they hold. kl_base: divergence from the base model, nats; None for a method without a KL weight. trained: bool,
-    whether a token could have a gradient. computed: bool, whether the update computed it; None: all. One that was not
-    has the old policy's log-probability, the ratio 1 and no credit.
+    they hold. trained: bool, whether a token could have a gradient. kl_base: divergence from the base model, nats; None
+    for a method without a KL weight, and for a completion that the method leaves out. computed: bool, whether the
+    update computed it; None: all. One that was not has the old policy's log-probability, the ratio 1 and no credit.
     """
 
     advantage: float
@@ -297,9 +297,9 @@ class TokenOutcome:
     upper: Tensor
     clipped_low: Tensor
     clipped_high: Tensor
+    trained: Tensor
     kl_base: Tensor | None = None
     measure: Tensor | None = None
-    trained: Tensor | None = None
     computed: Tensor | None = None
 
     def of_computed(self) -> TokenOutcome:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hapo_lite.compare import pace
-from hapo_lite.compare.numbers import Numbers, clipped_share, run_numbers, solved_share
+from hapo_lite.compare.numbers import Numbers, clipped_share, half_way, run_numbers, solved_share
 from hapo_lite.compare.plan import load_comparison, planned_runs
 from hapo_lite.compare.report import difference_rows, table_rows, text_table
 from hapo_lite.compare.words import caveats, findings, shown, verdict
@@ -87,6 +88,20 @@ def test_a_run_made_for_more_tokens_is_read_at_this_many():
     assert (run.measures["final"], run.measures["seconds"], run.sampled) == (0.6, 4.0, 110)
 
 
+def test_half_way_is_that_of_the_tokens_reported_on(tmp_path):
+    """The reference goes from 0.2 to 0.6 at 110 tokens, the first evaluation past 100. Later ones do not count."""
+    lines = [*lines_of([0.2, 0.4, 0.6]), {**lines_of([0.2, 0.4, 1.0])[2], "iteration": 3, "tokens": 300}]
+    comparison = load_comparison(write_comparison(tmp_path, seeds=[0], tokens=100))
+    assert half_way(comparison, {("dapo", 0): lines}) == pytest.approx(0.4)
+
+
+def test_the_order_of_prompts_is_the_same_only_without_a_memory(tmp_path):
+    lines = {(arm, 0): lines_of([0.2, 0.3, 0.4]) for arm in ("dapo", "hapo")}
+    numbers = numbers_of(tmp_path, lines)
+    assert any("same prompts in the same order" in sentence for sentence in caveats(numbers))
+    assert any("follows what each arm has solved" in s for s in caveats(replace(numbers, remembers=True)))
+
+
 def test_clipping_counts_every_bound():
     line = {"clip/low_certain_share": 0.25, "clip/high_uncertain_share": 0.5, "ratio/max": 9.0}
     assert clipped_share(line) == 0.75
@@ -117,6 +132,16 @@ def test_differences_are_paired_by_seed(tmp_path):
     # The last evaluation, 0.1 apart, is at 110 tokens and the one before it at 60: at 100 they are 40/50 0.1 apart.
     lead = numbers.band("hapo", "accuracy", less_reference=True)
     assert lead.mean[[0, 60, 100]] == pytest.approx([0.0, 0.0, 0.08]) and lead.low == pytest.approx(lead.high)
+
+
+def test_two_seeds_that_gain_the_same_problem_tell_nothing(tmp_path):
+    """One of four problems more with both seeds, as happens by chance."""
+    lines = {("dapo", s): lines_of([0.2, 0.2, 0.5]) for s in (0, 1)}
+    more = [*lines_of([0.2, 0.2, 0.5])[:2], lines_of([0.2, 0.2, 0.5])[2] | {"eval/solved": [1, 1, 3, 4]}]
+    numbers = numbers_of(tmp_path, lines | {("hapo", s): more for s in (0, 1)})
+    assert numbers.difference("hapo", "solved").value == 0.25
+    assert verdict(numbers, "hapo", "solved") == "better"  # as if the values had no grid
+    assert verdict(replace(numbers, steps={"solved": 0.25}), "hapo", "solved") == ""
 
 
 def test_a_seed_that_one_arm_lacks_is_left_out_of_the_pairs(tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -84,6 +85,21 @@ def test_what_a_mask_leaves_out_is_traced_without_credit(make_recipe, make_loop)
         assert torch.allclose(torch.tensor(trace.tokens["ratio"]), change.exp(), atol=1e-4)
     # What the first of the two updates did to a completion of the second is shown.
     assert any(abs(ratio - 1.0) > 1e-3 for trace in cut_off for ratio in trace.tokens["ratio"])
+
+
+def test_the_divergence_is_a_mean_over_what_is_not_left_out(make_recipe, make_loop):
+    """Of a completion that the method leaves out none is recorded, in place of zeros."""
+    small = ["rollout.max_new_tokens=24", "logging.traces_per_iteration=32", "training.learning_rate=1e-3"]
+    loop = make_loop(make_recipe("method={preset: archer, kl_uncertain: 0.1, truncated: mask}", *small))
+    state, _, _ = loop.step(TrainState())
+    _, metrics, traces = loop.step(state)
+    assert any(trace.truncated for trace in traces) and len(traces) == 16
+    assert all(("kl_base" in trace.tokens) != trace.truncated for trace in traces)
+    kept = [trace.tokens for trace in traces if not trace.truncated]
+    rows = [row for tokens in kept for row in zip(tokens["kl_base"], tokens["upper"], strict=True)]
+    certain = [divergence for divergence, upper in rows if upper < 1.3]  # Uncertain ones have a bound of 1.5.
+    assert 0 < len(certain) < len(rows)
+    assert metrics["kl_base/certain_mean"] == pytest.approx(sum(certain) / len(certain), rel=1e-5)
 
 
 def test_a_whole_update_does_not_depend_on_micro_batches(make_recipe, make_loop):
@@ -200,13 +216,24 @@ def test_an_iteration_without_any_signal_is_survived(make_recipe, make_loop):
     assert state.iteration == 1 and state.updates == 0 and state.cursor == 4
 
 
+def test_rewards_that_are_not_finite_skip_the_iteration_under_dynamic_sampling_too(make_recipe, make_loop):
+    """And are not discarded as groups with equal rewards until the budget is used up."""
+    loop = make_loop(make_recipe("rollout.dynamic_sampling=true"))
+    loop.collector.scorer = _EqualScorer(-math.inf)
+    _, lines = run_steps(loop, 1)
+    assert lines[0]["groups/discarded"] == 0 and lines[0]["update/skipped"] == 2
+
+
+@dataclass
 class _EqualScorer:
     """A task on which every completion is worth the same."""
+
+    reward: float = 0.5
 
     def score(self, prompts, completions, lengths, truncated, iteration=None):
         from hapo_lite.records import Score
 
-        return [Score(reward=0.5, correct=False, outcome="wrong", answer=None) for _ in prompts]
+        return [Score(reward=self.reward, correct=False, outcome="wrong", answer=None) for _ in prompts]
 
 
 def test_dynamic_sampling_fills_the_iteration_and_counts_what_it_dropped(make_recipe, make_loop):

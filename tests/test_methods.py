@@ -11,7 +11,7 @@ from hapo_lite.algo.methods import PRESETS
 from hapo_lite.algo.objective import LossInputs, assign_credit, loss_denominator, method_loss, policy_loss
 from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.algo.temperature import adaptive_temperature
-from hapo_lite.algo.tokens import TokenSignals, fit_signal, uncertain_tokens
+from hapo_lite.algo.tokens import TokenSignals, fit_signal, trained_tokens, uncertain_tokens
 from hapo_lite.records import TokenOutcome
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.train.metrics import update_metrics
@@ -188,8 +188,10 @@ def test_tokens_without_credit_are_those_the_method_leaves_out(preset, share, le
     """A certain token whose credit redistribution has brought to 0, or to a rounding of 0, counts the same."""
     uncertain, ones = torch.tensor([True, False, False, False]), torch.ones(4)
     credit = torch.where(uncertain, 1.0, left_over)
-    outcome = TokenOutcome(1.0, ones, ones, ones, uncertain, ones, ones, credit, ones, ones, ~ones.bool(), ~ones.bool())
-    assert update_metrics([outcome], PRESETS[preset])["credit/zero_share"] == share
+    trained = trained_tokens(PRESETS[preset], uncertain)
+    never = ~ones.bool()
+    outcome = TokenOutcome(1.0, ones, ones, ones, uncertain, ones, ones, credit, ones, ones, never, never, trained)
+    assert update_metrics([outcome])["credit/zero_share"] == share
 
 
 def test_a_step_is_divided_by_its_own_trained_tokens(make_recipe, make_loop):

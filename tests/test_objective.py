@@ -123,6 +123,19 @@ ALL_AT_ONCE = Method(
 )
 
 
+@pytest.mark.parametrize("average", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("chosen", ["uncertain", "random"])
+def test_a_token_that_is_not_trained_has_no_gradient(average, chosen):
+    """Neither of its advantage nor of its divergence from the base, which the denominator does not count."""
+    method = Method(trained_tokens=chosen, loss_average=average, kl_certain=0.1, kl_uncertain=0.2)
+    data = batch()
+    rows = list(range(6))
+    trained = trained_tokens(method, data["tokens"].uncertain, drawn=data["tokens"].drawn) & data["mask"].bool()
+    assert bool(trained.any()) and bool((data["mask"].bool() & ~trained).any())
+    found = gradient(method, data, rows, 1.0)
+    assert not bool(found[~trained].any()) and bool(found[trained].any())
+
+
 @pytest.mark.parametrize("method", [*PRESETS.values(), ALL_AT_ONCE], ids=[*PRESETS, "all at once"])
 def test_gradient_does_not_depend_on_how_the_step_is_cut(method):
     data = batch()

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -223,10 +224,19 @@ def test_a_skipped_step_keeps_its_selection(make_recipe, make_loop, tmp_path):
 def test_metrics_are_over_the_tokens_that_were_computed():
     ones, half = torch.ones(4), torch.tensor([True, False, False, True])
     ratio, never = torch.tensor([2.0, 1.0, 1.0, 4.0]), torch.zeros(4, dtype=torch.bool)
-    outcome = TokenOutcome(1.0, ones, ones, ones, never, ones, ratio, ones, ones, ones, never, half, computed=half)
-    metrics = update_metrics([outcome, replace(outcome, advantage=0.0)], PRESETS["dapo"])
+    outcome = TokenOutcome(
+        1.0, ones, ones, ones, never, ones + ratio.log(), ratio, ones, ones, ones, never, half, ~never, computed=half
+    )
+    metrics = update_metrics([outcome, replace(outcome, advantage=0.0)])
+    assert metrics["ratio/kl_old"] == pytest.approx(2.0 - math.log(8.0) / 2.0)
     assert metrics["ratio/mean"] == 3.0 and metrics["clip/high_certain_share"] == 1.0
-    assert update_metrics([replace(outcome, computed=never)], PRESETS["dapo"]) == {}
+    assert update_metrics([replace(outcome, computed=never)]) == {}
+
+
+def test_a_ratio_that_rounds_to_0_is_a_large_divergence_not_an_infinite_one():
+    one, never = torch.ones(1), torch.zeros(1, dtype=torch.bool)
+    fell = TokenOutcome(1.0, -0.1 * one, one, one, never, -120.0 * one, 0.0 * one, one, one, one, never, never, ~never)
+    assert update_metrics([fell])["ratio/kl_old"] == pytest.approx(118.9)
 
 
 def test_tokens_that_take_no_part_are_counted_and_traced(make_recipe, make_loop):

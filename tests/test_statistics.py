@@ -173,6 +173,26 @@ def test_an_interval_over_seeds_holds_the_truth_as_often_as_it_says(seeds: int, 
     assert 0.93 <= held <= 0.97
 
 
+@pytest.mark.parametrize(("prompts", "solved"), [(64, 0.98), (96, 0.97), (128, 0.99)])
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("comparisons", [1, 11])
+def test_equal_methods_on_a_coarse_grid_are_told_apart_no_more_often_than_it_says(seeds, prompts, solved, comparisons):
+    """pass@n near 1: few values are possible, so two or three differences are often the same."""
+    rng = np.random.default_rng(seeds)
+    counts = rng.binomial(prompts, solved, size=(4000, 2, seeds)) / prompts
+    level = 1.0 - 0.05 / comparisons
+    found = [paired_interval(before, after, level, step=1 / prompts) for before, after in counts]
+    marked = sum(each.excludes_zero for each in found) / len(found)
+    # Two standard errors of the simulation.
+    assert marked <= 1.0 - level + 2.0 * ((1.0 - level) * level / len(found)) ** 0.5
+
+
+def test_rounding_to_a_grid_widens_an_interval_by_hand():
+    # Both differences are 0.1. Of their mean the variance is 0.02^2 / 6 / 2, and t with one degree of freedom 12.706.
+    found = paired_interval([0.3, 0.5], [0.4, 0.6], step=0.02)
+    assert (found.value, found.high) == pytest.approx((0.1, 0.1 + 12.7062 * 0.02 / 12**0.5), abs=1e-5)
+
+
 def test_a_single_value_has_no_interval():
     found = mean_interval([0.4])
     assert not (found.known or found.above_zero or found.below_zero)

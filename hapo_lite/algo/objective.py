@@ -53,7 +53,8 @@ class PolicyLoss:
             return {"ratio": 1.0, "kl_old": 0.0, "clipped_low": 0.0, "clipped_high": 0.0}
         return {
             "ratio": float(ratio.mean()),
-            "kl_old": float((ratio - 1.0 - ratio.log()).mean()),
+            # A ratio may be 0 by rounding.
+            "kl_old": float((ratio - 1.0 - ratio.clamp_min(torch.finfo(torch.float32).tiny).log()).mean()),
             "clipped_low": float(self.clipped_low[self.valid].double().mean()),
             "clipped_high": float(self.clipped_high[self.valid].double().mean()),
         }
@@ -207,6 +208,9 @@ def method_loss(
     if method.needs_base and inputs.reference_logp is None:
         raise ValueError("kl_certain and kl_uncertain need the base model's log-probabilities")
     kl_weight = torch.full_like(logp, method.kl_certain).masked_fill(inputs.tokens.uncertain, method.kl_uncertain)
+    # The weights and the denominator count trained tokens alone.
+    trained = trained_tokens(method, inputs.tokens.uncertain, drawn=inputs.tokens.drawn)
+    kl_weight = torch.where(trained, kl_weight, 0.0)
     loss = policy_loss(
         logp,
         inputs.old_logp,

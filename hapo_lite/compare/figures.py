@@ -193,7 +193,7 @@ def difference_figure(numbers: Numbers, theme: str) -> Figure:
                 before, after = numbers.pairs(arm, measure)
                 seeds = [b - a for a, b in zip(before, after, strict=True)]
                 axes.plot(seeds, [row + 0.26] * len(seeds), ".", color=colour, alpha=0.7, markersize=4)
-                fill = colour if interval.above_zero or interval.below_zero else paper
+                fill = colour if interval.excludes_zero else paper
                 axes.plot(interval.value, row, "o", color=colour, markerfacecolor=fill, markersize=7)
             axes.axvline(0.0, color=look[base].colour, linewidth=1.0)
             axes.set_title(MEASURES[measure].heading, fontsize=10, loc="left")

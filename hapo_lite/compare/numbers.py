@@ -44,7 +44,7 @@ MEASURES: dict[str, Measure] = {
     "to_threshold": Measure("tokens to threshold", "tokens until the held-out accuracy has come up to it", ",.0f", -1),
     "length": Measure("length", "held-out completion length at the end, tokens", ".1f"),
     "entropy": Measure("entropy", "training entropy over the last tenth of the tokens, nats", ".3f"),
-    "clipped": Measure("clipped", "share of tokens stopped by clipping, mean over the tokens", ".2%"),
+    "clipped": Measure("clipped", "share at a bound of the tokens with an advantage, mean over the tokens", ".2%"),
     "seconds": Measure("seconds", "wall time of training, without evaluations", ",.0f"),
 }
 CURVES: dict[str, str] = {
@@ -52,7 +52,7 @@ CURVES: dict[str, str] = {
     "solved": "held-out problems solved (pass@n)",
     "entropy": "training entropy, nats",
     "length": "completion length in training, tokens",
-    "clipped": "share of tokens stopped by clipping",
+    "clipped": "share at a bound of the tokens with an advantage",
 }
 
 
@@ -83,12 +83,18 @@ class Band:
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers of the complete runs of a comparison. runs: by arm and seed; grid: [K] tokens."""
+    """The numbers of the complete runs of a comparison. runs: by arm and seed; grid: [K] tokens.
+
+    steps: the grid on which the values of a measure lie, for those that count attempts. remembers: whether an arm's own
+    results decide which prompts it sees next.
+    """
 
     comparison: Comparison
     runs: dict[tuple[str, int], RunNumbers]
     grid: NDArray[np.float64]
     threshold: float
+    steps: Mapping[str, float] = field(default_factory=dict)
+    remembers: bool = False
     _bands: dict[tuple[str, str, bool], Band] = field(default_factory=dict, compare=False, repr=False)
 
     def seeds(self, arm: str) -> list[int]:
@@ -125,7 +131,9 @@ class Numbers:
     def difference(self, arm: str, measure: str, level: float = LEVEL) -> Interval | None:
         """The arm less the reference, paired by seed; None where there is no pair. level: as of `paired_interval`."""
         before, after = self.pairs(arm, measure)
-        return paired_interval(before, after, level) if before and np.isfinite(before + after).all() else None
+        if not before or not np.isfinite(before + after).all():
+            return None
+        return paired_interval(before, after, level, self.steps.get(measure, 0.0))
 
     def reached(self, arm: str) -> int:
         """The number of seeds with which the accuracy reached the threshold."""
@@ -161,7 +169,21 @@ def collect(comparison: Comparison, runs: Sequence[PlannedRun]) -> Numbers:
     grid = np.linspace(0.0, comparison.tokens, POINTS)
     lines = {(r.arm, r.seed): RunFolder(r.recipe.run_dir).metrics.read() for r in runs if is_complete(r)}
     threshold = comparison.threshold or half_way(comparison, lines)
-    return Numbers(comparison, {key: run_numbers(its, grid, threshold) for key, its in lines.items()}, grid, threshold)
+    found = {key: run_numbers(its, grid, threshold) for key, its in lines.items()}
+    evaluation, data = runs[0].recipe.evaluation, runs[0].recipe.data
+    attempt = 1.0 / (evaluation.prompts * evaluation.samples)
+    steps = {"final": attempt, "area": attempt, "solved": attempt * evaluation.samples}
+    return Numbers(comparison, found, grid, threshold, steps, data.remembers)
+
+
+def evaluations(lines: Lines, budget: float) -> Lines:
+    """The lines with an evaluation, up to the first one at `budget` tokens or more.
+
+    A run may have sampled more tokens than the comparison asks for.
+    """
+    evaluated = [x for x in lines if "eval/accuracy" in x]
+    within = sum(x.get("tokens", 0) < budget for x in evaluated)
+    return evaluated[: within + 1]
 
 
 def run_numbers(lines: Lines, grid: NDArray[np.float64], threshold: float) -> RunNumbers:
@@ -170,13 +192,12 @@ def run_numbers(lines: Lines, grid: NDArray[np.float64], threshold: float) -> Ru
     A quantity is interpolated between two lines. It stays at its last value for a run that max_iterations ended early.
     """
     budget = float(grid[-1])
-    evaluated = [x | {"solved": solved_share(x)} for x in lines if "eval/accuracy" in x]
+    evaluated = [x | {"solved": solved_share(x)} for x in evaluations(lines, budget)]
     trained = [x | {"clipped": clipped_share(x)} for x in lines if "tokens" in x]
     accuracy = line_through(evaluated, "eval/accuracy", budget)
     entropy = line_through(trained, "entropy/all_mean", budget)
     clipped = line_through(trained, "clipped", budget)
-    # A run may have sampled more tokens than the comparison asks for: it ends with the first evaluation at all of them.
-    final = next((x for x in evaluated if x.get("tokens", 0) >= budget), evaluated[-1])
+    final = evaluated[-1]
     reach = first_reach(accuracy, threshold)
     return RunNumbers(
         before=evaluated[0]["eval/accuracy"],
@@ -226,7 +247,7 @@ def solved_share(line: dict[str, Any]) -> float:
 
 
 def clipped_share(line: dict[str, Any]) -> float:
-    """Fraction of tokens stopped at either bound, whatever their entropy."""
+    """Fraction at either bound of the tokens with an advantage, whatever their entropy."""
     return sum(value for key, value in line.items() if key.startswith("clip/"))
 
 
@@ -245,12 +266,9 @@ def first_reach(line: NDArray[np.float64], threshold: float) -> float | None:
 
 def half_way(comparison: Comparison, lines: Mapping[tuple[str, int], Lines]) -> float:
     """The mean of the reference's accuracy before training and at the end, over its seeds; NaN without a run of it."""
-    evaluated = [
-        [x["eval/accuracy"] for x in its if "eval/accuracy" in x]
-        for (arm, _), its in lines.items()
-        if arm == comparison.base
-    ]
-    return float(np.mean([[found[0], found[-1]] for found in evaluated])) if evaluated else float("nan")
+    evaluated = [evaluations(its, comparison.tokens) for (arm, _), its in lines.items() if arm == comparison.base]
+    ends = [[found[0]["eval/accuracy"], found[-1]["eval/accuracy"]] for found in evaluated]
+    return float(np.mean(ends)) if ends else float("nan")
 
 
 def _interval(values: Sequence[float] | NDArray[np.float64]) -> Interval:

@@ -61,7 +61,7 @@ def difference_rows(numbers: Numbers) -> Iterable[dict[str, Any]]:
                     "difference": found.value,
                     "low": ends["low"],
                     "high": ends["high"],
-                    "excludes_zero": found.above_zero or found.below_zero,
+                    "excludes_zero": found.excludes_zero,
                 }
 
 
@@ -109,7 +109,7 @@ def _difference_text(numbers: Numbers, arm: str, measure: str) -> str:
     found = numbers.difference(arm, measure)
     if found is None:
         return ""
-    return spread(found, "+.3f") + ("" if found.low <= 0 <= found.high else " *")
+    return spread(found, "+.3f") + (" *" if found.excludes_zero else "")
 
 
 def _write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:

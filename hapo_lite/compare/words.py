@@ -40,7 +40,7 @@ def signed(unit: str) -> str:
 def verdict(numbers: Numbers, arm: str, measure: str) -> str:
     """ "better", "worse", "more" or "less"; "" where the interval of the difference includes 0."""
     found = numbers.difference(arm, measure)
-    if found is None or not (found.above_zero or found.below_zero):
+    if found is None or not found.excludes_zero:
         return ""
     good = MEASURES[measure].good
     if not good:
@@ -78,10 +78,11 @@ def caveats(numbers: Numbers) -> list[str]:
     said = [_about_intervals(numbers)]
     sampled = [run.sampled for run in numbers.runs.values()]
     over = max(sampled) / comparison.tokens - 1.0
+    order = "in an order that follows what each arm has solved" if numbers.remembers else "in the same order"
     said.append(
         f"Equal tokens: every run ended with the iteration in which it had sampled {comparison.tokens:,} completion "
         f"tokens, discarded groups included; at most {100 * max(over, 0.0):.1f} % more were sampled. "
-        "Same seed: same prompts in the same order, same held-out prompts, same random numbers of evaluation."
+        f"Same seed: same prompts {order}, same held-out prompts, same random numbers of evaluation."
     )
     short = [f"{arm} with seed {seed}" for (arm, seed), run in numbers.runs.items() if run.sampled < comparison.tokens]
     if short:
@@ -109,7 +110,7 @@ def _about_intervals(numbers: Numbers) -> str:
         f"{arm} ({MEASURES[measure].heading})"
         for measure in JUDGED
         for arm in compared
-        if (found := numbers.difference(arm, measure, together)) and (found.above_zero or found.below_zero)
+        if (found := numbers.difference(arm, measure, together)) and found.excludes_zero
     ]
     chance = count * (1.0 - LEVEL)
     return (

@@ -19,8 +19,8 @@ def main(argv: list[str] | None = None) -> None:
         "--suite",
         action="append",
         metavar="NAME",
-        help="aime24, aime25, amc23, math500, minerva, olympiadbench, gsm8k, tiny, tiny_sums, held_out, a file, or NAME=FILE; "
-        "may be given several times; without it benchmark.suites",
+        help="aime24, aime25, amc23, math500, minerva, olympiadbench, gsm8k, tiny, tiny_sums, held_out, a file, or "
+        "NAME=FILE; may be given several times; without it benchmark.suites",
     )
     parser.add_argument(
         "--adapter", type=Path, metavar="DIR", help="an adapter or a checkpoint; without it that of the recipe's run"

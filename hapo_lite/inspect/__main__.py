@@ -24,7 +24,9 @@ def serve(argv: list[str] | None = None, block: bool = True) -> tuple[gr.Blocks,
     """
     parser = CommandParser(prog=program_name("inspect"), description="See what HAPO does to every token.")
     parser.add_argument("--run", type=Path, metavar="DIR", help="a run to open, such as runs/tiny_cpu")
-    parser.add_argument("--model", default="", metavar="NAME_OR_PATH", help="hub name, folder, or a bundled one: tiny, tiny_sums")
+    parser.add_argument(
+        "--model", default="", metavar="NAME_OR_PATH", help="hub name, folder, or a bundled one: tiny, tiny_sums"
+    )
     parser.add_argument("--adapter", default="", metavar="DIR", help="a trained adapter, such as runs/tiny_cpu/adapter")
     parser.add_argument("--port", type=int, default=7860, help="0: the first free port from 7860 on")
     parser.add_argument("--host", default="127.0.0.1", help="127.0.0.1 admits only this machine")

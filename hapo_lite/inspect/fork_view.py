@@ -182,7 +182,7 @@ def _credit(fork: Fork, given: Given) -> str:
 
 def _verdict(credit: Interval, given: Given) -> str:
     """Whether the measured credit and HAPO's point the same way."""
-    if not credit.above_zero and not credit.below_zero:
+    if not credit.excludes_zero:
         return "The measured interval holds 0: these continuations do not tell whether the token helped."
     measured = "raised" if credit.above_zero else "lowered"
     sentence = f"This token {measured} the chance of a right answer"

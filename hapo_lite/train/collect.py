@@ -103,7 +103,9 @@ class Collected:
             group = graded.select(range(start, start + samples))
             right = sum(score.correct for score in group.scores)
             self.results.append(GroupResult(group.completions[0].prompt.prompt.id, right, samples))
-            equal = len({_compared(score, wanted.compared) for score in group.scores}) == 1
+            compared = {_compared(score, wanted.compared) for score in group.scores}
+            # A group that is not finite is kept, so that the iteration is skipped with its reason.
+            equal = len(compared) == 1 and all(map(math.isfinite, *compared))
             self.groups_equal += equal
             if equal and wanted.token_budget is not None:
                 self.groups_discarded += 1

@@ -61,6 +61,11 @@ class Interval:
         """Whether the whole interval is below 0."""
         return self.high < 0.0
 
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the whole interval is on one side of 0."""
+        return self.above_zero or self.below_zero
+
 
 def avg_at_k(correct: ArrayLike) -> NDArray[np.float64]:
     """[P, n] 0 or 1 -> [P]: each prompt's share of correct samples. Its expectation is the same for every k."""
@@ -111,14 +116,15 @@ def _majority(right: NDArray[np.bool_], given: Sequence[Hashable]) -> float:
     return 1.0 / (1 + sum(count == most for count in wrong_votes.values()))
 
 
-def mean_interval(values: ArrayLike, level: float = LEVEL) -> Interval:
+def mean_interval(values: ArrayLike, level: float = LEVEL, rounding: float = 0.0) -> Interval:
     """The mean of [P] values, one a prompt or seed, with Student's t interval (Student 1908).
 
     The interval is about the mean over all prompts of the same kind. A prompt's samples stay together in its value. Of
-    95 % intervals of normally distributed values, 95 % hold the truth at every P from 2 on. Values that are all equal
-    give a width of 0; a single value gives an interval without ends. Raises ValueError without values.
+    95 % intervals of normally distributed values, 95 % hold the truth at every P from 2 on. A single value gives an
+    interval without ends. rounding: variance that is added to that of the values (see `paired_interval`); without it,
+    values that are all equal give a width of 0. Raises ValueError without values.
     """
-    return macro_interval([values], level)
+    return _combined([_Sample.of(values, 1.0, rounding)], level)
 
 
 def macro_interval(groups: Sequence[ArrayLike], level: float = LEVEL) -> Interval:
@@ -127,16 +133,19 @@ def macro_interval(groups: Sequence[ArrayLike], level: float = LEVEL) -> Interva
     return _combined([_Sample.of(values, weight) for values in groups], level)
 
 
-def paired_interval(before: ArrayLike, after: ArrayLike, level: float = LEVEL) -> Interval:
+def paired_interval(before: ArrayLike, after: ArrayLike, level: float = LEVEL, step: float = 0.0) -> Interval:
     """The mean of after - before, [P] each, over the same prompts (or seeds) in the same order, with its t interval.
 
     A prompt's difficulty cancels in the difference, so the interval is narrower than two separate intervals suggest.
-    Raises ValueError if the two differ in length.
+    step: the grid on which all values lie, such as 1/128 for a share of 128 prompts. Two or three differences on a
+    coarse grid are often equal by chance, and would have no width. Rounding to the grid gives each value the variance
+    step^2 / 12 (Sheppard 1898), so step^2 / 6 is added to that of the differences. Raises ValueError if the two differ
+    in length.
     """
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"a paired difference needs as many values on both sides, not {first.shape}, {second.shape}")
-    return mean_interval(second - first, level)
+    return mean_interval(second - first, level, step**2 / 6.0)
 
 
 def unpaired_interval(before: ArrayLike, after: ArrayLike, level: float = LEVEL) -> Interval:
@@ -152,13 +161,13 @@ class _Sample(NamedTuple):
     freedom: int
 
     @classmethod
-    def of(cls, values: ArrayLike, weight: float) -> _Sample:
-        """Raises ValueError unless the values are a list of finite numbers."""
+    def of(cls, values: ArrayLike, weight: float, rounding: float = 0.0) -> _Sample:
+        """rounding: variance added to that of the values. Raises ValueError unless they are finite, and a list."""
         sample = np.asarray(values, dtype=np.float64)
         if sample.ndim != 1 or sample.size == 0 or not np.isfinite(sample).all():
             raise ValueError(f"an interval needs a list of finite values, not one of shape {sample.shape}")
         alone = sample.size == 1
-        variance = math.inf if alone else weight**2 * float(sample.var(ddof=1)) / sample.size
+        variance = math.inf if alone else weight**2 * (float(sample.var(ddof=1)) + rounding) / sample.size
         return cls(weight * float(sample.mean()), variance, sample.size - 1)
 
 

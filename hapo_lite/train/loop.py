@@ -141,7 +141,7 @@ class Loop:
         clock.lap("update")
         sampled_with = state.signal if self.recipe.method.adaptive_temperature else None
         traces = training_traces(self.policy, experience, updated.outcomes, traced, state.iteration, sampled_with)
-        metrics = learning_metrics(experience, updated.outcomes, self.recipe.method) | updated.metrics
+        metrics = learning_metrics(experience, updated.outcomes) | updated.metrics
         state = state.after_updates(experience.signal, updated.taken, updated.skipped_in_a_row)
         return Iteration(state, metrics, traces)
 

@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hapo_lite.algo.methods import Method
-from hapo_lite.algo.tokens import trained_tokens
 from hapo_lite.records import Completion, Experience, TokenOutcome
 from hapo_lite.train.collect import Collected
 
@@ -62,11 +60,11 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
     return out
 
 
-def learning_metrics(experience: Experience, outcomes: Mapping[int, TokenOutcome], method: Method) -> dict[str, float]:
+def learning_metrics(experience: Experience, outcomes: Mapping[int, TokenOutcome]) -> dict[str, float]:
     """Metrics of the entropies, the updates, and the gap between sampler and trainer. outcomes: by completion."""
     return (
         entropy_metrics(experience)
-        | update_metrics(list(outcomes.values()), method)
+        | update_metrics(list(outcomes.values()))
         | gap_metrics(experience.completions, experience.old_logp)
     )
 
@@ -103,7 +101,7 @@ def entropy_metrics(experience: Experience) -> dict[str, float]:
     }
 
 
-def update_metrics(outcomes: Sequence[TokenOutcome], method: Method) -> dict[str, float]:
+def update_metrics(outcomes: Sequence[TokenOutcome]) -> dict[str, float]:
     """Divergence from the base over all tokens; ratios, clipping and credit over completions with an advantage.
 
     Both are over the tokens that the updates computed.
@@ -121,21 +119,23 @@ def update_metrics(outcomes: Sequence[TokenOutcome], method: Method) -> dict[str
     credit = _flat([o.credit for o in live])
     change = credit.abs() - before.abs()
     count = ratio.numel()
-    trained = torch.cat([trained_tokens(method, o.uncertain) if o.trained is None else o.trained for o in live])
+    trained = torch.cat([o.trained for o in live])
+    # Of the log-probabilities, since a ratio may be 0 by rounding.
+    fall = _flat([o.old_logp for o in live]) - _flat([o.logp for o in live])
     # A redistributed token differs by a factor 1 + h; rounding alone stays far below this.
     moved = 1e-6 * before.abs()
     return divergence | {
         "ratio/mean": _mean(ratio),
         "ratio/min": float(ratio.min()),
         "ratio/max": float(ratio.max()),
-        "ratio/kl_old": _mean(ratio - 1.0 - ratio.log()),
+        "ratio/kl_old": _mean(ratio - 1.0 + fall),
         "clip/low_certain_share": float((low & ~uncertain).sum()) / count,
         "clip/low_uncertain_share": float((low & uncertain).sum()) / count,
         "clip/high_certain_share": float((high & ~uncertain).sum()) / count,
         "clip/high_uncertain_share": float((high & uncertain).sum()) / count,
         "credit/amplified_share": float((change > moved).sum()) / count,
         "credit/suppressed_share": float((change < -moved).sum()) / count,
-        # Computed from the method, since a token's redistributed credit may be 0 on one CPU and tiny on another.
+        # From what the method trains, since a token's redistributed credit may be 0 on one CPU and tiny on another.
         "credit/zero_share": float((~trained).sum()) / count,
     }
 

@@ -227,7 +227,11 @@ def outcomes_of(
             batch.uncertain[row],
             trained=trained[row] if batch.factor is None else trained[row] & (batch.factor[row] != 0.0),
             computed=None if batch.kept is None else batch.kept[row],
-            **{name: rows[row, : batch.completions[row].length].clone() for name, rows in by_token.items()},
+            **{
+                name: rows[row, : batch.completions[row].length].clone()
+                for name, rows in by_token.items()
+                if name != "kl_base" or not method.leaves_out(batch.completions[row].truncated)
+            },
         )
         for row in range(len(batch))
     }
