@@ -93,7 +93,7 @@ class Method:
         "Clip-Cov: share of the iteration's tokens that are drawn from a band of covariance and lose their gradient",
     )
     covariance_low: float = _option(1.0, "Clip-Cov: lower end of the band of (log p - mean) (A - mean)")
-    covariance_high: float = _option(5.0, "Clip-Cov: upper end of the band; at or below the lower one no token is drawn")
+    covariance_high: float = _option(5.0, "Clip-Cov: upper end of the band; below the lower one nothing is drawn")
     surprisal_factor: float = _option(
         1.0, "STARE: factor on the advantage of the least probable tokens with A > 0 (1: none)"
     )
