@@ -212,7 +212,7 @@ def one_token(
     if m.importance == "truncated":
         weight = min(math.exp(c["old_logp"] - c["sampling_logp"]), m.importance_cap)
         gain, slope = gain * weight, slope * weight
-    kl = m.kl_uncertain if uncertain else m.kl_certain
+    kl = (m.kl_uncertain if uncertain else m.kl_certain) if is_trained(m, uncertain, c) else 0.0
     x = c["reference_logp"] - c["logp"]
     return -(gain - kl * (math.exp(x) - x - 1)), -(slope - kl * (1 - math.exp(x)))
 
