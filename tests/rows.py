@@ -13,7 +13,7 @@ def load(source: Path | str, **settings) -> PromptSet:
     return load_prompts(DataSettings(source=str(source), **settings))
 
 
-def jsonl(tmp_path: Path, *rows) -> Path:
-    path = tmp_path / "rows.jsonl"
+def jsonl(tmp_path: Path, *rows, name: str = "rows.jsonl") -> Path:
+    path = tmp_path / name
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
     return path

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hapo_lite.compare import pace
-from hapo_lite.compare.numbers import Numbers, clipped_share, half_way, run_numbers, solved_share
+from hapo_lite.compare.numbers import Numbers, clipped_share, half_way, is_evaluated_at, run_numbers, solved_share
 from hapo_lite.compare.plan import load_comparison, planned_runs
 from hapo_lite.compare.report import difference_rows, table_rows, text_table
 from hapo_lite.compare.words import caveats, findings, shown, verdict
@@ -86,6 +86,18 @@ def test_a_run_made_for_more_tokens_is_read_at_this_many():
     lines = [*lines_of([0.2, 0.4, 0.6]), {**lines_of([0.2, 0.4, 0.9])[2], "iteration": 3, "tokens": 300}]
     run = run_numbers(lines, GRID, threshold=0.5)
     assert (run.measures["final"], run.measures["seconds"], run.sampled) == (0.6, 4.0, 110)
+
+
+def test_a_run_without_an_evaluation_at_the_budget_is_not_read(tmp_path):
+    """Iterations end at 60 and 110 tokens. An evaluation at 110 alone is that of a budget from 61 to 110 tokens."""
+    first, middle, last = lines_of([0.2, 0.4, 0.6])
+    unevaluated = {key: value for key, value in middle.items() if not key.startswith("eval/")}
+    lines = [first, unevaluated, last]
+    assert is_evaluated_at(lines, 100.0) and not is_evaluated_at(lines, 60.0)
+    assert is_evaluated_at([first, middle, last], 60.0) and is_evaluated_at(lines, 300.0)
+    numbers = numbers_of(tmp_path, {("dapo", 0): lines})
+    assert "Left out" not in " ".join(caveats(numbers))
+    assert any("at 100: hapo with seed 3" in s for s in caveats(replace(numbers, beyond=(("hapo", 3),))))
 
 
 def test_half_way_is_that_of_the_tokens_reported_on(tmp_path):

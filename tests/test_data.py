@@ -264,6 +264,15 @@ def test_a_hub_data_set_out_of_reach_is_one_sentence(tmp_path):
     assert len(done.stdout.splitlines()) == 1 and "Traceback" not in done.stderr
 
 
+def test_every_prompt_has_an_id_of_its_own(tmp_path):
+    """Rows whose ids look like the numbers of others, and one that stands twice."""
+    ids = [f"math-{i}" for i in (1, 2, 3, 4, 4, 0, 6, 6, 5)]
+    rows = [{"id": name, "problem": f"{i}?", "answer": "1"} for i, name in enumerate(ids)]
+    prompts = load_prompts(DataSettings(source=str(jsonl(tmp_path, *rows, name="math.jsonl")))).prompts
+    assert len({prompt.id for prompt in prompts}) == len(rows)
+    assert [prompt.id for prompt in prompts][:4] == ids[:4]
+
+
 def test_held_out_rows_are_disjoint_and_repeatable():
     prompts = [Prompt(str(i), (("user", str(i)),), "1") for i in range(50)]
     train, held_out = split_held_out(prompts, 10, seed=3)

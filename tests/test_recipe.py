@@ -269,11 +269,6 @@ DOUBTS = [
         ["rollout.unpacked_base=always", "model.quantization=none"],
         "no effect with model.quantization=none",
     ),
-    (
-        rules.held_out_data_is_other_data,
-        ["data.source=a.csv", "evaluation.data.source=a.csv"],
-        "leave evaluation.data out, and evaluation.prompts of them are held out",
-    ),
     (rules.none_is_a_word, ["data.system_prompt=none"], "data.system_prompt is the word 'none': write null"),
     (
         rules.a_preset_brings_its_pieces,

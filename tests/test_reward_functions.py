@@ -117,6 +117,7 @@ def test_async_functions_are_awaited_together_and_keep_their_loop(tmp_path):
         ("return None", r"returned NoneType"),
         ("return [1 / 0]", r"raised ZeroDivisionError: division by zero at .*judges\.py:3"),
         ("raise SystemExit(3)", r"raised SystemExit: 3 at .*judges\.py:3"),
+        ("import asyncio; raise asyncio.CancelledError('theirs')", r"raised CancelledError: theirs at .*judges\.py:3"),
         ("raise TimeoutError('theirs')", r"raised TimeoutError: theirs at .*judges\.py:3"),
         ("import torch; return torch.tensor(1.0)", r"raised TypeError"),
     ],

@@ -86,7 +86,8 @@ class Numbers:
     """The numbers of the complete runs of a comparison. runs: by arm and seed; grid: [K] tokens.
 
     steps: the grid on which the values of a measure lie, for those that count attempts. remembers: whether an arm's own
-    results decide which prompts it sees next.
+    results decide which prompts it sees next. beyond: runs, by arm and seed, that are left out since they were made for
+    more tokens and have no evaluation at these.
     """
 
     comparison: Comparison
@@ -95,6 +96,7 @@ class Numbers:
     threshold: float
     steps: Mapping[str, float] = field(default_factory=dict)
     remembers: bool = False
+    beyond: tuple[tuple[str, int], ...] = ()
     _bands: dict[tuple[str, str, bool], Band] = field(default_factory=dict, compare=False, repr=False)
 
     def seeds(self, arm: str) -> list[int]:
@@ -168,12 +170,14 @@ def collect(comparison: Comparison, runs: Sequence[PlannedRun]) -> Numbers:
     """The numbers of every run that is complete, from its metrics."""
     grid = np.linspace(0.0, comparison.tokens, POINTS)
     lines = {(r.arm, r.seed): RunFolder(r.recipe.run_dir).metrics.read() for r in runs if is_complete(r)}
+    beyond = tuple(key for key, its in lines.items() if not is_evaluated_at(its, comparison.tokens))
+    lines = {key: its for key, its in lines.items() if key not in beyond}
     threshold = comparison.threshold or half_way(comparison, lines)
     found = {key: run_numbers(its, grid, threshold) for key, its in lines.items()}
     evaluation, data = runs[0].recipe.evaluation, runs[0].recipe.data
     attempt = 1.0 / (evaluation.prompts * evaluation.samples)
     steps = {"final": attempt, "area": attempt, "solved": attempt * evaluation.samples}
-    return Numbers(comparison, found, grid, threshold, steps, data.remembers)
+    return Numbers(comparison, found, grid, threshold, steps, data.remembers, beyond)
 
 
 def evaluations(lines: Lines, budget: float) -> Lines:
@@ -184,6 +188,12 @@ def evaluations(lines: Lines, budget: float) -> Lines:
     evaluated = [x for x in lines if "eval/accuracy" in x]
     within = sum(x.get("tokens", 0) < budget for x in evaluated)
     return evaluated[: within + 1]
+
+
+def is_evaluated_at(lines: Lines, budget: float) -> bool:
+    """Whether the run was evaluated after its first iteration at `budget` tokens or more, or has none such."""
+    first = next((x["iteration"] for x in lines if x.get("tokens", 0) >= budget), None)
+    return first is None or evaluations(lines, budget)[-1]["iteration"] == first
 
 
 def run_numbers(lines: Lines, grid: NDArray[np.float64], threshold: float) -> RunNumbers:

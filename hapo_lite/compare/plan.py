@@ -23,7 +23,7 @@ from pydantic import Field, field_validator, model_validator
 
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import FOLDER_NAME, NonNegative, Positive, Recipe, find_recipe, parse_recipe, read_recipe_file
-from hapo_lite.recipe.sections import FolderName
+from hapo_lite.recipe.sections import FolderName, HomePath
 from hapo_lite.recipe.settings import Section, nearest, parse_override, put, read_mapping, validate
 
 CAP = 4
@@ -47,7 +47,7 @@ class Comparison(Section):
     """Methods x seeds at equal tokens."""
 
     name: FolderName = Field(description="The comparison's folder below output_dir")
-    output_dir: str = Field("runs", description="Where that folder is made")
+    output_dir: HomePath = Field("runs", description="Where that folder is made")
     about: str = Field("", description="What is asked, in a sentence or two; heads the report")
     recipe: dict[str, Any] = Field(description="Recipe of a run: a file, relative to this one, or the settings")
     settings: dict[str, Any] = Field(default_factory=dict, description="Changes of that recipe for all arms")

@@ -90,6 +90,11 @@ def caveats(numbers: Numbers) -> list[str]:
             f"Ended by max_iterations before their tokens were sampled: {', '.join(short)}; their curves are held at "
             "the last value, and the comparison is not at equal tokens for them."
         )
+    if numbers.beyond:
+        runs = ", ".join(f"{arm} with seed {seed}" for arm, seed in numbers.beyond)
+        said.append(
+            f"Left out, since they were trained for more tokens and not evaluated at {comparison.tokens:,}: {runs}."
+        )
     return said
 
 

@@ -180,19 +180,6 @@ def unpacked_base_needs_a_packed_one(recipe: Sections) -> str | None:
     return None
 
 
-def held_out_data_is_other_data(recipe: Sections) -> str | None:
-    """Accuracy on the problems that were trained says nothing about other problems."""
-    data, held_out = recipe.data, recipe.evaluation.data
-    if held_out is None:
-        return None
-    if (held_out.source, held_out.config, held_out.split) != (data.source, data.config, data.split):
-        return None
-    return (
-        "evaluation.data is the data that is trained, so the evaluations do not tell what other problems would show: "
-        "leave evaluation.data out, and evaluation.prompts of them are held out."
-    )
-
-
 def an_order_needs_pass_rates(recipe: Sections) -> str | None:
     """Prompts can be put in order only by pass rates that are known before the run."""
     if recipe.data.curriculum == "easy_first" and recipe.data.pass_rate is None:
@@ -319,7 +306,6 @@ ADVICE: tuple[Rule, ...] = (
     offload_needs_checkpointing,
     token_budget_needs_dynamic_sampling,
     unpacked_base_needs_a_packed_one,
-    held_out_data_is_other_data,
     none_is_a_word,
     a_preset_brings_its_pieces,
     one_update_disables_hapo,

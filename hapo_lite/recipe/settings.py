@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from hapo_lite.errors import UserError
 from hapo_lite.recipe.elsewhere import answer_for
 from hapo_lite.recipe.fields import fields_at, leaves
-from hapo_lite.recipe.strict_yaml import load_yaml, problem_of
+from hapo_lite.recipe.strict_yaml import load_value, load_yaml, problem_of
 
 LARGEST_FILE = 1 << 15
 """Largest settings file, bytes; the longest that is shipped has 2,000."""
@@ -118,7 +118,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"{_shown(override)} is not an override: write section.key=value")
     try:
-        return key, load_yaml(value)
+        return key, load_value(value)
     except yaml.YAMLError:
         raise UserError(f"{_shown(override)}: {_shown(value)} is not a YAML value") from None
 

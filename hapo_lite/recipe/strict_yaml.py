@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
+_HASH = "\ue000"
+"""Stands for # while a value is read: a character for private use."""
 DEEPEST = 20
 """Largest nesting of mappings and lists; the shipped recipes need four levels."""
 
@@ -17,15 +20,38 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_StrictLoader)
 
 
+def load_value(text: str) -> Any:
+    """The same for a value on the command line, where nothing is a comment: `#` is a character like others."""
+    return _with_hashes(load_yaml(text.replace("#", _HASH)))
+
+
+def _with_hashes(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace(_HASH, "#")
+    if isinstance(value, list):
+        return [_with_hashes(item) for item in value]
+    if isinstance(value, dict):
+        return {_with_hashes(key): _with_hashes(item) for key, item in value.items()}
+    return value
+
+
 def problem_of(error: yaml.YAMLError) -> str:
     """What is wrong with a YAML text, in one line of at most 200 characters."""
     return " ".join(str(getattr(error, "problem", None) or error).split())[:200]
 
 
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)",
+    "tag:yaml.org,2002:float": r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?"
+    r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)",
+}
+
+
 class _StrictLoader(yaml.SafeLoader):
     """PyYAML's safe loader, which also refuses aliases, a key that stands twice in a mapping, and deep nesting.
 
-    A few lines of aliases can stand for thousands of millions of values.
+    A few lines of aliases can stand for thousands of millions of values. Numbers are those of YAML 1.2, where 010 is
+    not 8 and 1:30 is not 90.
     """
 
     depth = 0
@@ -60,3 +86,11 @@ class _StrictLoader(yaml.SafeLoader):
                 raise ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag not in _NUMBERS]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _StrictLoader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list("-+0123456789."))

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from hapo_lite.errors import UserError, writing
-from hapo_lite.recipe import Recipe, first_incompatible_setting
+from hapo_lite.recipe import Recipe, first_incompatible_setting, load_recipe
 from hapo_lite.runs.checkpoint import list_checkpoints
 from hapo_lite.runs.files import inside, replace_text
 from hapo_lite.runs.lines import MetricsFile
@@ -59,6 +59,22 @@ class RunFolder:
     @property
     def curves(self) -> Path:
         return self.path / "curves.png"
+
+    @classmethod
+    def holding(cls, adapter: str) -> RunFolder:
+        """The folder of the run that an adapter is from: itself, its adapter/, or one of its checkpoints."""
+        place = Path(adapter).resolve()
+        if place.name == "adapter":
+            return cls(place.parent)
+        return cls(place.parents[1] if place.parent.name == "checkpoints" else place)
+
+
+def recipe_behind(adapter: str | None) -> Recipe | None:
+    """The recipe of the run that `model.adapter` goes on from; None where it is not known."""
+    try:
+        return load_recipe(RunFolder.holding(adapter).recipe) if adapter else None
+    except UserError:
+        return None
 
 
 OURS = ("recipe.yaml", "status.json", "metrics.jsonl", "traces", "checkpoints", "adapter", "evaluations", "probe")

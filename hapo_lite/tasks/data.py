@@ -9,7 +9,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +129,13 @@ def load_prompts(data: DataSettings, columns: Sequence[Column] = (), solutions: 
     return PromptSet(prompts, dict(skipped), first)
 
 
+def without_problems(prompts: Sequence[Prompt], others: Iterable[Prompt]) -> Sequence[Prompt]:
+    """The prompts but for those with a problem of `others`, whatever their ids, answers and system prompts."""
+    theirs = {_asked(prompt) for prompt in others}
+    places = [i for i, prompt in enumerate(prompts) if _asked(prompt) not in theirs]
+    return prompts if len(places) == len(prompts) else Selection(prompts, places)
+
+
 def split_held_out(prompts: Sequence[Prompt], count: int, seed: int) -> tuple[Sequence[Prompt], tuple[Prompt, ...]]:
     """(the other prompts, `count` prompts drawn by `seed`), both in the order given.
 
@@ -205,16 +212,23 @@ def _value(row: dict[str, Any], column: str) -> Any:
     return value
 
 
+def _asked(prompt: Prompt) -> int:
+    """A hash of the problem: of the chat without system messages."""
+    return _fingerprint([message for message in prompt.messages if message[0] != "system"])
+
+
 def _fingerprint(value: object) -> int:
     """A hash of 64 bits of a text or a chat."""
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest())
 
 
 def _name(given: Any, number: str, taken: set[int]) -> str:
-    """The row's own id if it is short and not taken, else its number."""
+    """The row's own id if it is short and not taken, else its number, with a dash for each time that it is taken."""
     name = str(given) if isinstance(given, (str, int)) else ""
     if not 0 < len(name) <= LONGEST_NAME or not name.isprintable() or _fingerprint(name) in taken:
-        return number
+        name = number
+        while _fingerprint(name) in taken:
+            name += "-"
     return name
 
 

@@ -16,18 +16,22 @@ GRACE_S = 2.0
 """Seconds after the last deadline at which coroutines are given up that do not yield to the event loop."""
 
 
+THEIRS = (Exception, SystemExit, asyncio.CancelledError)
+"""What somebody's function may raise that is reported as its fault. Ctrl-C is not: it may come at any time."""
+
+
 class Overdue(Exception):
     """A call did not end before its deadline."""
 
 
 def call_within(seconds: float, function: Callable[[], Any]) -> Any:
-    """The result of `function`. Raises what it raises, SystemExit included, and Overdue after `seconds`."""
+    """The result of `function`. Raises whatever it raises, SystemExit too, and Overdue after `seconds`."""
     future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
     def work() -> None:
         try:
             future.set_result(function())
-        except (Exception, SystemExit) as error:
+        except THEIRS as error:
             future.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
@@ -95,9 +99,12 @@ class EventLoop:
 
 
 async def _outcome(call: Awaited) -> Outcome:
-    """What a call came to. SystemExit is among it, as it would end the event loop."""
+    """What a call came to. SystemExit is among it, as it would end the event loop, and a cancellation of its own."""
     try:
         async with asyncio.timeout(call.seconds) as deadline:
             return Outcome(await call.start())
-    except (Exception, SystemExit) as error:
+    except THEIRS as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise  # From outside: all calls are given up.
         return Outcome(error=Overdue() if deadline.expired() else error)

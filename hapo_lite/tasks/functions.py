@@ -14,7 +14,7 @@ from hapo_lite.errors import UserError, counted
 from hapo_lite.recipe import NamedReward, RewardSettings
 from hapo_lite.records import Prompt
 from hapo_lite.tasks.data import ARGUMENTS, Column
-from hapo_lite.tasks.deadline import Awaited, EventLoop, Overdue, call_within
+from hapo_lite.tasks.deadline import THEIRS, Awaited, EventLoop, Overdue, call_within
 from hapo_lite.tasks.own_code import describe_error, load_function
 from hapo_lite.tasks.verify import Grade, marked_answer
 
@@ -216,7 +216,7 @@ def _called(own: OwnReward, batch: Batch) -> Any:
     """What a function that is not async returns."""
     try:
         return call_within(own.settings.timeout_s, partial(own.call, batch))
-    except (Exception, SystemExit) as error:
+    except THEIRS as error:
         raise _failed(own.settings, error) from error
 
 

@@ -10,6 +10,7 @@ from hapo_lite.recipe import RewardSettings
 from hapo_lite.records import Prompt, Score
 from hapo_lite.runs.progress import Progress
 from hapo_lite.tasks.data import ARGUMENTS, Column
+from hapo_lite.tasks.deadline import THEIRS
 from hapo_lite.tasks.functions import OURS, Batch, NamedRewards, as_rewards, listed, question, soft_overlong_penalty
 from hapo_lite.tasks.own_code import code_of, describe_error, load_function
 from hapo_lite.tasks.verify import Grade, GraderPool, marked_answer
@@ -143,6 +144,6 @@ class Scorer:
         questions = [question(prompt) for prompt in prompts]
         try:
             values = listed(self._function(questions, list(completions), [prompt.answer for prompt in prompts]))
-        except (Exception, SystemExit) as error:
+        except THEIRS as error:
             raise UserError(f"{label} raised {describe_error(error)}") from error
         return as_rewards(values, len(completions), label)

@@ -6,14 +6,14 @@ import itertools
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hapo_lite.errors import UserError, counted
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.template import text_of
-from hapo_lite.recipe import DataSettings, EvaluationSettings, PassRateSettings
+from hapo_lite.recipe import DataSettings, EvaluationSettings, PassRateSettings, Recipe
 from hapo_lite.records import EncodedPrompt, Prompt
-from hapo_lite.tasks.data import Column, PromptSet, load_prompts, split_held_out
+from hapo_lite.tasks.data import Column, PromptSet, load_prompts, split_held_out, without_problems
 from hapo_lite.tasks.pass_rates import PassRates, choose_by_pass_rate
 from hapo_lite.tasks.stream import LazyPrompts
 from hapo_lite.tiny.bundled import TASKS
@@ -49,11 +49,14 @@ def load_data(
     say: Say,
     columns: Sequence[Column] = (),
     solutions: bool = False,
+    before: Recipe | None = None,
 ) -> Data:
     """Read the prompts. seed: decides which prompts are held out if `evaluation` names no data of its own.
 
     columns: those that rewards ask for, of the data to train on. solutions: read the worked solutions of the training
-    prompts too. The prompts are the same ones either way.
+    prompts too. The prompts are the same ones either way. before: the recipe of the run whose adapter this one goes on
+    from; a note says how many of the held-out prompts that run was trained on, where it read the same data. Raises
+    UserError as `load_prompts` does, and if nothing is left to train on.
     """
     wanted = evaluation.prompts
     found = load_prompts(data, columns, solutions)
@@ -64,10 +67,47 @@ def load_data(
     if wanted == 0:
         return Data(found.prompts, ())
     if own is None:
-        return Data(*split_held_out(found.prompts, wanted, seed))
-    held_out = load_prompts(own)
-    say_skipped("held-out data", held_out, say)
-    return Data(found.prompts, held_out.prompts[:wanted])
+        split = Data(*split_held_out(found.prompts, wanted, seed))
+        say_trained_before(split.held_out, found.prompts, data, before, say)
+        return split
+    loaded = load_prompts(own)
+    say_skipped("held-out data", loaded, say)
+    held_out = loaded.prompts[:wanted]
+    training = without_problems(found.prompts, held_out)
+    if not training:
+        raise UserError(
+            f"evaluation.prompts = {wanted} hold out every problem of data.source = {data.source}: lower it, or leave "
+            "evaluation.data out"
+        )
+    if len(training) < len(found.prompts):
+        missing = len(found.prompts) - len(training)
+        say(f"data: {counted(missing, 'problem')} of the evaluation {'is' if missing == 1 else 'are'} not trained on")
+    return Data(training, held_out)
+
+
+def say_trained_before(
+    held_out: Sequence[Prompt], prompts: Sequence[Prompt], data: DataSettings, before: Recipe | None, say: Say
+) -> None:
+    """Say how many held-out prompts an earlier run was trained on. prompts: all of the data, of which they are some.
+
+    before: the recipe of that run; nothing is said of one that read other data.
+    """
+    if before is None or _rows(before.data) != _rows(data):
+        return
+    spared: Sequence[Prompt] = ()
+    if before.evaluation.data is None and 0 < before.evaluation.prompts < len(prompts):
+        spared = split_held_out(prompts, before.evaluation.prompts, before.seed)[1]
+    seen = len(without_problems(held_out, spared))
+    if seen:
+        say(
+            f"note: {seen:,} of {counted(len(held_out), 'held-out prompt')} were trained on by the run that "
+            "model.adapter goes on from: give that run the same seed and evaluation.prompts, or set evaluation.data"
+        )
+
+
+def _rows(data: DataSettings) -> dict[str, Any]:
+    """The settings that decide which rows of which data are read."""
+    return data.model_dump(include={"source", "config", "split", "limit", "problem_column", "answer_column"})
 
 
 def say_skipped(what: str, found: PromptSet, say: Say) -> None:

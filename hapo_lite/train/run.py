@@ -28,7 +28,15 @@ from hapo_lite.rollout.engine import Engine, make_engine
 from hapo_lite.rollout.whole_base import WholeBaseEngine
 from hapo_lite.runs.checkpoint import TrainState, list_checkpoints
 from hapo_lite.runs.display import Display
-from hapo_lite.runs.folder import RunFolder, check_place, check_same_run, open_folder, with_date, with_date_of
+from hapo_lite.runs.folder import (
+    RunFolder,
+    check_place,
+    check_same_run,
+    open_folder,
+    recipe_behind,
+    with_date,
+    with_date_of,
+)
 from hapo_lite.runs.interrupt import Interrupted, Interrupts
 from hapo_lite.runs.progress import Progress
 from hapo_lite.runs.skipped import SkippedStep
@@ -129,7 +137,8 @@ class Run:
     def read_data(self, columns: Sequence[Column]) -> Data:
         """The prompts to train on and to evaluate on. columns: those of the data that rewards ask for."""
         recipe = self.recipe
-        data = load_data(recipe.data, recipe.evaluation, recipe.seed, self.display.say, columns)
+        before = recipe_behind(recipe.model.adapter)
+        data = load_data(recipe.data, recipe.evaluation, recipe.seed, self.display.say, columns, before=before)
         return data.chosen(recipe.data.pass_rate, self.display.say)
 
     def training_prompts(self, data: Data, policy: Policy) -> LazyPrompts:
