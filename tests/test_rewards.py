@@ -32,6 +32,17 @@ def own(tmp_path: Path, body: str) -> RewardSettings:
     return RewardSettings(function=f"{tmp_path / 'mine.py'}:reward")
 
 
+def test_a_thought_that_the_prompt_opened_and_nobody_closed_holds_no_answer(tmp_path):
+    """And functions are handed the completion as it is."""
+    settings = own(tmp_path, "return [float(text.startswith('So')) for text in completions]")
+    texts = [r"So \boxed{2}", r"So \boxed{3}. </think> It is \boxed{2}"]
+    for opening, outcomes in (("", ["correct", "correct"]), ("<think>", ["unparseable", "correct"])):
+        with Scorer(settings, max_new_tokens=100) as scorer:
+            scorer.opening = opening
+            scores = scorer.score([PROMPT] * 2, texts, [10, 10], [True, False])
+        assert [s.outcome for s in scores] == outcomes and [s.reward for s in scores] == [1.0, 1.0]
+
+
 def test_right_and_wrong_earn_what_the_recipe_says():
     scores = score(RewardSettings(correct=2.0, wrong=-0.5), r"\boxed{2}", r"\boxed{3}", "dunno")
     assert scores == [

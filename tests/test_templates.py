@@ -357,3 +357,11 @@ def test_an_open_thought_belongs_to_the_prompt(model):
     policy = loaded(model(TURNS + OPEN.replace("assistant\n", "assistant\n<think>\n")))
     assert written(policy).endswith("assistant\n<think>\n")
     assert policy.decode(policy.tokenizer.encode("2+2</think>4")) == "2+2</think>4"
+
+
+@pytest.mark.parametrize(
+    ("begins", "opening"), [("", ""), ("<think>\\n", "<think>"), ("<think>\\n\\n</think>\\n\\n", "")]
+)
+def test_a_thought_that_the_template_opens_is_known(model, begins, opening):
+    template = TURNS + OPEN.replace("assistant\n", f"assistant\n{begins}".encode().decode("unicode_escape"))
+    assert loaded(model(template)).opening == opening

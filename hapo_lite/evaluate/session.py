@@ -54,6 +54,7 @@ class Session:
         recipe, progress = self.recipe, self.display.progress
         reward = recipe.reward.model_copy(update={"function": None, "functions": (), "overlong_buffer": 0})
         with Scorer(reward, max_new_tokens) as scorer:
+            scorer.opening = policy.opening
             with progress.within(f"rollout.engine = {recipe.rollout.engine}"):
                 engine = make_engine(recipe, policy, max_new_tokens)
             yield Collector(engine, scorer, self.accelerator, progress)

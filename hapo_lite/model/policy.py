@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import torch
@@ -89,6 +90,12 @@ class Policy:
         """The id that the chat template ends an answer with, if it ends a completion; else the first that does."""
         after = after_answer(self.tokenizer, self.rendering)
         return after[0] if after and after[0] in self.stop_ids else self.stop_ids[0]
+
+    @cached_property
+    def opening(self) -> str:
+        """`<think>` if the chat template opens a thought before the assistant's answer, as some do; else ""."""
+        written = text_of(self.tokenizer, self.encode([{"role": "user", "content": "?"}]), hidden=())
+        return "<think>" if written.rfind("<think>") > written.rfind("</think>") else ""
 
     def _embedded(self, ids: list[int]) -> list[int]:
         rows = embedding_rows(self.base)

@@ -61,8 +61,12 @@ class Scorer:
     """Scores completions as the recipe's `reward` section says. Close it, or use it as a context manager.
 
     max_new_tokens: longest completion, tokens; only rewards by length need it. progress: is told of every answer that
-    is graded, and may be replaced. Raises UserError if a function of the section cannot be loaded.
+    is graded, and may be replaced. opening: what every prompt ends with that belongs to the completion when it is
+    graded, such as `<think>` (`Policy.opening`); functions are handed the completion as it is. Raises UserError if a
+    function of the section cannot be loaded.
     """
+
+    opening = ""
 
     def __init__(self, settings: RewardSettings, max_new_tokens: int) -> None:
         self.settings = settings
@@ -129,8 +133,9 @@ class Scorer:
 
     def _grade(self, prompts: Sequence[Prompt], completions: Sequence[str], truncated: Sequence[bool]) -> list[Grade]:
         grades = [Grade(False, None, "unparseable")] * len(completions)
-        complete = [i for i, cut in enumerate(truncated) if not cut or marked_answer(completions[i]) is not None]
-        pairs = [(completions[i], prompts[i].answer) for i in complete]
+        texts = [self.opening + completion for completion in completions]
+        complete = [i for i, cut in enumerate(truncated) if not cut or marked_answer(texts[i]) is not None]
+        pairs = [(texts[i], prompts[i].answer) for i in complete]
         self.progress.advance(len(completions) - len(complete))
         for i, grade in zip(complete, self._pool.grade_many(pairs, graded=self.progress.advance), strict=True):
             grades[i] = grade

@@ -117,6 +117,7 @@ class Run:
         """Encode the prompts, resume, check the engine, iterate, and return the summary."""
         recipe, say, progress = self.recipe, self.display.say, self.display.progress
         limit = recipe.rollout.max_new_tokens
+        scorer.opening = policy.opening
         prompts = self.training_prompts(data, policy)
         held_out = encode_prompts(data.held_out, policy, recipe.data, limit, say)
         self.open(policy, prompts, held_out)
