@@ -165,6 +165,16 @@ def test_a_base_whose_memory_cannot_be_predicted_stays_packed_on_a_gpu(tmp_path,
         Predictor(recipe, "cpu").stages()
 
 
+def test_a_base_that_brings_its_own_code_stays_packed_on_a_gpu(tmp_path, make_recipe, monkeypatch):
+    """The prediction never runs such code, and neither this nor a wrong name is an error before the model is loaded."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 << 30))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}')
+    for name in ("own", "not_there"):
+        recipe = make_recipe(f"model.name={tmp_path / name}", "model.trust_remote_code=true")
+        assert unpacks(recipe, torch.device("cuda")) is False
+
+
 @pytest.mark.slow
 def test_a_loop_over_tokens_is_not_predicted(tmp_path, make_recipe, monkeypatch):
     """Its operators grow with the tokens, so that a prediction would take hours."""
