@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from accelerate import Accelerator
 
-from hapo_lite.errors import UserError, counted
+from hapo_lite.errors import UserError, counted, first_line
 from hapo_lite.model.experts import notes_on_experts, notes_on_packing
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
@@ -201,7 +201,11 @@ class Run:
         return WholeBaseEngine(engine, policy)
 
     def iterate(self, loop: Loop, state: TrainState) -> dict[str, Any]:
-        """Iterate from `state` to the recipe's end. On a signal, save the last whole state and raise Interrupted."""
+        """Iterate from `state` to the recipe's end.
+
+        A signal raises Interrupted after the last whole state is saved. An error ends the run, and the state is saved
+        before it if the weights are still those of that state.
+        """
         recipe, display = self.recipe, self.display
         recorder = self.make_recorder(loop)
         interrupts = Interrupts(deferred=self.accelerator.num_processes > 1)
@@ -222,6 +226,9 @@ class Run:
                         raise Interrupted(interrupts.pending or signal.SIGTERM)
             except Interrupted:
                 recorder.save(observer.state)
+                raise
+            except Exception:
+                observer.rescue()
                 raise
         return recorder.finish(observer.state)
 
@@ -280,6 +287,18 @@ class RunObserver(Observer):
         self.recorder.note(f"iteration {self.state.iteration + 1}: {sentence}")
         if weights_unchanged:
             self.recorder.save(self.state)
+
+    def rescue(self) -> None:
+        """Save the last whole state before an error ends the run, unless the weights may have changed since then."""
+        if self.interrupts.shielded or not self.state.iteration:
+            return
+        self.interrupts.shield()
+        try:
+            self.recorder.save(self.state)
+            self.recorder.note(f"the run is saved up to iteration {self.state.iteration}")
+        except Exception as failed:
+            # Raised, it would take the place of the error that ends the run, of which it may be a consequence.
+            self.recorder.note(f"iteration {self.state.iteration} is not saved: {first_line(failed)}")
 
 
 def is_over(recipe: Recipe, state: TrainState) -> bool:
