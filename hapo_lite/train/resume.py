@@ -58,6 +58,11 @@ def resume(folder: RunFolder, recipe: Recipe, loop: Loop, say: Callable[[str], N
             )
         if note := changed_rate(newest, recipe, loop.learner.scheduler):
             say(f"note: {note}")
+    elif recorded := folder.metrics.last():
+        say(
+            f"note: {folder.path} has no checkpoint yet: the run starts again, and what it recorded up to iteration "
+            f"{recorded.get('iteration', 0)} is written again"
+        )
     if loop.accelerator.is_main_process:
         with writing(folder.path):
             folder.metrics.keep_up_to(last_recorded)
