@@ -52,10 +52,10 @@ def resume(folder: RunFolder, recipe: Recipe, loop: Loop, say: Callable[[str], N
         state = load_checkpoint(newest, loop.parts)
         last_recorded = state.iteration
         say(f"resuming {folder.path} after iteration {state.iteration}")
-        if state.iteration > recipe.training.iterations:
-            say(
-                f"note: the run is beyond training.iterations = {recipe.training.iterations}, and nothing is left to do"
-            )
+        # The loop's recipe: a warm start has another number of iterations than the recipe that it was read from.
+        iterations = loop.recipe.training.iterations
+        if state.iteration > iterations:
+            say(f"note: the run is beyond training.iterations = {iterations}, and nothing is left to do")
         if note := changed_rate(newest, recipe, loop.learner.scheduler):
             say(f"note: {note}")
     elif recorded := folder.metrics.last():
