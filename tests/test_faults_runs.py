@@ -6,8 +6,10 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import re
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,10 +19,12 @@ from hapo_lite.errors import UserError, page
 from hapo_lite.evaluate.__main__ import main as evaluate
 from hapo_lite.rollout.canary import Canary, Distance, _advice, _cause
 from hapo_lite.rollout.transformers_engine import TransformersEngine
+from hapo_lite.runs.interrupt import Interrupted, Interrupts
 from hapo_lite.tasks.rewards import Scorer
 from hapo_lite.train.__main__ import main as train
-from hapo_lite.train.accelerator import make_accelerator
+from hapo_lite.train.accelerator import make_accelerator, stop_if_asked
 from hapo_lite.train.loop import Loop
+from hapo_lite.train.recorder import Recorder
 from hapo_lite.train.scoring import Scoring
 from hapo_lite.train.update import Update
 from tests.commands import ENVIRONMENT
@@ -156,6 +160,37 @@ def test_an_error_ends_the_run_with_what_was_complete_saved(tmp_path, monkeypatc
     monkeypatch.undo()
     if stage == "first update":
         assert run_command(train, arguments) == 0 and "after iteration 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("stage", "newest"), [(Scoring, "000001"), (Recorder, "000002")])
+def test_processes_that_only_note_a_signal_ask_before_the_first_update(tmp_path, monkeypatch, stage, newest):
+    """The launcher of several processes waits 30 s, in which update, evaluation and checkpoint may not end."""
+    method, calls = {Scoring: "score", Recorder: "record"}[stage], [0]
+    original = getattr(stage, method)
+
+    def signalled(*arguments, **options):
+        calls[0] += 1
+        if calls[0] == {Scoring: 2, Recorder: 3}[stage]:  # in the second iteration; iteration 0 is recorded too
+            signal.raise_signal(signal.SIGTERM)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(stage, method, signalled)
+    monkeypatch.setattr("hapo_lite.train.run.Interrupts", lambda deferred: Interrupts(deferred=True))
+    arguments = [str(TINY), f"output_dir={tmp_path}", *SHORT, "training.iterations=3"]
+    assert run_command(train, arguments) == 128 + signal.SIGTERM
+    assert [path.name for path in (tmp_path / "tiny_cpu" / "checkpoints").iterdir()] == [newest]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_one_process_with_a_signal_stops_all(asked):
+    """In a process that has none itself."""
+
+    def reduce(flag, kind):
+        return flag + asked
+
+    accelerator, interrupts = SimpleNamespace(num_processes=2, device="cpu", reduce=reduce), Interrupts(deferred=True)
+    with pytest.raises(Interrupted) if asked else contextlib.nullcontext():
+        stop_if_asked(accelerator, interrupts)
 
 
 def test_an_error_is_told_although_the_run_cannot_be_saved(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,6 @@ adapter/, summary.json, curves.png.
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +38,7 @@ from hapo_lite.tasks.data import Column
 from hapo_lite.tasks.pass_rates import PassRates
 from hapo_lite.tasks.rewards import Scorer, notes_on_code
 from hapo_lite.tasks.stream import LazyPrompts
-from hapo_lite.train.accelerator import busy_cpu, make_accelerator, someone_wants_to_stop, unseen_gpu
+from hapo_lite.train.accelerator import busy_cpu, make_accelerator, stop_if_asked, unseen_gpu
 from hapo_lite.train.collect import Collector
 from hapo_lite.train.loop import Loop
 from hapo_lite.train.memory.room import unpacks
@@ -222,8 +221,7 @@ class Run:
                     bar.update()
                     bar.set_postfix(recorder.headline())
                     interrupts.unshield()
-                    if someone_wants_to_stop(self.accelerator, interrupts):
-                        raise Interrupted(interrupts.pending or signal.SIGTERM)
+                    stop_if_asked(self.accelerator, interrupts)
             except Interrupted:
                 recorder.save(observer.state)
                 raise
@@ -271,6 +269,8 @@ class RunObserver(Observer):
         self.state = state
 
     def before_update(self) -> None:
+        # Several processes only note a signal. Here they can still abandon the iteration, and need not end it first.
+        stop_if_asked(self.recorder.loop.accelerator, self.interrupts)
         self.interrupts.shield()
 
     def on_graded(self, graded: Graded) -> None:
