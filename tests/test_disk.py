@@ -16,6 +16,7 @@ from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import load_recipe
 from hapo_lite.runs.checkpoint import newest_good, read_record
+from hapo_lite.runs.files import file_hash
 from hapo_lite.runs.lines import MetricsFile
 from hapo_lite.train.__main__ import main
 from hapo_lite.verify_resume.verify import left_by
@@ -144,8 +145,22 @@ def test_a_checkpoint_that_is_not_right_is_named_and_the_one_before_it_used(thre
     damage(folder / "000003" / file)
     recipe = load_recipe(*split(arguments(tmp_path, 3)))
     newest, [complaint] = newest_good(folder, recipe)
-    assert newest == folder / "000002"
+    assert newest is not None and newest.path == folder / "000002"
     assert str(folder / "000003") in complaint and named in complaint
+
+
+def test_a_resumed_run_reads_its_checkpoint_once(three, tmp_path, monkeypatch):
+    """Its hashes take as long as its bytes."""
+    shutil.copytree(three, tmp_path / "tiny_cpu")
+    read: list[Path] = []
+
+    def hashed(path: Path) -> str:
+        read.append(path)
+        return file_hash(path)
+
+    monkeypatch.setattr("hapo_lite.runs.checkpoint.file_hash", hashed)
+    assert run_command(main, arguments(tmp_path, 3)) == 0
+    assert len(read) == len(set(read)) > 2 and {path.parent.name for path in read} == {"000003"}
 
 
 def split(given: list[str]) -> tuple[str, list[str]]:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from hapo_lite.errors import UserError, writing
 from hapo_lite.recipe import Recipe
-from hapo_lite.runs.checkpoint import TrainState, load_checkpoint, newest_good, read_record
+from hapo_lite.runs.checkpoint import Checkpoint, TrainState, load_checkpoint, newest_good
 from hapo_lite.runs.folder import RunFolder
 from hapo_lite.runs.skipped import drop_steps_after
 from hapo_lite.runs.trace import drop_traces_after
 from hapo_lite.train.loop import Loop
 
 
-def changed_rate(checkpoint: Path, recipe: Recipe, scheduler: Any) -> str | None:
+def changed_rate(checkpoint: Checkpoint, recipe: Recipe, scheduler: Any) -> str | None:
     """A sentence about a jump of the learning rate: a schedule falls over all iterations, whose number was changed.
 
     scheduler: as it was restored from the checkpoint.
     """
-    before, now = read_record(checkpoint)["recipe"]["training"]["iterations"], recipe.training.iterations
+    before, now = checkpoint.record["recipe"]["training"]["iterations"], recipe.training.iterations
     last = scheduler.get_last_lr()[0]
     following = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](scheduler.last_epoch)
     if before == now or math.isclose(last, following, rel_tol=1e-6):
