@@ -24,7 +24,6 @@ from hapo_lite.rollout.generate_engine import GenerateEngine
 from hapo_lite.rollout.inversion import draw_token
 from hapo_lite.rollout.sampling import AdaptiveTemperature, draw
 from hapo_lite.rollout.transformers_engine import TransformersEngine
-from hapo_lite.rollout.whole_base import WholeBaseEngine
 from hapo_lite.tiny.task import problems
 
 SIGNAL = EntropySignal(pivot=-1.5, sigma=3.0, high=2.0, low=6.0)
@@ -316,7 +315,6 @@ def test_the_three_numbers_of_a_key_may_be_given_by_position(policy, requests):
     same_ids(cut, engine.sample(requests, processor, key=key, limit=6))
     same_ids(cut, engine.sample(requests, processor, 3, 3, 1, limit=6))
     same_ids(cut, engine.sample(requests, processor, 3, 3, 1, 6))
-    same_ids(cut, WholeBaseEngine(engine, policy).sample(requests, processor, 3, 3, 1, 6))
     for wrong in ((3,), (3, 3), (3, 3, 1, 6, 6), (key, 3, 1)):
         with pytest.raises(TypeError, match="sample takes"):
             engine.sample(requests, processor, *wrong)

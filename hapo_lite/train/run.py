@@ -24,7 +24,6 @@ from hapo_lite.recipe import Recipe, flatten
 from hapo_lite.records import EncodedPrompt, Graded
 from hapo_lite.rollout.canary import check_engine
 from hapo_lite.rollout.engine import Engine, make_engine
-from hapo_lite.rollout.whole_base import WholeBaseEngine
 from hapo_lite.runs.checkpoint import TrainState, list_checkpoints
 from hapo_lite.runs.display import Display
 from hapo_lite.runs.folder import RunFolder, check_place, check_same_run, open_folder, with_date, with_date_of
@@ -191,13 +190,12 @@ class Run:
     def make_engine(self, policy: Policy) -> Engine:
         """Start the rollout engine, and split the base over the processes if FSDP was requested."""
         engine = make_engine(self.recipe, policy)
-        if not self.sharded:
-            return engine
-        whole, part = (size / 2**20 for size in shard_base(policy))
-        self.display.say(
-            f"base split by FSDP: {part:,.2f} MB of the weights in each process, {whole:,.2f} MB while it samples"
-        )
-        return WholeBaseEngine(engine, policy)
+        if self.sharded:
+            whole, part = (size / 2**20 for size in shard_base(policy))
+            self.display.say(
+                f"base split by FSDP: {part:,.2f} MB of the weights in each process, {whole:,.2f} MB while it samples"
+            )
+        return engine
 
     def iterate(self, loop: Loop, state: TrainState) -> dict[str, Any]:
         """Iterate from `state` to the recipe's end.
