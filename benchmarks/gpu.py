@@ -41,7 +41,7 @@ from hapo_lite.head.tiles import fold_kernel  # noqa: E402
 from hapo_lite.model.load import load_policy  # noqa: E402
 from hapo_lite.preflight.measure import measure_loop, prepare  # noqa: E402
 from hapo_lite.recipe import Recipe, load_recipe  # noqa: E402
-from hapo_lite.runs.checkpoint import TrainState, load_checkpoint, save_checkpoint  # noqa: E402
+from hapo_lite.runs.checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint  # noqa: E402
 from hapo_lite.train.memory.predict import Predictor  # noqa: E402
 from hapo_lite.train.memory.room import usable  # noqa: E402
 from hapo_lite.train.optimizer import loss_scale  # noqa: E402
@@ -183,7 +183,7 @@ def measure_paged(place: Place) -> Figures:
     loop = prepare(recipe).loop
     state = loop.step(TrainState()).state
     path = save_checkpoint(place.folder / "paged", loop.parts, state, loop.recipe)
-    load_checkpoint(path, loop.parts)
+    load_checkpoint(Checkpoint.read(path), loop.parts)
     states = [s["state1"] for s in loop.learner.optimizer.state.values()]
     figures: Figures = {"states": len(states), "of them in pages": sum(hasattr(s, "is_paged") for s in states)}
     figures["steps skipped after the checkpoint was read"] = loop.step(state).metrics["update/skipped"]

@@ -35,7 +35,7 @@ def disk_problem(error: BaseException) -> str:
         return "the disk is full; free some space and run the same command again"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}; check the folder and run the same command again"
-    return f"{str(error).splitlines()[0]}; check the folder and run the same command again"
+    return f"{first_line(error)}; check the folder and run the same command again"
 
 
 def page(name: str) -> str:

@@ -165,6 +165,16 @@ def test_a_base_whose_memory_cannot_be_predicted_stays_packed_on_a_gpu(tmp_path,
         Predictor(recipe, "cpu").stages()
 
 
+def test_a_base_that_brings_its_own_code_stays_packed_on_a_gpu(tmp_path, make_recipe, monkeypatch):
+    """The prediction never runs such code, and neither this nor a wrong name is an error before the model is loaded."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 << 30))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}')
+    for name in ("own", "not_there"):
+        recipe = make_recipe(f"model.name={tmp_path / name}", "model.trust_remote_code=true")
+        assert unpacks(recipe, torch.device("cuda")) is False
+
+
 @pytest.mark.slow
 def test_a_loop_over_tokens_is_not_predicted(tmp_path, make_recipe, monkeypatch):
     """Its operators grow with the tokens, so that a prediction would take hours."""
@@ -185,12 +195,33 @@ def test_a_loop_over_tokens_is_not_predicted(tmp_path, make_recipe, monkeypatch)
         Predictor(make_recipe(*overrides, "data.max_prompt_tokens=400"), "cpu").stages()
 
 
-def test_an_error_of_our_own_stays_one(tmp_path):
+def in_transformers(error):
+    """A function that raises `error` on a line of transformers' code."""
+    places = {"error": error}
+    exec(compile("def fails(*_, **__):\n    raise error", "/site-packages/transformers/models/one.py", "exec"), places)
+    return places["fails"]
+
+
+def test_an_error_of_our_own_stays_one(tmp_path, monkeypatch):
     policy = loaded("llama", tmp_path)
     decoder, ids = policy.base.get_decoder(), torch.zeros(1, 1, dtype=torch.long)
     words = r"fails when it runs \(modeling_llama\.py:\d+: ValueError: You must specify"
     with pytest.raises(UserError, match=words), own_errors("mine", packed=False):
         decoder(use_cache=False)
+    # An error of the card, which is raised wherever the model's code waits for it.
+    broken = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    failures = [broken, RuntimeError("CUDNN_STATUS_EXECUTION_FAILED"), RuntimeError("CUDA error: unspecified launch")]
+    raising = policy.base.get_input_embeddings()
+    for failure in failures:
+        with monkeypatch.context() as patched, pytest.raises(type(failure), match=str(failure)):
+            patched.setattr(raising, "forward", in_transformers(failure))
+            with own_errors("mine", packed=False):
+                decoder(input_ids=ids)
+    unsupported = torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device")
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"no code for this card \(\w+\.py:\d+: CUDA"):
+        patched.setattr(raising, "forward", in_transformers(unsupported))
+        with own_errors("mine", packed=False):
+            decoder(input_ids=ids)
     # An error in this package's code that the model's code calls.
     policy.base.get_input_embeddings().register_forward_hook(lambda *_: bucket("many"))
     with pytest.raises(AttributeError), own_errors("mine", packed=False):

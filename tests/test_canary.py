@@ -108,6 +108,17 @@ def test_an_engine_without_the_adapter_is_caught_when_a_run_goes_on(loop, recipe
         check(loop, make_engine(recipe, fresh))
 
 
+def test_prompts_that_are_too_long_are_passed_over_however_many_come_first(loop):
+    def checked(prompts):
+        return check_engine(
+            loop.collector.engine, loop.policy, prompts, loop.recipe.rollout, 0, loop.accelerator
+        ).at_rest.engine
+
+    assert checked([*[None] * 2 * canary.OFFERED, *loop.stream.take(0, 8)]) < 1e-5
+    with pytest.raises(UserError, match=r"too long: raise data\.max_prompt_tokens"):
+        checked([None])
+
+
 def test_an_adapter_that_reaches_nothing_is_named(loop):
     for name, p in loop.policy.trainable().items():
         if "lora_A" in name:

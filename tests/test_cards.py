@@ -32,7 +32,7 @@ from hapo_lite.model import load
 from hapo_lite.model.attention import attend_with_repeated_keys
 from hapo_lite.model.load import load_policy
 from hapo_lite.recipe import load_recipe
-from hapo_lite.runs.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from hapo_lite.runs.checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
 from hapo_lite.train.accelerator import unseen_gpu
 from hapo_lite.train.memory.predict import Predictor
 from tests.conftest import ROOT, TINY
@@ -66,7 +66,7 @@ def test_a_run_with_paged_states_goes_on_from_its_checkpoint(pages, make_recipe,
     path = save_checkpoint(tmp_path, before.parts, state, recipe)
     saved = torch.load(path / "optimizer.pt", weights_only=True)["optimizer"]["state"][0]
     assert saved["__bnb_optimizer_quant_state__"]["state1"].is_paged  # the mark is in the file
-    assert load_checkpoint(path, after.parts) == state
+    assert load_checkpoint(Checkpoint.read(path), after.parts) == state
     for ours, theirs in zip(after.learner.parameters, before.learner.parameters, strict=True):
         for name in ("state1", "state2"):
             page = after.learner.optimizer.state[ours][name]

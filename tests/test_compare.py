@@ -199,6 +199,18 @@ def test_another_recipe_does_not_continue_the_runs(finished, override, message):
     assert code == 2 and sentence.startswith("error: ") and message in sentence
 
 
+def test_a_complete_run_needs_no_checkpoint(finished, tmp_path):
+    """Checkpoints take most of the disk that a comparison takes."""
+    shutil.copytree(finished[0], tmp_path / "pair")
+    for checkpoints in (tmp_path / "pair").glob("*/checkpoints"):
+        shutil.rmtree(checkpoints)
+    path = tmp_path / "pair.yaml"
+    path.write_text(yaml.safe_dump(FIELDS | {"output_dir": str(tmp_path)}, sort_keys=False))
+    code, _, complaint = compare(path)
+    assert code == 0, complaint
+    assert runs_of(tmp_path / "pair") == runs_of(finished[0])
+
+
 def test_runs_do_not_share_a_gpu_and_nobody_else_starts_them(monkeypatch):
     runner.check_machine(workers=2)
     monkeypatch.setattr(runner.torch.cuda, "is_available", lambda: True)

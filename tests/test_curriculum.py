@@ -171,6 +171,10 @@ def test_both_bounds_are_included(tmp_path):
     rates = list(rates_of(0, 1, 5, 9, 10, attempts=10).values())
     write_pass_rates(path, {"samples": 10}, rates)
     assert list(read_pass_rates(path).values()) == rates
+    raw = path.read_text().replace('"p4"', '"p\u2028\x854"')  # as a program writes it that does not escape
+    path.write_text(raw, encoding="utf-8")
+    assert "p\u2028\x854" in read_pass_rates(path)
+    path.write_text(raw.replace("\u2028\x85", ""))
     said: list[str] = []
     chosen = choose_by_pass_rate(prompts_of(5), PassRateSettings(file=str(path)), said.append)
     assert [p.id for p in chosen.prompts] == ["p1", "p2", "p3"]

@@ -32,7 +32,7 @@ from hapo_lite.rollout.decoding import bucket
 from hapo_lite.rollout.draws import DrawKey, Stage
 from hapo_lite.rollout.generate_engine import GenerateEngine
 from hapo_lite.rollout.graphs import recorder_for
-from hapo_lite.rollout.inversion import BLOCK, LARGE, draw_token, inverse_cdf
+from hapo_lite.rollout.inversion import BLOCK, LARGE, draw_token
 from hapo_lite.rollout.sampling import AdaptiveTemperature
 from hapo_lite.rollout.transformers_engine import TransformersEngine
 
@@ -247,7 +247,7 @@ def test_blocks_draw_what_fp64_draws(vocabulary):
         cumulative = exact.cumsum(dim=-1)
         wanted = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True).squeeze(1)
         ids, logp = draw_token(scores, uniform)
-        assert torch.equal(ids, wanted.clamp(max=vocabulary - 1)) and torch.equal(ids, inverse_cdf(scores, uniform))
+        assert torch.equal(ids, wanted.clamp(max=vocabulary - 1))
         assert torch.allclose(logp.double(), exact.gather(1, ids[:, None]).squeeze(1).log(), atol=2e-6)
         for edge in (0.0, 1.0 - 2.0**-53):
-            assert (exact.gather(1, inverse_cdf(scores, torch.full_like(uniform, edge))[:, None]) > 0.0).all()
+            assert (exact.gather(1, draw_token(scores, torch.full_like(uniform, edge))[0][:, None]) > 0.0).all()

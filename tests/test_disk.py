@@ -16,6 +16,8 @@ from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
 from hapo_lite.recipe import load_recipe
 from hapo_lite.runs.checkpoint import newest_good, read_record
+from hapo_lite.runs.files import file_hash
+from hapo_lite.runs.lines import MetricsFile
 from hapo_lite.train.__main__ import main
 from hapo_lite.verify_resume.verify import left_by
 from tests.conftest import TINY
@@ -143,8 +145,22 @@ def test_a_checkpoint_that_is_not_right_is_named_and_the_one_before_it_used(thre
     damage(folder / "000003" / file)
     recipe = load_recipe(*split(arguments(tmp_path, 3)))
     newest, [complaint] = newest_good(folder, recipe)
-    assert newest == folder / "000002"
+    assert newest is not None and newest.path == folder / "000002"
     assert str(folder / "000003") in complaint and named in complaint
+
+
+def test_a_resumed_run_reads_its_checkpoint_once(three, tmp_path, monkeypatch):
+    """Its hashes take as long as its bytes."""
+    shutil.copytree(three, tmp_path / "tiny_cpu")
+    read: list[Path] = []
+
+    def hashed(path: Path) -> str:
+        read.append(path)
+        return file_hash(path)
+
+    monkeypatch.setattr("hapo_lite.runs.checkpoint.file_hash", hashed)
+    assert run_command(main, arguments(tmp_path, 3)) == 0
+    assert len(read) == len(set(read)) > 2 and {path.parent.name for path in read} == {"000003"}
 
 
 def split(given: list[str]) -> tuple[str, list[str]]:
@@ -166,6 +182,34 @@ def test_none_of_the_checkpoints_can_be_used(three, tmp_path, capsys):
         cut_in_half(state)
     line = complaint(capsys, tmp_path, 3)
     assert "can be used: move the folder away to start over" in line and "000003 is damaged" in line
+
+
+def test_records_without_their_checkpoints_are_not_deleted(three, tmp_path, capsys):
+    run = tmp_path / "tiny_cpu"
+    shutil.copytree(three, run, ignore=shutil.ignore_patterns("checkpoints"))
+    before = left_by(tmp_path)
+    line = complaint(capsys, tmp_path, 3)
+    assert "holds the records of a run to its end and no checkpoint to go on from" in line
+    assert "training.learning_rate" in complaint(capsys, tmp_path, 3, "training.learning_rate=1")
+    assert "holds a run already" in complaint(capsys, tmp_path, 3, "checkpoint.resume=never")
+    assert left_by(tmp_path) == before
+    (run / "summary.json").unlink()
+    assert "records of a run up to iteration 3 and no checkpoint" in complaint(capsys, tmp_path, 3)
+    (run / "recipe.yaml").unlink()
+    assert "recipe.yaml, which the run is to be continued from, cannot be read" in complaint(capsys, tmp_path, 3)
+
+
+def test_a_run_that_has_no_checkpoint_yet_starts_again_under_its_own_recipe(three, tmp_path, capsys):
+    run = tmp_path / "tiny_cpu"
+    shutil.copytree(three, run, ignore=shutil.ignore_patterns("checkpoints", "summary.json", "adapter", "curves.png"))
+    MetricsFile(run / "metrics.jsonl").keep_up_to(1)
+    before = left_by(tmp_path)
+    assert "was made with training.learning_rate" in complaint(capsys, tmp_path, 3, "training.learning_rate=1")
+    assert "holds a run already" in complaint(capsys, tmp_path, 3, "checkpoint.resume=never")
+    assert left_by(tmp_path) == before
+    assert run_command(main, arguments(tmp_path, 3)) == 0
+    assert "no checkpoint yet: the run starts again, and what it recorded up to iteration 1" in capsys.readouterr().out
+    assert left_by(tmp_path) == left_by(three.parent)
 
 
 def test_data_that_have_changed_do_not_continue_the_run(tmp_path, capsys):

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from hapo_lite.errors import UserError
+from hapo_lite.errors import UserError, disk_problem
 from hapo_lite.model.experts import notes_on_experts
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.origins import TINY_MODEL
@@ -224,3 +224,22 @@ def test_the_memory_of_a_model_with_another_cache_is_predicted(family, tmp_path,
     stages = Predictor(make_recipe(f"model.name={name}"), "cpu").stages()
     assert [stage.name for stage in stages] == ["rollout", "scoring", "update"]
     assert 0 < stages[0].parts["KV cache"] < stages[0].total
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error: unknown error")],
+)
+def test_what_a_card_lacks_is_no_fault_of_a_model_that_brings_code(monkeypatch, error):
+    def failing(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", failing)
+    for trust in (False, True):
+        with pytest.raises(type(error), match="CUDA"):
+            load_policy(ModelSettings(name="tiny", trust_remote_code=trust), 0, "cpu")
+
+
+@pytest.mark.parametrize("error", [OSError(), OSError("no number"), PermissionError(13, "Permission denied")])
+def test_an_error_of_the_disk_is_a_clause_whatever_its_text(error):
+    assert disk_problem(error).endswith("; check the folder and run the same command again")

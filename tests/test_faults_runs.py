@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import re
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +18,15 @@ from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError, page
 from hapo_lite.evaluate.__main__ import main as evaluate
 from hapo_lite.rollout.canary import Canary, Distance, _advice, _cause
-from hapo_lite.train.accelerator import make_accelerator
+from hapo_lite.rollout.transformers_engine import TransformersEngine
+from hapo_lite.runs.interrupt import Interrupted, Interrupts
+from hapo_lite.tasks.rewards import Scorer
+from hapo_lite.train.__main__ import main as train
+from hapo_lite.train.accelerator import make_accelerator, stop_if_asked
+from hapo_lite.train.loop import Loop
+from hapo_lite.train.recorder import Recorder
+from hapo_lite.train.scoring import Scoring
+from hapo_lite.train.update import Update
 from tests.commands import ENVIRONMENT
 from tests.conftest import ROOT, TINY
 from tests.test_run import train_here
@@ -94,3 +105,105 @@ def test_an_error_cites_a_page_that_is_there(tmp_path, monkeypatch):
     in_code = [path for path in (ROOT / "hapo_lite").rglob("*.py") if "(docs/" in path.read_text(encoding="utf-8")]
     cited = {name for path in in_code for name in re.findall(r"\(docs/([\w.]+)\)", path.read_text(encoding="utf-8"))}
     assert all((ROOT / "docs" / name).is_file() for name in cited)
+
+
+SHORT = [
+    "rollout.prompts_per_iteration=4",
+    "rollout.completions_per_prompt=4",
+    "rollout.max_new_tokens=24",
+    "training.updates_per_iteration=2",
+    "training.iterations=2",
+    "evaluation.prompts=0",
+    "checkpoint.every=0",
+    "data.limit=64",
+    "logging.progress=false",
+]
+
+
+@pytest.mark.parametrize(
+    ("stage", "error", "saved"),
+    [
+        ("rollout", UserError("amiss"), ["000001"]),
+        ("grading", RuntimeError("amiss"), ["000001"]),
+        ("scoring", UserError("amiss"), ["000001"]),
+        ("first update", UserError("amiss"), ["000001"]),
+        ("second update", UserError("amiss"), []),
+    ],
+)
+def test_an_error_ends_the_run_with_what_was_complete_saved(tmp_path, monkeypatch, capsys, stage, error, saved):
+    """Whatever the error, unless the weights have moved on."""
+    place = {
+        "rollout": (TransformersEngine, "sample"),
+        "grading": (Scorer, "score"),
+        "scoring": (Scoring, "score"),
+        "first update": (Update, "gradients"),
+        "second update": (Update, "gradients"),
+    }[stage]
+    original, calls = getattr(*place), [0]
+    # The check before training samples twice.
+    allowed = {"rollout": 3, "first update": 2, "second update": 3}.get(stage, 1)
+
+    def failing(*arguments, **options):
+        calls[0] += 1
+        if calls[0] > allowed:
+            raise error
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(*place, failing)
+    arguments = [str(TINY), f"output_dir={tmp_path}", *SHORT]
+    with contextlib.suppress(RuntimeError):
+        run_command(train, arguments)
+    checkpoints = tmp_path / "tiny_cpu" / "checkpoints"
+    assert [path.name for path in checkpoints.glob("*")] == saved
+    printed = capsys.readouterr()
+    assert ("note: the run is saved up to iteration 1" in printed.out) == bool(saved)
+    monkeypatch.undo()
+    if stage == "first update":
+        assert run_command(train, arguments) == 0 and "after iteration 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("stage", "newest"), [(Scoring, "000001"), (Recorder, "000002")])
+def test_processes_that_only_note_a_signal_ask_before_the_first_update(tmp_path, monkeypatch, stage, newest):
+    """The launcher of several processes waits 30 s, in which update, evaluation and checkpoint may not end."""
+    method, calls = {Scoring: "score", Recorder: "record"}[stage], [0]
+    original = getattr(stage, method)
+
+    def signalled(*arguments, **options):
+        calls[0] += 1
+        if calls[0] == {Scoring: 2, Recorder: 3}[stage]:  # in the second iteration; iteration 0 is recorded too
+            signal.raise_signal(signal.SIGTERM)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(stage, method, signalled)
+    monkeypatch.setattr("hapo_lite.train.run.Interrupts", lambda deferred: Interrupts(deferred=True))
+    arguments = [str(TINY), f"output_dir={tmp_path}", *SHORT, "training.iterations=3"]
+    assert run_command(train, arguments) == 128 + signal.SIGTERM
+    assert [path.name for path in (tmp_path / "tiny_cpu" / "checkpoints").iterdir()] == [newest]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_one_process_with_a_signal_stops_all(asked):
+    """In a process that has none itself."""
+
+    def reduce(flag, kind):
+        return flag + asked
+
+    accelerator, interrupts = SimpleNamespace(num_processes=2, device="cpu", reduce=reduce), Interrupts(deferred=True)
+    with pytest.raises(Interrupted) if asked else contextlib.nullcontext():
+        stop_if_asked(accelerator, interrupts)
+
+
+def test_an_error_is_told_although_the_run_cannot_be_saved(tmp_path, monkeypatch, capsys):
+    def fails(sentence):
+        def failing(*arguments, **options):
+            raise UserError(sentence)
+
+        return failing
+
+    original = Loop.step
+    monkeypatch.setattr("hapo_lite.train.recorder.save_checkpoint", fails("the disk is full"))
+    steps = (original, fails("amiss"))
+    monkeypatch.setattr(Loop, "step", lambda loop, state: steps[state.iteration](loop, state))
+    assert run_command(train, [str(TINY), f"output_dir={tmp_path}", *SHORT]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == "error: amiss\n" and "note: iteration 1 is not saved: the disk is full" in printed.out

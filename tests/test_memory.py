@@ -183,6 +183,10 @@ def test_a_card_that_is_too_small_is_one_sentence(tmp_path, capsys):
     (tmp_path / "own" / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}')
     assert run_command(preflight.main, [*recipe[:1], f"model.name={tmp_path / 'own'}", "--shape-only"]) == 2
     assert "code of its own, which preflight does not run" in capsys.readouterr().err
+    for content in ('{"model_type": "unheard_of"}', "{"):
+        (tmp_path / "own" / "config.json").write_text(content)
+        assert run_command(preflight.main, [*recipe[:1], f"model.name={tmp_path / 'own'}", "--shape-only"]) == 2
+        assert "the config.json of model.name = " in (said := capsys.readouterr().err) and "no config.json" not in said
 
 
 def test_every_recipe_is_the_same_again_once_its_own_settings_are_put_back(tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
 from hapo_lite.replay.replay import HERE, replay
-from hapo_lite.runs.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from hapo_lite.runs.checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
 from hapo_lite.runs.skipped import KEPT, load_step, save_step
 from hapo_lite.train import run
 from hapo_lite.train.__main__ import main
@@ -223,7 +223,7 @@ def test_a_run_that_had_no_loss_scaling_goes_on_with_it(prepared, tmp_path):
     loop, state, _ = prepared()
     path = save_checkpoint(tmp_path, loop.parts, state, loop.recipe)
     loop.learner.optimizer = AcceleratedOptimizer(loop.learner.optimizer.optimizer, scaler=torch.amp.GradScaler("cpu"))
-    assert load_checkpoint(path, loop.parts) == state
+    assert load_checkpoint(Checkpoint.read(path), loop.parts) == state
 
 
 def test_replay_refuses_what_is_no_step(tmp_path):

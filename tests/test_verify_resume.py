@@ -100,6 +100,15 @@ def test_every_kind_of_difference_counts(tmp_path):
     assert altered("metrics.jsonl", "", "").differing["files"] == 1
 
 
+def test_a_completion_may_hold_any_character(tmp_path):
+    """U+2028 and U+0085 end a line of text, and no line of a file of JSON Lines."""
+    traces = tmp_path / "run" / "traces"
+    traces.mkdir(parents=True)
+    trace = {"prompt_id": "p", "messages": [["user", "1 + 1"]], "gold": "2", "text": "a\u2028b\u0085c\x0c\x1e"}
+    (traces / "000001.jsonl").write_text(2 * (json.dumps(trace, ensure_ascii=False) + "\n"), encoding="utf-8")
+    assert [found["text"] for found in left_by(tmp_path)["completions"].values()] == 2 * [trace["text"]]
+
+
 def test_there_is_something_to_do(capsys):
     with pytest.raises(UserError, match="at least 1"):
         main([str(TINY), "--kills", "0"])

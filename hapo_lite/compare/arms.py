@@ -56,7 +56,8 @@ def run_all(comparison: Comparison, runs: Sequence[PlannedRun]) -> dict[str, str
     inside(comparison.folder.parent, comparison.folder)
     for run in runs:
         check_place(RunFolder(run.recipe.run_dir))
-        check_same_run(RunFolder(run.recipe.run_dir), run.recipe)
+        if not is_complete(run):
+            check_same_run(RunFolder(run.recipe.run_dir), run.recipe)
     with writing(comparison.folder):
         (comparison.folder / "logs").mkdir(parents=True, exist_ok=True)
     with locked(comparison.folder) as lock:

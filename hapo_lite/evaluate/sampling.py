@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +18,8 @@ from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import Recipe
 from hapo_lite.rollout.draws import DrawKey
 from hapo_lite.rollout.sampling import AdaptiveTemperature
-from hapo_lite.runs.interrupt import Interrupted, Interrupts
-from hapo_lite.train.accelerator import someone_wants_to_stop
+from hapo_lite.runs.interrupt import Interrupts
+from hapo_lite.train.accelerator import stop_if_asked
 from hapo_lite.train.collect import Collector
 
 
@@ -89,8 +88,7 @@ class Sampler:
             self.interrupts.unshield()
             work.sampled += len(part)
             bar.update(len(samples))
-            if someone_wants_to_stop(self.accelerator, self.interrupts):
-                raise Interrupted(self.interrupts.pending or signal.SIGTERM)
+            stop_if_asked(self.accelerator, self.interrupts)
 
 
 def protocol(

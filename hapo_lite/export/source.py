@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from hapo_lite.errors import UserError
+from hapo_lite.errors import UserError, first_line
 from hapo_lite.recipe import ModelSettings, Recipe, load_recipe
 from hapo_lite.runs.checkpoint import STATE, file_hash, read_record
 from hapo_lite.runs.folder import RunFolder
@@ -125,7 +125,7 @@ def base_config(source: Source) -> Any:
     try:
         config = AutoConfig.from_pretrained(source.base, trust_remote_code=False, revision=source.revision)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.name = {source.model.name} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"model.name = {source.model.name} cannot be loaded: {first_line(error)}") from error
     if getattr(config, "quantization_config", None):
         raise UserError(
             f"model.name = {source.model.name} is quantised itself, and an adapter is merged into full weights only: "

@@ -28,9 +28,10 @@ from hapo_lite.model.adapter import fresh_adapter, saved_adapter
 from hapo_lite.model.attention import use_fused_attention
 from hapo_lite.model.examine import reads_changed_states
 from hapo_lite.model.noise import switch_off_noise
+from hapo_lite.model.oom import is_out_of_memory
 from hapo_lite.model.origins import Origin, may_run_code, model_origin
 from hapo_lite.model.policy import Policy, embedding_rows
-from hapo_lite.model.refusals import known_problem
+from hapo_lite.model.refusals import is_of_card, known_problem
 from hapo_lite.model.start import read_start, starting_adapter
 from hapo_lite.model.template import Rendering, after_answer, check_options, today
 from hapo_lite.model.unpacked import UnpackedBase
@@ -234,9 +235,10 @@ def _loading(settings: ModelSettings, origin: Origin) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        # A model that comes with code may raise any error.
+        # A model that comes with code may raise any error, of which memory and the card are no part.
         known = (OSError, ValueError, ImportError, KeyError, SafetensorError)
-        if not settings.trust_remote_code and not isinstance(error, known):
+        foreign = not settings.trust_remote_code or is_out_of_memory(error) or is_of_card(error)
+        if foreign and not isinstance(error, known):
             raise
         problem = known_problem(settings, error)
         raise UserError(

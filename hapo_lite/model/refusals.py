@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from hapo_lite.errors import UserError, first_line, page
@@ -19,6 +20,10 @@ MODEL_CODE = re.compile(r"[/\\]transformers[/\\]|transformers_modules")
 LIBRARY = re.compile(r"(site|dist)-packages|[/\\]lib[/\\]python|^<")
 """In the path of a file of a library, or of Python's own."""
 OURS = Path(__file__).parents[1]
+CARD = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS")
+"""Parts of the messages of errors that a card, its driver or a library for it raises, in whose code so ever."""
+NO_KERNEL = "no kernel image is available"
+"""Part of the message for a card that a library was not built for."""
 
 
 def known_problem(settings: ModelSettings, error: Exception) -> str | None:
@@ -62,7 +67,8 @@ def no_cache(name: str, model: nn.Module) -> str:
 def own_errors(name: str, packed: bool) -> Iterator[None]:
     """A context that turns an error of a model's own code into a UserError.
 
-    name: model.name; packed: whether the base is in 4 bits. Other errors pass, a shortage of memory among them.
+    name: model.name; packed: whether the base is in 4 bits. Other errors pass, those of a card and a shortage of memory
+    among them; a card that a library was not built for is a UserError too.
     """
     try:
         yield
@@ -71,6 +77,13 @@ def own_errors(name: str, packed: bool) -> Iterator[None]:
     except Exception as error:
         place = place_in_model(error)
         if place is None or is_out_of_memory(error):
+            raise
+        if NO_KERNEL in str(error):
+            raise UserError(
+                f"a library here has no code for this card ({place}: {first_line(error)}): install builds of torch, "
+                "and of libraries with kernels of their own such as bitsandbytes, that support the card"
+            ) from error
+        if is_of_card(error):
             raise
         advice = "choose another model or another version of transformers"
         if packed:
@@ -81,6 +94,11 @@ def own_errors(name: str, packed: bool) -> Iterator[None]:
             f"model.name = {name} was loaded, and its own code fails when it runs ({place}: {type(error).__name__}: "
             f"{first_line(error)}); {advice}"
         ) from error
+
+
+def is_of_card(error: BaseException) -> bool:
+    """Whether an error was raised by a card, its driver or a library for it, which no model need have caused."""
+    return isinstance(error, torch.AcceleratorError) or any(text in str(error) for text in CARD)
 
 
 def place_in_model(error: BaseException, through_ours: bool = False) -> str | None:

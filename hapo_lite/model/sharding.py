@@ -63,7 +63,8 @@ def sharded_modules(policy: Policy) -> list[FSDPModule]:
 def whole_base(policy: Policy) -> Iterator[None]:
     """A context within which each process has the whole base and may run it any number of times.
 
-    All processes must enter it together. Raises UserError if the whole base does not fit into memory.
+    A base that is not split stays as it is. All processes must enter the context together. Raises UserError if the
+    whole base does not fit into memory.
     """
     modules = sharded_modules(policy)
     try:

@@ -364,7 +364,7 @@ class CheckpointSettings(Section):
     every: NonNegative = Field(10, description="Iterations between checkpoints; 0: only at the end or when interrupted")
     keep: Positive = Field(2, description="Newest checkpoints kept")
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: continue this run from its newest checkpoint; never: refuse a folder that has one"
+        "auto", description="auto: continue this run from its newest checkpoint; never: refuse a folder with a run"
     )
 
 

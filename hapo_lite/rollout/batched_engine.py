@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.refusals import own_errors
+from hapo_lite.model.sharding import whole_base
 from hapo_lite.records import Completion, Request, put
 from hapo_lite.rollout.draws import DrawKey, draws_of, key_and_limit
 from hapo_lite.rollout.engine import Engine, EngineSettings
@@ -73,8 +74,8 @@ class BatchedEngine(Engine):
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """A context within which the engine can sample."""
-        with self.policy.unpacked():
+        """A context within which the engine can sample: a base that FSDP has split is whole in each process."""
+        with whole_base(self.policy), self.policy.unpacked():
             yield
 
     def _first_run(self) -> contextlib.AbstractContextManager[None]:

@@ -36,7 +36,7 @@ from hapo_lite.rollout.transcript import pad_left, positions
 
 PROMPTS, TOKENS, OFFERED = 4, 16, 32
 """Two samples are taken of PROMPTS completions with at most TOKENS tokens each, for the shortest of the first OFFERED
-prompts."""
+prompts that are not too long."""
 MOVE = 1.0
 """Mean distance that the perturbation should move the trainer's log-probabilities, nats per token. It is far above
 rounding, and small enough that the model still gives sensible answers."""
@@ -149,9 +149,14 @@ def check_engine(
 def compare(
     engine: Engine, policy: Policy, prompts: Iterable[EncodedPrompt | None], settings: RolloutSettings, seed: int
 ) -> Canary:
-    """The measurements that `check_engine` judges. Raises UserError if no change of the adapter moves the policy."""
-    offered = (prompt for prompt in itertools.islice(prompts, OFFERED) if prompt is not None)
+    """The measurements that `check_engine` judges.
+
+    Raises UserError if there is no prompt, or if no change of the adapter moves the policy.
+    """
+    offered = itertools.islice((prompt for prompt in prompts if prompt is not None), OFFERED)
     some = few_prompts(sorted(offered, key=lambda prompt: len(prompt.ids)))
+    if not some:
+        raise UserError("every prompt of the training data is too long: raise data.max_prompt_tokens")
     requests = [Request(prompt, sample) for sample in range(PROMPTS) for prompt in some][:PROMPTS]
 
     def sampled() -> list[Completion]:

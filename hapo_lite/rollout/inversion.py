@@ -21,16 +21,11 @@ LARGE = 2 * BLOCK * LIKELY
 BELOW_ONE = 1.0 - 2.0**-53
 
 
-def inverse_cdf(scores: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one token for each row: [B] ids, each with a probability above 0.
-
-    scores: [B, V], unnormalised log-probabilities; uniform: [B], in [0, 1).
-    """
-    return draw_token(scores, uniform)[0]
-
-
 def draw_token(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """The ids that `inverse_cdf` draws, and their log-probabilities in nats, fp32: [B] each."""
+    """Draw one token for each row: the ids, each with a probability above 0, and their log-probabilities in nats, fp32.
+
+    scores: [B, V], unnormalised log-probabilities; uniform: [B], in [0, 1). Returns [B] each.
+    """
     if scores.shape[1] > LARGE:
         return _by_blocks(scores, uniform)
     cumulative = torch.softmax(scores, dim=-1, dtype=torch.float64).cumsum_(dim=-1)

@@ -7,6 +7,7 @@ data, and a hash of every file and of itself. Nothing in a checkpoint is unpickl
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -112,7 +113,8 @@ def save_checkpoint(folder: Path, parts: RunParts, state: TrainState, recipe: Re
     """
     policy, optimizer, prompts = parts.policy, parts.optimizer, parts.prompts
     final = folder / f"{state.iteration:06d}"
-    if problem_of(final, recipe) is None:
+    with contextlib.suppress(UserError):  # It is not there, or not good.
+        usable_by(final, recipe)
         return final
     try:
         with replacing_folder(final) as aside:
@@ -144,13 +146,26 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*"))
 
 
-def load_checkpoint(path: Path, parts: RunParts) -> TrainState:
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found whole. path: its folder. record: its state.json."""
+
+    path: Path
+    record: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Checkpoint:
+        """The checkpoint in a folder, after `read_record`'s checks. Raises UserError as that does."""
+        return cls(path, read_record(path))
+
+
+def load_checkpoint(checkpoint: Checkpoint, parts: RunParts) -> TrainState:
     """Restore the adapter, the optimiser and the schedule, and return the state.
 
-    Raises UserError if the checkpoint is damaged, or if the base model or the training prompts have changed.
+    Raises UserError if the base model or the training prompts have changed.
     """
     policy, optimizer, prompts = parts.policy, parts.optimizer, parts.prompts
-    record = read_record(path)
+    path, record = checkpoint.path, checkpoint.record
     then = record.get("origins", {"model": policy.origin, "data": ""})
     if then["model"] != policy.origin:
         raise UserError(_other("base model is another", "model", path, then["model"], policy.origin))
@@ -215,23 +230,22 @@ def read_record(path: Path) -> dict[str, Any]:
         raise UserError(f"the checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
 
 
-def problem_of(path: Path, recipe: Recipe) -> str | None:
-    """The reason why a run of `recipe` cannot go on from a checkpoint; None if it can."""
-    try:
-        changed = first_incompatible_setting(read_record(path)["recipe"], recipe)
-    except UserError as error:
-        return str(error)
-    return f"the checkpoint {path} is of another recipe: it was made with {changed}" if changed else None
+def usable_by(path: Path, recipe: Recipe) -> Checkpoint:
+    """The checkpoint in a folder. Raises UserError with the reason if a run of `recipe` cannot go on from it."""
+    checkpoint = Checkpoint.read(path)
+    if changed := first_incompatible_setting(checkpoint.record["recipe"], recipe):
+        raise UserError(f"the checkpoint {path} is of another recipe: it was made with {changed}")
+    return checkpoint
 
 
-def newest_good(folder: Path, recipe: Recipe) -> tuple[Path | None, list[str]]:
+def newest_good(folder: Path, recipe: Recipe) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that a run of `recipe` can go on from, and a sentence about each newer one."""
     complaints: list[str] = []
     for path in reversed(list_checkpoints(folder)):
-        problem = problem_of(path, recipe)
-        if problem is None:
-            return path, complaints
-        complaints.append(problem)
+        try:
+            return usable_by(path, recipe), complaints
+        except UserError as error:
+            complaints.append(str(error))
     return None, complaints
 
 

@@ -7,11 +7,12 @@ import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from hapo_lite.errors import UserError, writing
-from hapo_lite.recipe import Recipe, first_incompatible_setting, load_recipe
+from hapo_lite.recipe import Recipe, first_incompatible_setting, load_recipe, parse_recipe
 from hapo_lite.runs.checkpoint import list_checkpoints
 from hapo_lite.runs.files import inside, replace_text
 from hapo_lite.runs.lines import MetricsFile
@@ -116,8 +117,14 @@ def open_folder(folder: RunFolder, recipe: Recipe, status: Status) -> None:
 
 
 def check_same_run(folder: RunFolder, recipe: Recipe) -> None:
-    """Raise UserError if the folder holds a run of another recipe, or any run with checkpoint.resume=never."""
-    if not list_checkpoints(folder.checkpoints):
+    """Raise UserError if the folder holds a run of another recipe, or any run with checkpoint.resume=never.
+
+    Raises it too if the records of a run are there without the checkpoints that it has written, since a run that starts
+    again removes them. A run that was killed before its first checkpoint starts again.
+    """
+    begun, finished = bool(list_checkpoints(folder.checkpoints)), folder.summary.is_file()
+    recorded = folder.metrics.last()
+    if not (begun or finished or recorded):
         return
     if recipe.checkpoint.resume == "never":
         raise UserError(
@@ -128,6 +135,15 @@ def check_same_run(folder: RunFolder, recipe: Recipe) -> None:
         raise UserError(
             f"{folder.path} was made with {changed}: choose another name= to start a new run, or "
             "move this folder away to start again under the same name"
+        )
+    if begun:
+        return
+    every, last = parse_recipe(recipe_of(folder)).checkpoint.every, recorded.get("iteration", 0)
+    if finished or 0 < every < last:
+        reached = "to its end" if finished else f"up to iteration {last}"
+        raise UserError(
+            f"{folder.path} holds the records of a run {reached} and no checkpoint to go on from: put its checkpoints/ "
+            "back to go on, or choose another name= or move this folder away to start again"
         )
 
 
@@ -156,8 +172,12 @@ def changed_setting(folder: RunFolder, recipe: Recipe) -> str | None:
 
     Raises UserError if the folder's recipe cannot be read.
     """
+    return first_incompatible_setting(recipe_of(folder), recipe)
+
+
+def recipe_of(folder: RunFolder) -> dict[str, Any]:
+    """The recipe of the folder's run, as a mapping. Raises UserError if it cannot be read."""
     try:
-        before = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
+        return yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder.recipe}, which the run is to be continued from, cannot be read: {error}") from None
-    return first_incompatible_setting(before, recipe)

@@ -47,13 +47,14 @@ class Interrupts:
     """Within `listening()`, SIGINT and SIGTERM raise Interrupted, except between `shield` and `unshield`.
 
     Between those two calls the signal is only noted in `pending`. A second signal ends the program at once. deferred:
-    signals are always only noted, since several processes must agree on where they stop.
+    signals are always only noted, since several processes must agree on where they stop. shielded: whether the run is
+    between the two calls, where its state is not whole.
     """
 
     def __init__(self, deferred: bool = False) -> None:
         self.deferred = deferred
         self.pending: int | None = None
-        self._shielded = False
+        self.shielded = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -70,16 +71,16 @@ class Interrupts:
 
     def shield(self) -> None:
         """Only note signals from here on, since the run's state is not whole."""
-        self._shielded = True
+        self.shielded = True
 
     def unshield(self) -> None:
         """Let signals raise Interrupted again."""
-        self._shielded = False
+        self.shielded = False
 
     def _receive(self, number: int, frame: object) -> None:
         if self.pending is not None:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.pending = number
-        if not self._shielded and not self.deferred:
+        if not self.shielded and not self.deferred:
             raise Interrupted(number)

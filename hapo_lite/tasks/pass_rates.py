@@ -61,7 +61,8 @@ def write_pass_rates(path: Path, protocol: Mapping[str, Any], rates: Sequence[Pa
 def read_pass_rates(path: Path) -> PassRates:
     """The pass rates in a file. Raises UserError if there is no such file, or if it is not one of pass rates."""
     try:
-        first, *lines = path.read_text(encoding="utf-8").splitlines()
+        # As bytes, since text also has lines end at characters that an id may hold, such as U+2028.
+        first, *lines = path.read_bytes().splitlines()
         if "protocol" not in json.loads(first):
             raise ValueError("its first line has no protocol")
         rates = [PassRate(**json.loads(line)) for line in lines]

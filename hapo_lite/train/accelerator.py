@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import signal
 
 import torch
 from accelerate import Accelerator
@@ -14,19 +15,20 @@ from accelerate.utils import DistributedType, GradScalerKwargs
 from hapo_lite.errors import UserError
 from hapo_lite.model.load import resolve_dtype
 from hapo_lite.recipe import Recipe
-from hapo_lite.runs.interrupt import Interrupts
+from hapo_lite.runs.interrupt import Interrupted, Interrupts
 
 LOSS_SCALING = GradScalerKwargs(init_scale=4096.0, growth_interval=100)
 """fp16's loss scaling. A run takes hundreds of steps and stops after `training.max_skipped` skipped ones in a row.
 torch's own 65,536 may be too large for several steps in a row, and grows again only after 2,000 steps."""
 
 
-def someone_wants_to_stop(accelerator: Accelerator, interrupts: Interrupts) -> bool:
-    """Whether any process has a signal pending. Every process must call this at the same place."""
-    if accelerator.num_processes == 1:
-        return interrupts.pending is not None
-    flag = torch.tensor(float(interrupts.pending is not None), device=accelerator.device)
-    return bool(accelerator.reduce(flag, "sum") > 0)
+def stop_if_asked(accelerator: Accelerator, interrupts: Interrupts) -> None:
+    """Raise Interrupted in every process if one has a signal pending. All must call this at the same place."""
+    asked = interrupts.pending is not None
+    if accelerator.num_processes > 1:
+        asked = bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum") > 0)
+    if asked:
+        raise Interrupted(interrupts.pending or signal.SIGTERM)
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:

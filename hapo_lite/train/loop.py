@@ -135,7 +135,6 @@ class Loop:
         except NotFinite as found:
             return self.skip(state, graded, str(found))
         clock.lap("score")
-        self.observer.before_update()
         self.resources.progress.enter("update")
         updated = self.update.run(experience, plan, state, self.observer)
         clock.lap("update")

@@ -11,7 +11,7 @@ class Observer:
 
     def before_update(self) -> None:
         """From here on the iteration is finished and recorded; until now it could be abandoned without a trace in the
-        weights. It is called once in every iteration.
+        weights. Every process calls it once in every iteration, at the same place.
         """
 
     def on_graded(self, graded: Graded) -> None:

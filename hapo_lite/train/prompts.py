@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MappingProxyType
@@ -134,7 +133,7 @@ def first_prompt(prompts: Iterable[EncodedPrompt | None], policy: Policy) -> Ite
 
     Most surprises of a chat template can be seen in it: a date, a system message, an open <think>.
     """
-    first = next((prompt for prompt in itertools.islice(prompts, CHECKED_AT_START) if prompt is not None), None)
+    first = next((prompt for prompt in prompts if prompt is not None), None)
     if first is None:
         return
     text = text_of(policy.tokenizer, first.ids, hidden=())

@@ -7,7 +7,6 @@ adapter/, summary.json, curves.png.
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import Any, cast
 
 from accelerate import Accelerator
 
-from hapo_lite.errors import UserError, counted
+from hapo_lite.errors import UserError, counted, first_line
 from hapo_lite.model.experts import notes_on_experts, notes_on_packing
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
@@ -25,7 +24,6 @@ from hapo_lite.recipe import Recipe, flatten
 from hapo_lite.records import EncodedPrompt, Graded
 from hapo_lite.rollout.canary import check_engine
 from hapo_lite.rollout.engine import Engine, make_engine
-from hapo_lite.rollout.whole_base import WholeBaseEngine
 from hapo_lite.runs.checkpoint import TrainState, list_checkpoints
 from hapo_lite.runs.display import Display
 from hapo_lite.runs.folder import (
@@ -47,7 +45,7 @@ from hapo_lite.tasks.data import Column
 from hapo_lite.tasks.pass_rates import PassRates
 from hapo_lite.tasks.rewards import Scorer, notes_on_code
 from hapo_lite.tasks.stream import LazyPrompts
-from hapo_lite.train.accelerator import busy_cpu, make_accelerator, someone_wants_to_stop, unseen_gpu
+from hapo_lite.train.accelerator import busy_cpu, make_accelerator, stop_if_asked, unseen_gpu
 from hapo_lite.train.collect import Collector
 from hapo_lite.train.loop import Loop
 from hapo_lite.train.memory.room import unpacks
@@ -202,16 +200,19 @@ class Run:
     def make_engine(self, policy: Policy) -> Engine:
         """Start the rollout engine, and split the base over the processes if FSDP was requested."""
         engine = make_engine(self.recipe, policy)
-        if not self.sharded:
-            return engine
-        whole, part = (size / 2**20 for size in shard_base(policy))
-        self.display.say(
-            f"base split by FSDP: {part:,.2f} MB of the weights in each process, {whole:,.2f} MB while it samples"
-        )
-        return WholeBaseEngine(engine, policy)
+        if self.sharded:
+            whole, part = (size / 2**20 for size in shard_base(policy))
+            self.display.say(
+                f"base split by FSDP: {part:,.2f} MB of the weights in each process, {whole:,.2f} MB while it samples"
+            )
+        return engine
 
     def iterate(self, loop: Loop, state: TrainState) -> dict[str, Any]:
-        """Iterate from `state` to the recipe's end. On a signal, save the last whole state and raise Interrupted."""
+        """Iterate from `state` to the recipe's end.
+
+        A signal raises Interrupted after the last whole state is saved. An error ends the run, and the state is saved
+        before it if the weights are still those of that state.
+        """
         recipe, display = self.recipe, self.display
         recorder = self.make_recorder(loop)
         interrupts = Interrupts(deferred=self.accelerator.num_processes > 1)
@@ -228,10 +229,12 @@ class Run:
                     bar.update()
                     bar.set_postfix(recorder.headline())
                     interrupts.unshield()
-                    if someone_wants_to_stop(self.accelerator, interrupts):
-                        raise Interrupted(interrupts.pending or signal.SIGTERM)
+                    stop_if_asked(self.accelerator, interrupts)
             except Interrupted:
                 recorder.save(observer.state)
+                raise
+            except Exception:
+                observer.rescue()
                 raise
         return recorder.finish(observer.state)
 
@@ -274,6 +277,8 @@ class RunObserver(Observer):
         self.state = state
 
     def before_update(self) -> None:
+        # Several processes only note a signal. Here they can still abandon the iteration, and need not end it first.
+        stop_if_asked(self.recorder.loop.accelerator, self.interrupts)
         self.interrupts.shield()
 
     def on_graded(self, graded: Graded) -> None:
@@ -290,6 +295,18 @@ class RunObserver(Observer):
         self.recorder.note(f"iteration {self.state.iteration + 1}: {sentence}")
         if weights_unchanged:
             self.recorder.save(self.state)
+
+    def rescue(self) -> None:
+        """Save the last whole state before an error ends the run, unless the weights may have changed since then."""
+        if self.interrupts.shielded or not self.state.iteration:
+            return
+        self.interrupts.shield()
+        try:
+            self.recorder.save(self.state)
+            self.recorder.note(f"the run is saved up to iteration {self.state.iteration}")
+        except Exception as failed:
+            # Raised, it would take the place of the error that ends the run, of which it may be a consequence.
+            self.recorder.note(f"iteration {self.state.iteration} is not saved: {first_line(failed)}")
 
 
 def is_over(recipe: Recipe, state: TrainState) -> bool:

@@ -126,7 +126,11 @@ class Update:
     resources: Resources
 
     def run(self, experience: Experience, plan: Plan, state: TrainState, observer: Observer) -> Updated:
-        """Take every step of `plan`. A step whose numbers are not finite is skipped and reported to the observer."""
+        """Take every step of `plan`. A step whose numbers are not finite is skipped and reported to the observer.
+
+        `observer.before_update` is called when the first step has its gradient. Raises UserError if memory does not
+        suffice for one sequence at a time.
+        """
         progress, processes, learner = self.resources.progress, self.resources.processes, self.learner
         updated = Updated(skipped_in_a_row=state.skipped_in_a_row)
         lengths = experience.sequence_lengths
@@ -145,6 +149,8 @@ class Update:
             scale = loss_scale(learner.optimizer)
             updated.learning_rate = learner.scheduler.get_last_lr()[0]
             loss = float(self.resources.accelerator.reduce(gradients.loss, "sum"))
+            if number == 1:
+                observer.before_update()
             norm, problem = advance(self.resources.accelerator, learner, loss, self.max_grad_norm)
             if problem is None:
                 updated.add_taken(loss, norm, gradients.outcomes)

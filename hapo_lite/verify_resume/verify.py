@@ -260,7 +260,8 @@ def left_by(folder: Path) -> Results:
         name = str(path.relative_to(folder))
         found["files"][name] = "there"
         if path.suffix == ".jsonl":
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            # As bytes, since text also has lines end at characters that a completion may hold, such as U+2028.
+            for number, line in enumerate(path.read_bytes().splitlines(), 1):
                 for kind, values in _line_results(path, f"{name}:{number}", json.loads(line)).items():
                     found[kind] |= values
         elif path.suffix in (".safetensors", ".pt"):

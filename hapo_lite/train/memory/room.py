@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from hapo_lite.errors import UserError
 from hapo_lite.recipe import Recipe
-from hapo_lite.train.memory.predict import Predictor, Unpredictable, unpacking
+from hapo_lite.train.memory.predict import Predictor, unpacking
 
 CONTEXT = 0.6 * 2**30
 """Bytes that CUDA and its libraries hold on a card before any tensor; an assumption, not yet measured on a GPU."""
@@ -22,7 +23,7 @@ def unpacks(recipe: Recipe, device: torch.device) -> bool | None:
     """Whether a run of `recipe` on `device` unpacks its 4-bit base; None: each rollout decides when it begins.
 
     On a GPU the prediction decides once for the whole run, since packed and unpacked kernels round differently.
-    A base whose memory cannot be predicted stays packed.
+    A base whose memory cannot be predicted stays packed. A model that cannot be loaded is no error here.
     """
     wanted = unpacking(recipe)
     if wanted is not None or device.type != "cuda":
@@ -30,5 +31,7 @@ def unpacks(recipe: Recipe, device: torch.device) -> bool | None:
     room = usable(torch.cuda.get_device_properties(device).total_memory)
     try:
         return "unpacked base" in Predictor(recipe, "cuda").stages(room=room)[0].parts
-    except Unpredictable:
+    except UserError:
+        # Such as a model that brings its own code, which the prediction never runs though the recipe may trust it. A
+        # real mistake in the recipe is told by whoever loads the model.
         return False

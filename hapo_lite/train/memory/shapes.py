@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -45,16 +46,22 @@ FUSED, REPEATED = "shape_only", "shape_only_repeated"
 
 
 def load_config(settings: ModelSettings) -> PretrainedConfig:
-    """The model's config.json, from a folder or the hub; no weights. Raises UserError if there is none."""
+    """The model's config.json, from a folder or the hub; no weights. Raises UserError if there is none to use."""
     name = loadable(settings.name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False, revision=settings.revision)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().partition("\n")[0]
+        first = first_line(error)
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"model.name = {settings.name} comes with code of its own, which preflight does not run, so its "
                 "shapes are not known"
+            ) from error
+        # transformers raises OSError both where there is no such file and where its JSON is broken.
+        if not isinstance(error, OSError) or (Path(name) / "config.json").is_file():
+            raise UserError(
+                f"the config.json of model.name = {settings.name} cannot be used ({first}): choose another model or "
+                "another version of transformers"
             ) from error
         raise UserError(
             f"model.name = {settings.name} has no config.json, neither in a folder here nor on the hub: check the "
