@@ -30,7 +30,7 @@ class Grade:
     """One verdict. answer: the text that was graded, None where none was found.
 
     outcome: "correct"; "wrong"; "unparseable": the completion states no answer; "timeout": comparing took longer than
-    the deadline; "error": the grading process died, for instance out of memory.
+    the deadline; "error": the grading process died, for instance out of memory, or the text cannot be read.
     """
 
     correct: bool

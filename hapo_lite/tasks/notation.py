@@ -17,6 +17,9 @@ r"""The spelling of `\\` and a length behind it: `\\ ` would be mistaken for an 
 
 LONGEST_NUMBER = 2_000
 """Most characters of a number that is read exactly; Python refuses integers of more than 4,300 digits."""
+DEEPEST = 30
+"""Deepest nesting of brackets that is read: the readers call themselves for what stands in brackets, and the time of
+the LaTeX parser grows fast with the depth."""
 
 _ROW_END = re.compile(r"\\\\(?:\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in)\s*\])?")
 _DOUBLED_ESCAPE = re.compile(r"\\\\(?=[a-zA-Z])")
@@ -263,7 +266,22 @@ def _repeating(text: str) -> Number | None:
 
 def _fraction(digits: str) -> Fraction:
     whole, _, decimals = digits.partition(".")
-    return Fraction(int(whole + decimals or "0"), 10 ** len(decimals)) if decimals else Fraction(int(whole))
+    return Fraction(int(whole + decimals or "0"), 10 ** len(decimals))
+
+
+def nested_too_deep(text: str) -> bool:
+    """Whether the brackets of a text are nested deeper than DEEPEST."""
+    if sum(map(text.count, "([{")) <= DEEPEST:
+        return False
+    depth = 0
+    for character in text:
+        if character in "([{":
+            depth += 1
+            if depth > DEEPEST:
+                return True
+        elif character in ")]}":
+            depth = max(0, depth - 1)
+    return False
 
 
 def left_to_do(text: str) -> bool:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from hapo_lite.tasks.notation import TEXT, Number, canonical, left_to_do, plain_number
+from hapo_lite.tasks.notation import TEXT, Number, canonical, left_to_do, nested_too_deep, plain_number
 from hapo_lite.tasks.shapes import parse
 from hapo_lite.tasks.units import read_quantity, same_compound, scales
 
@@ -39,6 +39,8 @@ def settled(answer: str, gold: str) -> bool | None:
     a, g = canonical(answer), canonical(gold)
     if _spaceless(a) == _spaceless(g):
         return True
+    if nested_too_deep(answer) or nested_too_deep(gold):
+        return False
     number = plain_number(gold)
     assigned = _ASSIGNED.fullmatch(a)
     if number is not None and assigned is not None:
