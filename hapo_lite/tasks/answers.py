@@ -14,7 +14,7 @@ from typing import Literal
 
 from hapo_lite.tasks import plain
 from hapo_lite.tasks.notation import canonical, normal_form, plain_number, tidy
-from hapo_lite.tasks.units import unit_of, words_change_value
+from hapo_lite.tasks.units import unit_of, words_before_change_value, words_change_value
 from hapo_lite.tasks.vocabulary import KNOWN
 
 Outcome = Literal["correct", "wrong", "unparseable", "timeout", "error"]
@@ -77,6 +77,15 @@ _DISPLAYED = (("\\[", "\\]"), ("\\(", "\\)"), ("$$", "$$"))
 _SENTENCE_END = re.compile(r"\.(?=\s|$)")
 _DIGIT = re.compile(r"\d")
 _PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
+_REASON = re.compile(r"[\s,;]+(?:because|since|not|rather than|instead of)\b", re.IGNORECASE)
+_VALUE = re.compile(rf"{_FORMULA}|\d+ \d+/\d+|[^\s$]*\d[^\s]*")
+_NEXT_WORD = re.compile(r"\s+([A-Za-z]+)\b")
+_SPOKEN_SIGN = re.compile(r"^(?:negative|minus)\s+(?=[\d.\\$])", re.IGNORECASE)
+_OPERATOR = r"\s*(?:[-+*/^×÷]|\\times|\\cdot|\\div)\s*"
+_OPERAND_BEHIND = re.compile(rf"{_OPERATOR}(?:[\d({{\\]|[a-zA-Z](?![a-zA-Z]))")
+_OPERAND_BEFORE = re.compile(rf"(?:[\d)}}]|(?<![a-zA-Z])[a-zA-Z]){_OPERATOR}$")
+_BEFORE = 80
+"""Characters in front of a number in running text that may change it."""
 
 
 # ------------------------------------------------------------------------------------------------ finding the answer
@@ -216,7 +225,10 @@ def _last_formula(text: str) -> Found:
             places.append((start, end + len(closing)))
     if not places or _DIGIT.search(tail, max(places)[1]):
         return Found()
-    return _formula_or_line(tail, max(places)[0], formula_only=True)
+    start = max(places)[0]
+    if words_before_change_value(tail[max(0, start - _BEFORE) : start]):
+        return Found()
+    return _formula_or_line(tail, start, formula_only=True)
 
 
 def _formula_or_line(text: str, start: int, formula_only: bool = False) -> Found:
@@ -269,19 +281,43 @@ def _compared(shown: str, line: str | None, gold: str) -> Grade | dict[str, str]
     """The grade of an answer as the completion shows it, or the request. line: its sentence, in running text."""
     if len(shown) > LONGEST_ANSWER:
         return Grade(False, None, "unparseable")
-    answer = tidy(shown)
+    answer = tidy(shown if line is None else _SPOKEN_SIGN.sub("-", shown))
     if len(answer) > LONGEST_ANSWER:  # some characters stand for many
         return Grade(False, None, "unparseable")
     settled = plain.settled(answer, gold) if answer and 0 < len(gold) <= LONGEST_ANSWER else False
-    in_prose = line is not None and _is_prose(answer) and not words_change_value(answer)
-    if settled or (settled is False and not in_prose):
-        return Grade(settled, shown, "correct" if settled else "wrong")
-    request = {"shown": shown, "gold": gold}
-    if settled is None:
-        request["answer"] = answer
-    if in_prose:
-        request["text"] = f"The answer is {answer}"
-    return request
+    value = _only_value(shown) if gold and line is not None and _is_prose(answer) else None
+    verdicts = {answer: settled}
+    if value is not None:
+        verdicts[value] = plain.settled(value, gold)
+    if True in verdicts.values():
+        return Grade(True, shown, "correct")
+    undecided = [text for text, verdict in verdicts.items() if verdict is None]
+    if not undecided:
+        return Grade(False, shown, "wrong")
+    request = {"shown": shown, "gold": gold, "answer": undecided[0]}
+    return request | {"value": value} if value in undecided[1:] else request
+
+
+def _only_value(sentence: str) -> str | None:
+    """The only number or formula of a sentence in tidy notation, with the unit behind it.
+
+    None where there are several, as in "5 or 6", or where words or signs change the value, as in "8 squared".
+    """
+    clause = _REASON.split(sentence, maxsplit=1)[0]
+    found = list(_VALUE.finditer(clause))
+    found = [match for match in found if _DIGIT.search(match.group())] or found
+    if len(found) != 1:
+        return None
+    before, behind = clause[: found[0].start()], clause[found[0].end() :]
+    if words_before_change_value(before) or words_change_value(behind):
+        return None
+    if _OPERAND_BEFORE.search(before) or _OPERAND_BEHIND.match(behind):
+        return None
+    value = found[0].group().strip("*_,.;:!?")
+    word = _NEXT_WORD.match(behind)
+    if word is not None and unit_of(word[1]) is not None:
+        value += rf"\text{{ {word[1]}}}"
+    return tidy(value)
 
 
 def _is_prose(answer: str) -> bool:
@@ -296,8 +332,5 @@ def is_a_term(number: str, text: str) -> bool:
     last = deque(re.finditer(rf"(?<![\d.]){re.escape(number)}(?![\d.]*\d)", text), maxlen=1)
     if not last:
         return False
-    operator = r"\s*(?:[-+*/^×÷]|\\times|\\cdot|\\div)\s*"
-    return bool(
-        re.match(rf"{operator}[\d({{\\]", text[last[0].end() :])
-        or re.search(rf"[\d)}}]{operator}$", text[: last[0].start()])
-    )
+    before = text[max(0, last[0].start() - _BEFORE) : last[0].start()]
+    return bool(_OPERAND_BEHIND.match(text, last[0].end()) or _OPERAND_BEFORE.search(before))

@@ -75,9 +75,27 @@ _TWO_MEASURES = re.compile(r"\D*\d[^A-Za-z}']*[A-Za-z}']\D*\d[^A-Za-z}']*[A-Za-z
 """A number, a word, a number and a word. No part can give back what it took, so the time is linear in the text."""
 _CHANGING = re.compile(
     r"\b(?:or|at) (?:more|less|fewer|most|least|higher|lower|above|below)\b|\b[ap]\.?m\b|\b(?:more|less|fewer) than\b"
-    r"|\b(?:hundred|thousand|million|billion|trillion|dozen|loss|gain|increase|decrease|pairs?|half|below zero)\b",
+    r"|\b(?:hundred|thousand|million|billion|trillion|dozen|loss|gain|increase|decrease|pairs?|half|below zero)\b"
+    r"|^\W*(?:squared|cubed|factorial|plus|minus|times|over|to the|mod|divided|multiplied|percent of)\b"
+    r"|\b(?:if|unless|except|when|otherwise|or|is (?:not|wrong))\b",
     re.IGNORECASE,
 )
+_CLAUSE_END = re.compile(
+    r"[,;:!?(\n]|\.(?!\w)|\b(?:because|since|as|so|which|where|not|rather than|instead of)\b", re.IGNORECASE
+)
+_CHANGED = re.compile(
+    r"\b(?:not|cannot|never|neither|nor|negative|minus|plus|than|almost|nearly|approximately|about|around|roughly)\b"
+    r"|n[’']t\b|\b(?:close to|under|over|below|above|at least|at most|up to|between|twice|thrice|double|triple)\b"
+    r"|\b(?:half|third|quarter|percent|sum|product|difference|root|square|cube|logarithm|factorial|inverse|reciprocal"
+    r"|instead|multiple|power) of\b|\b(?:divided|multiplied|raised|times|modulo|mod|log|wrong|without|except|besides)\b"
+    r"|[<>≤≥≠≈±]|\\(?:g?eq?|geq|leq?|neq?|approx|[lg]t|pm|sqrt)(?![a-zA-Z])",
+    re.IGNORECASE,
+)
+_CLAUSE_START = re.compile(
+    r"[;:.!?\n=]|,\s|\b(?:is|are|was|were|so|hence|thus|therefore|then|get|gets|gives|have|has|but|becomes)\b|\d",
+    re.IGNORECASE,
+)
+_LISTED = re.compile(r"\d[^\s\d]*\s+(?:[A-Za-z]+\s+)?(?:and|or)\W*$|\d\s*[,;]\W*$", re.IGNORECASE)
 _FLAT = [
     (re.compile(r"\\text\s*\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"\^\s*\{\s*([+-]?\d+)\s*\}"), r"^\1"),
@@ -317,5 +335,10 @@ def is_compound(text: str) -> bool:
 
 
 def words_change_value(text: str) -> bool:
-    """Whether words in running text change the number they stand by: `or more`, `million`, `pm`."""
-    return _CHANGING.search(TEXT.sub(r" \1 ", text)) is not None
+    """Whether the clause behind a number in running text changes the number: `or more`, `million`, `pm`, `squared`."""
+    return _CHANGING.search(_CLAUSE_END.split(TEXT.sub(r" \1 ", text), maxsplit=1)[0]) is not None
+
+
+def words_before_change_value(text: str) -> bool:
+    """Whether the clause in front of a number in running text changes it, or the number is the last of several."""
+    return _LISTED.search(text) is not None or _CHANGED.search(_CLAUSE_START.split(text)[-1]) is not None
