@@ -60,7 +60,9 @@ def parse(text: str) -> Shape:
         return Shape("value", text)
     modulus = _MODULUS.match(text)
     if modulus is not None and r"\pmod" not in modulus[1]:
-        residues = re.split(r"\\equiv(?![a-zA-Z])", modulus[1])[-1]
+        *names, residues = re.split(r"\\equiv(?![a-zA-Z])", modulus[1])
+        if not all(is_name(name) for name in names):
+            return Shape("value", text)
         return Shape("residue", text, (parse(residues), Shape("value", modulus[2].strip("{}"))))
     items = [expanded for item in _items(text) for expanded in _signed(item)]
     if len(items) != 1:
@@ -296,6 +298,11 @@ def record(names: tuple[str, ...], values: tuple[Shape, ...]) -> Shape:
 
 def assigned(item: Shape) -> tuple[str, Shape] | None:
     """(name, value) of an equation such as x=3; None for a shape that gives no name a value."""
-    if item.kind != "equation" or not is_name(item.parts[0].text):
+    if item.kind != "equation":
         return None
-    return canonical(item.parts[0].text.strip()).replace(" ", ""), item.parts[-1]
+    first, last = item.parts[0], item.parts[-1]
+    if not is_name(first.text) and len(item.parts) == 2 and is_name(last.text):
+        first, last = last, first  # 3=x
+    if not is_name(first.text):
+        return None
+    return canonical(first.text.strip()).replace(" ", ""), last
