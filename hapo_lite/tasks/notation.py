@@ -136,9 +136,17 @@ _PLAIN = re.compile(
 )
 _REPEATING = re.compile(r"-?(\d*)\.(\d*)\\(?:overline|bar|dot)(?:\{(\d+)\})", re.ASCII)
 _LEFT_TO_DO = re.compile(
-    r"[\d)}\]]\s*(?:[-+*×÷]|\\times|\\cdot|\\div)\s*(?!10\s*\^)(?:[\d(.{]|\\(?:frac|sqrt|left|pi))"
-    r"|\\(?:sum|prod|int|lim|binom|gcd|lcm|max|min)(?![a-zA-Z])|[\d)}]\s*!|\d ?\)? ?\( ?-?\d+ ?\)"
+    r"[\d)}\]|!%]\s*(?:[-+]|(?:(?<!\*)\*(?!\*)|[×÷]|\\times|\\cdot|\\div)(?!\s*10\s*\^))\s*(?!\\text)(?=\S)"
+    r"|[-+]\s*\(?\s*[-+]"
+    r"|\\(?:sum|prod|int|lim|binom|gcd|lcm|max|min)(?![a-zA-Z])|[\d)}]\s*!"
+    r"|\d ?\)? ?\( ?[-+]?(?:\d+(?:[./]\d+)?|\\frac\{[^{}]*\}\{[^{}]*\}) ?\)"
 )
+_NOTATION_OF_NUMBERS = re.compile(
+    r"\\text\s*\{[^{}]*\}|\\(?:frac|times|cdot|circ|overline|bar|dot)(?![a-zA-Z])"
+    r"|(?<![a-zA-Z])(?:arc)?(?:sin|cos|tan|cot|sec|csc|pi)(?![a-zA-Z])|(?<![a-zA-Z])[ei](?![a-zA-Z])"
+)
+_FUNCTION = re.compile(r"[a-zA-Z|]")
+_ROOT_OR_SIGNED_POWER = re.compile(r"\^\s*\{?\s*-?\s*(?:\d*\.\d|\d+\s*/|\\frac)|\(\s*-[^()]*\)\s*\^")
 
 
 @dataclass(frozen=True)
@@ -287,3 +295,12 @@ def nested_too_deep(text: str) -> bool:
 def left_to_do(text: str) -> bool:
     """Whether a tidy text is arithmetic that is still to be done, such as 12+3*4."""
     return _LEFT_TO_DO.search(text) is not None
+
+
+def function_left_to_do(text: str) -> bool:
+    r"""Whether a single value in tidy notation has more in it than numbers and powers: \sqrt{144}, \log_2 8, |-5|.
+
+    Trigonometric functions of known angles, and the numbers e, i and pi, are no more than numbers here.
+    """
+    without_numbers = _NOTATION_OF_NUMBERS.sub(" ", text)
+    return _FUNCTION.search(without_numbers) is not None or _ROOT_OR_SIGNED_POWER.search(text) is not None

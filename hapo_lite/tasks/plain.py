@@ -9,7 +9,15 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from hapo_lite.tasks.notation import TEXT, Number, canonical, left_to_do, nested_too_deep, plain_number
+from hapo_lite.tasks.notation import (
+    TEXT,
+    Number,
+    canonical,
+    function_left_to_do,
+    left_to_do,
+    nested_too_deep,
+    plain_number,
+)
 from hapo_lite.tasks.shapes import parse
 from hapo_lite.tasks.units import read_quantity, same_compound, scales
 
@@ -119,6 +127,9 @@ def _same_scaled(gold: str, answer: str, g: Fraction, a: Fraction, algebra: Alge
         terms = gold_ratio or _as_ratio(gold_number), answer_ratio or _as_ratio(answer_number)
         return _proportional(*terms) and not both_clocks and g == a
     if gold_number is not None and left_to_do(answer):
+        return False
+    # A root or logarithm may stand for a decimal that rounds it.
+    if gold_number is not None and gold_number.digits < FEWEST_DIGITS and function_left_to_do(answer):
         return False
     return algebra(gold, answer, g, a) if algebra else None
 
