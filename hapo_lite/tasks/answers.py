@@ -60,11 +60,25 @@ class _Mark:
     end: int
 
 
+@dataclass(frozen=True)
+class _Span:
+    """A box within a text: where its content begins and ends, and where the box itself does."""
+
+    content: tuple[int, int]
+    start: int
+    end: int
+
+
 _BOX_TOKENS = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BOX_START = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{")
+_SHOWN = re.compile(r"\S")
+_MOST_BOXES = 20
+"""Most boxes at the end of a text that are taken for one answer."""
 _THINK = re.compile(r"<(/?)think>")
 _CONNECTING = re.compile(
-    r"[\s,;.:&/$*()]|\\[()\[\],;!:\\]|\\q?quad(?![a-zA-Z])|\\text\s*\{|\}|[A-Za-z](?:_\{?\w{1,4}\}?)?\s*=(?!=)"
-    r"|\b(?:and|or|also|maybe|perhaps|possibly|either|both|alternatively|else)\b",
+    r"\n\s*\(?(?:\d{1,2}|[A-Za-z])[.)]|\b(?:if|when)\b[^.\n]*(?:,|\band\b|\bor\b)|[A-Za-z](?:_\{?\w{1,4}\}?)?\s*=(?!=)"
+    r"|[\s,;.:&/$*()|•–—-]|\\[()\[\],;!:\\]|\\q?quad(?![a-zA-Z])|\\(?:text|boxed|fbox)\s*\{|\}"
+    r"|\b(?:and|or|also|maybe|perhaps|possibly|either|both|alternatively|else|otherwise|then|vs|versus)\b",
     re.IGNORECASE,
 )
 _JOINS = re.compile(r"\b(?:and|or)\b", re.IGNORECASE)
@@ -92,8 +106,11 @@ _BEFORE = 80
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""Content of the last complete, non-empty `\boxed{...}` or `\fbox{...}`; None where there is none."""
-    boxes, _ = _boxes(text)
+    r"""Content of the last complete, non-empty `\boxed{...}` or `\fbox{...}`; None where there is none.
+
+    A box around nothing but a box is that box; a box that has more in it is the answer, with the boxes within.
+    """
+    boxes, _ = _boxes(text[-_SEARCHED:])
     return boxes[-1].content if boxes else None
 
 
@@ -138,7 +155,7 @@ def _marked(text: str) -> Found:
         return Found(_joined(inner))
     boxes, open_box = _boxes(text)
     if boxes:
-        return Found(_joined([box.content for box in _run_at_the_end(text, boxes)]))
+        return Found(_joined([_BOX_START.sub("{", box.content) for box in _run_at_the_end(text, boxes)]))
     return Found(open=open_box or "<answer>" in text[text.rfind("</answer>") + 1 :])
 
 
@@ -158,10 +175,9 @@ def _tags(text: str) -> list[_Mark]:
 
 
 def _boxes(text: str) -> tuple[list[_Mark], bool]:
-    """(the innermost complete, non-empty boxes, whether one is left open at the end), found in one pass."""
-    text = text[-_SEARCHED:]
+    """(the last outermost complete, non-empty boxes, whether one is left open at the end), found in one pass."""
     open_braces: list[tuple[int, int] | None] = []
-    boxes: list[_Mark] = []
+    boxes: list[_Span] = []
     for token in _BOX_TOKENS.finditer(text):
         piece = token.group()
         if piece == "{":
@@ -171,19 +187,31 @@ def _boxes(text: str) -> tuple[list[_Mark], bool]:
             if box is None:
                 continue
             start, content_start = box
-            content = text[content_start : token.start()].strip()
-            if content and not (boxes and boxes[-1].start > start):
-                boxes.append(_Mark(content, start, token.end()))
+            content = content_start, token.start()
+            within = [boxes.pop() for _ in range(_count_behind(boxes, start))]
+            around = [(content_start, within[0].start), (within[0].end, token.start())] if len(within) == 1 else []
+            if around and not any(_SHOWN.search(text, *gap) for gap in around):
+                content = within[0].content
+            if _SHOWN.search(text, *content):
+                boxes.append(_Span(content, start, token.end()))
         elif piece[-1] == "{" and len(piece) > 2:
             open_braces.append((token.start(), token.end()))
-    return boxes, any(start is not None for start in open_braces)
+    marks = [_Mark(text[slice(*b.content)].strip(), b.start, b.end) for b in boxes[-_MOST_BOXES:]]
+    return marks, any(start is not None for start in open_braces)
+
+
+def _count_behind(boxes: list[_Span], start: int) -> int:
+    """How many of the last boxes begin behind a position."""
+    count = 0
+    while count < len(boxes) and boxes[-1 - count].start > start:
+        count += 1
+    return count
 
 
 def _run_at_the_end(text: str, boxes: list[_Mark]) -> list[_Mark]:
     r"""The last box, and those before it with nothing between but commas, "and", "or", `x =`: one answer."""
-    text = text[-_SEARCHED:]
     run = [boxes[-1]]
-    for box in reversed(boxes[-20:-1]):
+    for box in reversed(boxes[:-1]):
         if not _connects(text[box.end : run[0].start]):
             break
         run.insert(0, box)
