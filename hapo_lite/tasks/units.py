@@ -8,6 +8,7 @@ dimension convert exactly (100 cm is 1 m).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -16,11 +17,14 @@ from typing import NamedTuple
 from hapo_lite.tasks.notation import TEXT, plain_number
 from hapo_lite.tasks.vocabulary import (
     ALIASES,
+    CASED,
     COUNTED,
+    DESCRIBING,
     FUNCTIONS,
     KNOWN,
     MAGNITUDES,
     NO_COUNT,
+    PARTS,
     PEOPLE,
     PHRASES,
     POWERS,
@@ -75,7 +79,8 @@ _TWO_MEASURES = re.compile(r"\D*\d[^A-Za-z}']*[A-Za-z}']\D*\d[^A-Za-z}']*[A-Za-z
 """A number, a word, a number and a word. No part can give back what it took, so the time is linear in the text."""
 _CHANGING = re.compile(
     r"\b(?:or|at) (?:more|less|fewer|most|least|higher|lower|above|below)\b|\b[ap]\.?m\b|\b(?:more|less|fewer) than\b"
-    r"|\b(?:hundred|thousand|million|billion|trillion|dozen|loss|gain|increase|decrease|pairs?|half|below zero)\b"
+    r"|\b(?:(?:hundred|thousand|million|billion|trillion|quadrillion|lakh|crore|dozen|pair)s?|half|below zero)\b"
+    r"|\b(?:loss|gain|increase|decrease)\b"
     r"|^\W*(?:squared|cubed|factorial|plus|minus|times|over|to the|mod|divided|multiplied|percent of)\b"
     r"|\b(?:if|unless|except|when|otherwise|or|is (?:not|wrong))\b",
     re.IGNORECASE,
@@ -235,6 +240,9 @@ def _read_words(value: str, words: list[str]) -> tuple[Measure, list[str]]:
 def unit_of(word: str) -> Unit | None:
     """The unit, or the kind of thing counted, that one word names; None for words that name neither."""
     low = ALIASES.get(word.lower(), word.lower())
+    if word in CASED:
+        dimension, factor = CASED[word]
+        return Unit(((dimension, 1),), factor)
     if low in SPEEDS:
         above, below = (UNITS[name] for name in SPEEDS[low])
         return Unit(((above[0], 1), (below[0], -1)), above[1] / below[1])
@@ -246,8 +254,9 @@ def unit_of(word: str) -> Unit | None:
     if low == "fluidounce":
         return Unit((("fluid ounce", 1),), Fraction(1))
     thing = PEOPLE.get(low, low.removesuffix("s") if not low.endswith("ss") else low)
-    plural = low in PEOPLE or (low.endswith("s") and len(low) > 3 and low not in NO_COUNT and not low.endswith("ss"))
-    if low.isalpha() and low not in NO_COUNT and (plural or thing in COUNTED):
+    changing = low in NO_COUNT or PARTS.fullmatch(low) is not None
+    plural = low in PEOPLE or (low.endswith("s") and len(low) > 3 and not low.endswith("ss"))
+    if low.isalpha() and not changing and (plural or thing in COUNTED):
         return Unit(((f"one {thing}", 1),), Fraction(1))
     return None
 
@@ -274,7 +283,7 @@ def scales(gold: Quantity, answer: Quantity) -> list[tuple[Fraction, Fraction]]:
     There is none where words or units differ, and there are two where one side alone has a percent sign: 10% is 10 or
     0.1.
     """
-    if sorted(gold.others) != sorted(answer.others) or len(gold.parts) != 1 or len(answer.parts) != 1:
+    if not _same_words(gold, answer) or len(gold.parts) != 1 or len(answer.parts) != 1:
         return []
     (_, gold_magnitude, gold_unit), (_, answer_magnitude, answer_unit) = gold.parts[0], answer.parts[0]
     scaled = [(gold_magnitude, answer_magnitude)]
@@ -290,9 +299,16 @@ def scales(gold: Quantity, answer: Quantity) -> list[tuple[Fraction, Fraction]]:
     return scaled
 
 
+def _same_words(gold: Quantity, answer: Quantity) -> bool:
+    """Whether two quantities have the same words. One of them may leave out all words that only describe a thing."""
+    g, a = (Counter(quantity.others) for quantity in (gold, answer))
+    described = [{word: n for word, n in words.items() if word in DESCRIBING} for words in (g, a)]
+    return g == a or (not all(described) and g - Counter(described[0]) == a - Counter(described[1]))
+
+
 def same_compound(gold: Quantity, answer: Quantity) -> bool:
     """Whether two quantities, one of them of several parts, are equal: 1 hour 20 minutes is 80 minutes."""
-    if sorted(gold.others) != sorted(answer.others):
+    if not _same_words(gold, answer):
         return False
     gold_total, answer_total = _total(gold), _total(answer)
     if gold_total is not None and answer_total is not None:
@@ -329,7 +345,7 @@ def is_compound(text: str) -> bool:
         return False
     quantity = read_quantity(text)
     units = [part.unit for part in quantity.parts if part.unit is not None]
-    if len(units) < 2 or quantity.others or _total(quantity) is None:
+    if len(units) < 2 or not DESCRIBING.issuperset(quantity.others) or _total(quantity) is None:
         return False
     return all(a.factor > b.factor for a, b in pairwise(units))
 
