@@ -74,6 +74,7 @@ _BOX_START = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{")
 _SHOWN = re.compile(r"\S")
 _MOST_BOXES = 20
 """Most boxes at the end of a text that are taken for one answer."""
+_ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _THINK = re.compile(r"<(/?)think>")
 _CONNECTING = re.compile(
     r"\n\s*\(?(?:\d{1,2}|[A-Za-z])[.)]|\b(?:if|when)\b[^.\n]*(?:,|\band\b|\bor\b)|[A-Za-z](?:_\{?\w{1,4}\}?)?\s*=(?!=)"
@@ -148,7 +149,7 @@ def _outside_think(text: str) -> str:
 
 def _marked(text: str) -> Found:
     """The answer in tags, else in boxes."""
-    text = text[-_SEARCHED:]
+    text = _ANSWER_TAG.sub(r"<\1answer>", text[-_SEARCHED:])
     tags = _tags(text)
     if tags:
         inner = [_marked(tag.content).answer or _stated(tag.content).answer or tag.content for tag in tags]
@@ -238,7 +239,10 @@ def _joined(contents: list[str]) -> str:
 def _stated(text: str) -> Found:
     """The formula, else the sentence, that follows the last "answer is", "Answer:" or `####`."""
     statements = deque(_STATEMENT.finditer(text, max(0, len(text) - _SEARCHED)), maxlen=1)
-    return _formula_or_line(text, statements.pop().end()) if statements else Found()
+    if not statements:
+        return Found()
+    start = statements.pop().end()
+    return _formula_or_line(text[start : start + LONGEST_ANSWER])
 
 
 def _last_formula(text: str) -> Found:
@@ -256,12 +260,19 @@ def _last_formula(text: str) -> Found:
     start = max(places)[0]
     if words_before_change_value(tail[max(0, start - _BEFORE) : start]):
         return Found()
-    return _formula_or_line(tail, start, formula_only=True)
+    return _formula_at(tail[start:])
 
 
-def _formula_or_line(text: str, start: int, formula_only: bool = False) -> Found:
-    """The formula that begins at `start`; else, unless formula_only, the sentence that does."""
-    rest = text[start : start + LONGEST_ANSWER].strip().lstrip("*_ ")
+def _formula_or_line(text: str) -> Found:
+    """The formula that a text begins with, else its first sentence."""
+    text = text.strip().lstrip("*_ ")
+    found = _formula_at(text)
+    line = _first_sentence(text)
+    return found if found.answer is not None else Found(line, line)
+
+
+def _formula_at(rest: str) -> Found:
+    """The formula that a text begins with, with the first sentence; no answer where there is none."""
     line = _first_sentence(rest)
     for opening, closing in _DISPLAYED:
         end = rest.find(closing, 2) if rest.startswith(opening) else -1
@@ -274,7 +285,7 @@ def _formula_or_line(text: str, start: int, formula_only: bool = False) -> Found
         # "$2$ or more": the words belong to the number.
         if line and words_change_value(line[len(formula) : len(formula) + _LONGEST_GAP]):
             formula = line
-    return Found(formula, line) if formula or formula_only else Found(line, line)
+    return Found(formula, line)
 
 
 def _first_sentence(text: str) -> str | None:

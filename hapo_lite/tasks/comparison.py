@@ -141,6 +141,9 @@ class Comparison:
     def _same_matrices(self, gold: Shape, answer: Shape) -> bool:
         if gold.kind == answer.kind:
             return self._in_order(gold.parts, answer.parts)
+        g, a = _column(gold), _column(answer)
+        if g is not None and a is not None:
+            return self._in_order(g, a)
         return {gold.kind, answer.kind} == {"matrix", "value"} and self.values.same_value(gold.text, answer.text)
 
     def _same_equations(self, gold: Shape, answer: Shape) -> bool:
@@ -258,6 +261,15 @@ def _parts(shape: Shape) -> tuple[Shape, ...]:
 
 def _distinct(parts: tuple[Shape, ...]) -> bool:
     return len({canonical(part.text) for part in parts}) == len(parts)
+
+
+def _column(shape: Shape) -> tuple[Shape, ...] | None:
+    """The entries of a matrix of one column, or of a point: (1,2) is a column and no row."""
+    if shape.kind == "point" and shape.brackets == "()":
+        return shape.parts
+    if shape.kind == "matrix" and len(shape.parts) > 1 and all(len(row.parts) == 1 for row in shape.parts):
+        return tuple(row.parts[0] for row in shape.parts)
+    return None
 
 
 def _as_record(shape: Shape) -> Shape | None:

@@ -65,7 +65,8 @@ def settled(answer: str, gold: str) -> bool | None:
     may_be_number = g in _NUMBERS and _CHOICE.fullmatch(a) is None
     if text is not None and not may_be_number:
         return _same_text(a, text, case_matters=g == text and TEXT.fullmatch(gold) is None)
-    if number is not None and left_to_do(answer.rsplit("=", 1)[-1]):
+    last = answer.rsplit("=", 1)[-1]
+    if number is not None and plain_number(last.strip()) is None and left_to_do(last):
         # An arithmetic task copied into the box is not an answer to it.
         return False
     if parse(gold).kind == "value" == parse(answer).kind:

@@ -46,6 +46,8 @@ _STRONG = re.compile(
 )
 _OUTWARD = re.compile(r"(?<![\d)}])([\[\]])([^\[\](),;]+[,;][^\[\](),;]+)([\[\]])")
 _COMMA_GROUPS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", re.ASCII)
+_REAL_SUCH_THAT = re.compile(r"\s*[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid(?![a-zA-Z])|\||:)")
+r"""The head of \{x \mid x>3\}, whose members are real numbers."""
 _SIGNS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\in": "in", r"\approx": "~"}
 _MODULUS = re.compile(r"^(.*?)\s*\(?\s*\\pmod\s*(\{[^{}]*\}|\S+?)\s*\)?$", re.DOTALL)
 _SUBSCRIPTS = re.compile(r"_(?:\{[^{}]*\}|\w)|\\text\s*\{[^{}]*\}|\\[a-zA-Z]+|'|\([^()]*\)")
@@ -213,7 +215,9 @@ def _bracketed(text: str, opening: str) -> Shape:
     if opening in ("\\{", "{"):
         items = [signed for item in _split_by_either(inner) if item for signed in _signed(item)]
         if len(items) == 1 and re.search(r"\\mid(?![a-zA-Z])|\||:", items[0]):
-            return Shape("value", text)
+            condition = _REAL_SUCH_THAT.match(items[0])
+            shape = parse(items[0][condition.end() :]) if condition is not None else None
+            return shape if shape is not None and shape.kind == "inequality" else Shape("value", text)
         # Braces without backslashes are invisible in LaTeX.
         return Shape("set" if opening == "\\{" else "list", text, tuple(_item(item) for item in items))
     items = _split_by_either(inner)
