@@ -82,7 +82,7 @@ _BRACED_COMMA = re.compile(r"\s*\{\s*,\s*\}\s*")
 _ASCII_SIGNS = [
     (re.compile(typed), rf"\\{name} ") for typed, name in (("<=", "le"), (">=", "ge"), (r"(?<=\s)!=", "ne"))
 ]
-_MARKED_UP = re.compile(r"""(\*\*|`+|")(?P<marked>.*)\1|“(?P<quoted>.*)”""", re.DOTALL)
+_MARKED_UP = re.compile(r"""(\*\*|`{1,3}|")(?P<marked>.*)\1|“(?P<quoted>.*)”""", re.DOTALL)
 _STYLES = re.compile(
     r"\\(?:bf|rm|it|sf|tt|bfseries|itshape|tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])"
     r"|\\tag\s*\{[^{}]*\}|\\color\s*\{[^{}]*\}"
