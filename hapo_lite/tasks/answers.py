@@ -14,7 +14,7 @@ from typing import Literal
 
 from hapo_lite.tasks import plain
 from hapo_lite.tasks.notation import canonical, normal_form, plain_number, tidy
-from hapo_lite.tasks.units import unit_of, words_before_change_value, words_change_value
+from hapo_lite.tasks.units import read_quantity, unit_of, words_before_change_value, words_change_value
 from hapo_lite.tasks.vocabulary import KNOWN
 
 Outcome = Literal["correct", "wrong", "unparseable", "timeout", "error"]
@@ -71,6 +71,7 @@ class _Span:
 
 _BOX_TOKENS = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BOX_START = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{")
+_SIMPLE_BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{([^{}]*)\}")
 _SHOWN = re.compile(r"\S")
 _MOST_BOXES = 20
 """Most boxes at the end of a text that are taken for one answer."""
@@ -156,7 +157,7 @@ def _marked(text: str) -> Found:
         return Found(_joined(inner))
     boxes, open_box = _boxes(text)
     if boxes:
-        return Found(_joined([_BOX_START.sub("{", box.content) for box in _run_at_the_end(text, boxes)]))
+        return Found(_joined([_without_boxes(box.content) for box in _run_at_the_end(text, boxes)]))
     return Found(open=open_box or "<answer>" in text[text.rfind("</answer>") + 1 :])
 
 
@@ -199,6 +200,11 @@ def _boxes(text: str) -> tuple[list[_Mark], bool]:
             open_braces.append((token.start(), token.end()))
     marks = [_Mark(text[slice(*b.content)].strip(), b.start, b.end) for b in boxes[-_MOST_BOXES:]]
     return marks, any(start is not None for start in open_braces)
+
+
+def _without_boxes(content: str) -> str:
+    """The content of a box without the boxes around its parts: 3 \\boxed{5} is 3 and 5 side by side, and not 35."""
+    return _BOX_START.sub("{", _SIMPLE_BOX.sub(r" \1 ", content)).strip()
 
 
 def _count_behind(boxes: list[_Span], start: int) -> int:
@@ -352,11 +358,10 @@ def _only_value(sentence: str) -> str | None:
         return None
     if _OPERAND_BEFORE.search(before) or _OPERAND_BEHIND.match(behind):
         return None
-    value = found[0].group().strip("*_,.;:!?")
+    value = tidy(found[0].group().strip("*_,.;:!?"))
     word = _NEXT_WORD.match(behind)
-    if word is not None and unit_of(word[1]) is not None:
-        value += rf"\text{{ {word[1]}}}"
-    return tidy(value)
+    bare = _DIGIT.search(value) is not None and read_quantity(value).parts[0].unit is None
+    return rf"{value}\text{{ {word[1]}}}" if bare and word is not None and unit_of(word[1]) is not None else value
 
 
 def _is_prose(answer: str) -> bool:

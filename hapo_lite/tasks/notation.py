@@ -170,11 +170,13 @@ _LEFT_TO_DO = re.compile(
     r"|\d ?\)? ?\( ?[-+]?(?:\d+(?:[./]\d+)?|\\frac\{[^{}]*\}\{[^{}]*\}) ?\)"
 )
 _NOTATION_OF_NUMBERS = re.compile(
-    r"\\text\s*\{[^{}]*\}|\\(?:frac|times|cdot|circ|overline|bar|dot)(?![a-zA-Z])"
+    r"\\text\s*\{[^{}]*\}|\\(?:frac|times|cdot|circ|prime|overline|bar|dot)(?![a-zA-Z])"
     r"|(?<![a-zA-Z])(?:arc)?(?:sin|cos|tan|cot|sec|csc|pi)(?![a-zA-Z])|(?<![a-zA-Z])[ei](?![a-zA-Z])"
 )
 _FUNCTION = re.compile(r"[a-zA-Z|]")
-_ROOT_OR_SIGNED_POWER = re.compile(r"\^\s*\{?\s*-?\s*(?:\d*\.\d|\d+\s*/|\\frac)|\(\s*-[^()]*\)\s*\^")
+_ROOT_OR_SIGNED_POWER = re.compile(
+    r"\^\s*\{?\s*-?\s*(?:\d*\.\d|\d+\s*/|\\frac)|\(\s*-[^()]*\)\s*\^|i\s*\^\s*\{\s*-?\d{2,}"
+)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ _CHANGING = re.compile(
     re.IGNORECASE,
 )
 _CLAUSE_END = re.compile(
-    r"[,;:!?(\n]|\.(?!\w)|\b(?:because|since|as|so|which|where|not|rather than|instead of)\b", re.IGNORECASE
+    r"[,;:!?(\n]|\.(?!\w)|\b(?:because|since|as|so|which|where|(?<!is )not|rather than|instead of)\b", re.IGNORECASE
 )
 _CHANGED = re.compile(
     r"\b(?:not|cannot|never|neither|nor|negative|minus|plus|than|almost|nearly|approximately|about|around|roughly)\b"
