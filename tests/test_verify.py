@@ -241,6 +241,16 @@ def test_any_text_can_be_searched(text):
     assert answer is None or (answer in text and answer.strip())
 
 
+def test_a_text_that_cannot_be_read_is_an_error_and_the_rest_is_graded(monkeypatch):
+    def reads(text, gold):
+        return Grade(True, text, "correct") if text else {}["no answer"]
+
+    monkeypatch.setattr("hapo_lite.tasks.answers.read", reads)
+    with GraderPool(workers=1) as pool:
+        grades = pool.grade_many([("", "42"), ("42", "42")])
+    assert grades == [Grade(False, None, "error"), Grade(True, "42", "correct")]
+
+
 def test_numbers_too_long_for_int_are_compared():
     digits = "9" * (LONGEST_ANSWER - 10)
     assert grade(box(digits), digits).correct

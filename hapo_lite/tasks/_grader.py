@@ -1,6 +1,7 @@
 """The grading process: `python -m hapo_lite.tasks._grader`, driven by grader.GraderPool over its pipes.
 
-It writes one line when ready, then answers each JSON line {gold, answer and/or text, seconds} with {outcome, answer}.
+It writes one line when ready, then answers each JSON line {gold, seconds, and answer and value, or text} with
+{outcome, answer}.
 It imports math-verify and nothing heavier. It may be killed at any moment, and it ends by itself: when its standard
 input closes, when its parent is gone, and at the latest `seconds` into a request, by an alarm without a handler, which
 ends even a process deep in sympy.
@@ -28,7 +29,7 @@ from hapo_lite.tasks.answers import LONGEST_ANSWER, is_a_term
 from hapo_lite.tasks.comparison import Comparison
 from hapo_lite.tasks.notation import tidy
 from hapo_lite.tasks.shapes import parse as parse_shape
-from hapo_lite.tasks.units import unit_of, words_change_value
+from hapo_lite.tasks.units import unit_of, words_before_change_value, words_change_value
 
 MEMORY_BYTES = 1 << 30
 """Address space of one process; grading takes 70 MiB of it."""
@@ -41,6 +42,8 @@ _REFUSED = (
 _WORD_BEHIND = re.compile(r"(\s*)([A-Za-z]+)")
 CHARACTERS_BEHIND = 40
 """Characters behind a number in running text whose words are taken to belong to the number."""
+CHARACTERS_BEFORE = 80
+"""Characters in front of a number in running text whose words may change the number."""
 
 
 def main() -> None:
@@ -51,7 +54,8 @@ def main() -> None:
     os.dup2(nowhere, 1)
     logging.disable(logging.CRITICAL)
     # One request takes both ways here, so that no deadline pays for imports.
-    judge({"gold": r"\frac{1}{2}", "answer": r"\frac{x+1}{2x+2}", "text": "It is $x$."})
+    judge({"gold": r"\frac{1}{2}", "answer": r"\frac{x+1}{2x+2}"})
+    judge({"gold": r"\frac{1}{2}", "text": "It is $x$."})
     confine()
     os.dup2(nowhere, 2)
     print("{}", file=out)
@@ -89,23 +93,23 @@ def _refuse(event: str, args: tuple[Any, ...]) -> None:
 
 def judge(request: dict[str, Any]) -> dict[str, str]:
     """The outcome of one request, and the answer where it was found in `text` rather than given."""
-    gold, answer = request["gold"], request.get("answer")
-    if answer is not None and same(gold, answer):
-        return {"outcome": "correct"}
+    gold = request["gold"]
     if "text" not in request:
-        return {"outcome": "wrong"}
+        right = any(same(gold, request[key]) for key in ("answer", "value") if key in request)
+        return {"outcome": "correct" if right else "wrong"}
     text = request["text"]
     found = answer_in(text)
     if found is None:
-        return {"outcome": "wrong" if answer is not None else "unparseable"}
-    is_part = "shown" not in request and is_a_term(found, text)
-    right = not is_part and _right_in_text(gold, found, text)
+        return {"outcome": "unparseable"}
+    right = not is_a_term(found, text) and _right_in_text(gold, found, text)
     return {"outcome": "correct" if right else "wrong", "answer": found[:LONGEST_ANSWER]}
 
 
 def _right_in_text(gold: str, found: str, text: str) -> bool:
-    """Whether a value found in running text is the gold answer, read with the word that follows the value."""
-    _, stands_there, rest = text.rpartition(found)
+    """Whether a value found in running text is the gold answer, read with the words around the value."""
+    before, stands_there, rest = text.rpartition(found)
+    if stands_there and words_before_change_value(before[-CHARACTERS_BEFORE:]):
+        return False
     behind = rest[:CHARACTERS_BEHIND] if stands_there else ""
     measured = found
     match = _WORD_BEHIND.match(behind)

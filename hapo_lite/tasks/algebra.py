@@ -24,8 +24,6 @@ from hapo_lite.tasks.shapes import Shape
 
 DIGITS = 200
 """Decimal digits to which irrational values are computed. Equal values agree in all but the last ten."""
-DEEPEST = 30
-"""Deepest nesting of brackets that is read: the parser's time grows fast with the depth."""
 Sides = ParamSpec("Sides")
 Point = dict[sympy.Symbol, sympy.Expr]
 """The value of each letter."""
@@ -85,8 +83,6 @@ def expression(text: str, cases_differ: bool = False) -> sympy.Basic | sympy.Mat
     number = plain_number(text)
     if number is not None:
         return sympy.Rational(number.value.numerator, number.value.denominator)
-    if _depth(text) > DEEPEST:
-        return None
     for pattern, replacement in _PREPARED:
         text = pattern.sub(replacement, text)
     words = TEXT.findall(text.replace(r"\operatorname", ""))
@@ -100,18 +96,6 @@ def expression(text: str, cases_differ: bool = False) -> sympy.Basic | sympy.Mat
     except Exception:
         return None
     return _settled(read) if isinstance(read, (sympy.Basic, sympy.MatrixBase)) else None
-
-
-def _depth(text: str) -> int:
-    """How deep the brackets of a text are nested."""
-    depth = deepest = 0
-    for character in text:
-        if character in "{(":
-            depth += 1
-        elif character in "})":
-            depth -= 1
-        deepest = max(deepest, depth)
-    return deepest
 
 
 def _cases_differ(*answers: str) -> bool:

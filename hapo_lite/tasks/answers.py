@@ -14,7 +14,7 @@ from typing import Literal
 
 from hapo_lite.tasks import plain
 from hapo_lite.tasks.notation import canonical, normal_form, plain_number, tidy
-from hapo_lite.tasks.units import unit_of, words_change_value
+from hapo_lite.tasks.units import read_quantity, unit_of, words_before_change_value, words_change_value
 from hapo_lite.tasks.vocabulary import KNOWN
 
 Outcome = Literal["correct", "wrong", "unparseable", "timeout", "error"]
@@ -30,7 +30,7 @@ class Grade:
     """One verdict. answer: the text that was graded, None where none was found.
 
     outcome: "correct"; "wrong"; "unparseable": the completion states no answer; "timeout": comparing took longer than
-    the deadline; "error": the grading process died, for instance out of memory.
+    the deadline; "error": the grading process died, for instance out of memory, or the text cannot be read.
     """
 
     correct: bool
@@ -60,11 +60,27 @@ class _Mark:
     end: int
 
 
+@dataclass(frozen=True)
+class _Span:
+    """A box within a text: where its content begins and ends, and where the box itself does."""
+
+    content: tuple[int, int]
+    start: int
+    end: int
+
+
 _BOX_TOKENS = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BOX_START = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{")
+_SIMPLE_BOX = re.compile(r"\\{1,2}(?:boxed|fbox)\s*\{([^{}]*)\}")
+_SHOWN = re.compile(r"\S")
+_MOST_BOXES = 20
+"""Most boxes at the end of a text that are taken for one answer."""
+_ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _THINK = re.compile(r"<(/?)think>")
 _CONNECTING = re.compile(
-    r"[\s,;.:&/$*()]|\\[()\[\],;!:\\]|\\q?quad(?![a-zA-Z])|\\text\s*\{|\}|[A-Za-z](?:_\{?\w{1,4}\}?)?\s*=(?!=)"
-    r"|\b(?:and|or|also|maybe|perhaps|possibly|either|both|alternatively|else)\b",
+    r"\n\s*\(?(?:\d{1,2}|[A-Za-z])[.)]|\b(?:if|when)\b[^.\n]*(?:,|\band\b|\bor\b)|[A-Za-z](?:_\{?\w{1,4}\}?)?\s*=(?!=)"
+    r"|[\s,;.:&/$*()|•–—-]|\\[()\[\],;!:\\]|\\q?quad(?![a-zA-Z])|\\(?:text|boxed|fbox)\s*\{|\}"
+    r"|\b(?:and|or|also|maybe|perhaps|possibly|either|both|alternatively|else|otherwise|then|vs|versus)\b",
     re.IGNORECASE,
 )
 _JOINS = re.compile(r"\b(?:and|or)\b", re.IGNORECASE)
@@ -77,14 +93,26 @@ _DISPLAYED = (("\\[", "\\]"), ("\\(", "\\)"), ("$$", "$$"))
 _SENTENCE_END = re.compile(r"\.(?=\s|$)")
 _DIGIT = re.compile(r"\d")
 _PROSE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
+_REASON = re.compile(r"(?<![\s,;])[\s,;]+(?:because|since|not|rather than|instead of)\b", re.IGNORECASE)
+_VALUE = re.compile(rf"{_FORMULA}|\d+ \d+/\d+|[^\s$]*\d[^\s]*")
+_NEXT_WORD = re.compile(r"\s+([A-Za-z]+)\b")
+_SPOKEN_SIGN = re.compile(r"^(?:negative|minus)\s+(?=[\d.\\$])", re.IGNORECASE)
+_OPERATOR = r"\s*(?:[-+*/^×÷]|\\times|\\cdot|\\div)\s*"
+_OPERAND_BEHIND = re.compile(rf"{_OPERATOR}(?:[\d({{\\]|[a-zA-Z](?![a-zA-Z]))")
+_OPERAND_BEFORE = re.compile(rf"(?:[\d)}}]|(?<![a-zA-Z])[a-zA-Z]){_OPERATOR}$")
+_BEFORE = 80
+"""Characters in front of a number in running text that may change it."""
 
 
 # ------------------------------------------------------------------------------------------------ finding the answer
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""Content of the last complete, non-empty `\boxed{...}` or `\fbox{...}`; None where there is none."""
-    boxes, _ = _boxes(text)
+    r"""Content of the last complete, non-empty `\boxed{...}` or `\fbox{...}`; None where there is none.
+
+    A box around nothing but a box is that box; a box that has more in it is the answer, with the boxes within.
+    """
+    boxes, _ = _boxes(text[-_SEARCHED:])
     return boxes[-1].content if boxes else None
 
 
@@ -122,14 +150,14 @@ def _outside_think(text: str) -> str:
 
 def _marked(text: str) -> Found:
     """The answer in tags, else in boxes."""
-    text = text[-_SEARCHED:]
+    text = _ANSWER_TAG.sub(r"<\1answer>", text[-_SEARCHED:])
     tags = _tags(text)
     if tags:
         inner = [_marked(tag.content).answer or _stated(tag.content).answer or tag.content for tag in tags]
         return Found(_joined(inner))
     boxes, open_box = _boxes(text)
     if boxes:
-        return Found(_joined([box.content for box in _run_at_the_end(text, boxes)]))
+        return Found(_joined([_without_boxes(box.content) for box in _run_at_the_end(text, boxes)]))
     return Found(open=open_box or "<answer>" in text[text.rfind("</answer>") + 1 :])
 
 
@@ -149,10 +177,9 @@ def _tags(text: str) -> list[_Mark]:
 
 
 def _boxes(text: str) -> tuple[list[_Mark], bool]:
-    """(the innermost complete, non-empty boxes, whether one is left open at the end), found in one pass."""
-    text = text[-_SEARCHED:]
+    """(the last outermost complete, non-empty boxes, whether one is left open at the end), found in one pass."""
     open_braces: list[tuple[int, int] | None] = []
-    boxes: list[_Mark] = []
+    boxes: list[_Span] = []
     for token in _BOX_TOKENS.finditer(text):
         piece = token.group()
         if piece == "{":
@@ -162,19 +189,36 @@ def _boxes(text: str) -> tuple[list[_Mark], bool]:
             if box is None:
                 continue
             start, content_start = box
-            content = text[content_start : token.start()].strip()
-            if content and not (boxes and boxes[-1].start > start):
-                boxes.append(_Mark(content, start, token.end()))
+            content = content_start, token.start()
+            within = [boxes.pop() for _ in range(_count_behind(boxes, start))]
+            around = [(content_start, within[0].start), (within[0].end, token.start())] if len(within) == 1 else []
+            if around and not any(_SHOWN.search(text, *gap) for gap in around):
+                content = within[0].content
+            if _SHOWN.search(text, *content):
+                boxes.append(_Span(content, start, token.end()))
         elif piece[-1] == "{" and len(piece) > 2:
             open_braces.append((token.start(), token.end()))
-    return boxes, any(start is not None for start in open_braces)
+    marks = [_Mark(text[slice(*b.content)].strip(), b.start, b.end) for b in boxes[-_MOST_BOXES:]]
+    return marks, any(start is not None for start in open_braces)
+
+
+def _without_boxes(content: str) -> str:
+    """The content of a box without the boxes around its parts: 3 \\boxed{5} is 3 and 5 side by side, and not 35."""
+    return _BOX_START.sub("{", _SIMPLE_BOX.sub(r" \1 ", content)).strip()
+
+
+def _count_behind(boxes: list[_Span], start: int) -> int:
+    """How many of the last boxes begin behind a position."""
+    count = 0
+    while count < len(boxes) and boxes[-1 - count].start > start:
+        count += 1
+    return count
 
 
 def _run_at_the_end(text: str, boxes: list[_Mark]) -> list[_Mark]:
     r"""The last box, and those before it with nothing between but commas, "and", "or", `x =`: one answer."""
-    text = text[-_SEARCHED:]
     run = [boxes[-1]]
-    for box in reversed(boxes[-20:-1]):
+    for box in reversed(boxes[:-1]):
         if not _connects(text[box.end : run[0].start]):
             break
         run.insert(0, box)
@@ -201,7 +245,10 @@ def _joined(contents: list[str]) -> str:
 def _stated(text: str) -> Found:
     """The formula, else the sentence, that follows the last "answer is", "Answer:" or `####`."""
     statements = deque(_STATEMENT.finditer(text, max(0, len(text) - _SEARCHED)), maxlen=1)
-    return _formula_or_line(text, statements.pop().end()) if statements else Found()
+    if not statements:
+        return Found()
+    start = statements.pop().end()
+    return _formula_or_line(text[start : start + LONGEST_ANSWER])
 
 
 def _last_formula(text: str) -> Found:
@@ -216,12 +263,22 @@ def _last_formula(text: str) -> Found:
             places.append((start, end + len(closing)))
     if not places or _DIGIT.search(tail, max(places)[1]):
         return Found()
-    return _formula_or_line(tail, max(places)[0], formula_only=True)
+    start = max(places)[0]
+    if words_before_change_value(tail[max(0, start - _BEFORE) : start]):
+        return Found()
+    return _formula_at(tail[start:])
 
 
-def _formula_or_line(text: str, start: int, formula_only: bool = False) -> Found:
-    """The formula that begins at `start`; else, unless formula_only, the sentence that does."""
-    rest = text[start : start + LONGEST_ANSWER].strip().lstrip("*_ ")
+def _formula_or_line(text: str) -> Found:
+    """The formula that a text begins with, else its first sentence."""
+    text = text.strip().lstrip("*_ ")
+    found = _formula_at(text)
+    line = _first_sentence(text)
+    return found if found.answer is not None else Found(line, line)
+
+
+def _formula_at(rest: str) -> Found:
+    """The formula that a text begins with, with the first sentence; no answer where there is none."""
     line = _first_sentence(rest)
     for opening, closing in _DISPLAYED:
         end = rest.find(closing, 2) if rest.startswith(opening) else -1
@@ -234,7 +291,7 @@ def _formula_or_line(text: str, start: int, formula_only: bool = False) -> Found
         # "$2$ or more": the words belong to the number.
         if line and words_change_value(line[len(formula) : len(formula) + _LONGEST_GAP]):
             formula = line
-    return Found(formula, line) if formula or formula_only else Found(line, line)
+    return Found(formula, line)
 
 
 def _first_sentence(text: str) -> str | None:
@@ -269,19 +326,42 @@ def _compared(shown: str, line: str | None, gold: str) -> Grade | dict[str, str]
     """The grade of an answer as the completion shows it, or the request. line: its sentence, in running text."""
     if len(shown) > LONGEST_ANSWER:
         return Grade(False, None, "unparseable")
-    answer = tidy(shown)
+    answer = tidy(shown if line is None else _SPOKEN_SIGN.sub("-", shown))
     if len(answer) > LONGEST_ANSWER:  # some characters stand for many
         return Grade(False, None, "unparseable")
     settled = plain.settled(answer, gold) if answer and 0 < len(gold) <= LONGEST_ANSWER else False
-    in_prose = line is not None and _is_prose(answer) and not words_change_value(answer)
-    if settled or (settled is False and not in_prose):
-        return Grade(settled, shown, "correct" if settled else "wrong")
-    request = {"shown": shown, "gold": gold}
-    if settled is None:
-        request["answer"] = answer
-    if in_prose:
-        request["text"] = f"The answer is {answer}"
-    return request
+    value = _only_value(shown) if gold and line is not None and _is_prose(answer) else None
+    verdicts = {answer: settled}
+    if value is not None:
+        verdicts[value] = plain.settled(value, gold)
+    if True in verdicts.values():
+        return Grade(True, shown, "correct")
+    undecided = [text for text, verdict in verdicts.items() if verdict is None]
+    if not undecided:
+        return Grade(False, shown, "wrong")
+    request = {"shown": shown, "gold": gold, "answer": undecided[0]}
+    return request | {"value": value} if value in undecided[1:] else request
+
+
+def _only_value(sentence: str) -> str | None:
+    """The only number or formula of a sentence in tidy notation, with the unit behind it.
+
+    None where there are several, as in "5 or 6", or where words or signs change the value, as in "8 squared".
+    """
+    clause = _REASON.split(sentence, maxsplit=1)[0]
+    found = list(_VALUE.finditer(clause))
+    found = [match for match in found if _DIGIT.search(match.group())] or found
+    if len(found) != 1:
+        return None
+    before, behind = clause[: found[0].start()], clause[found[0].end() :]
+    if words_before_change_value(before) or words_change_value(behind):
+        return None
+    if _OPERAND_BEFORE.search(before) or _OPERAND_BEHIND.match(behind):
+        return None
+    value = tidy(found[0].group().strip("*_,.;:!?"))
+    word = _NEXT_WORD.match(behind)
+    bare = _DIGIT.search(value) is not None and read_quantity(value).parts[0].unit is None
+    return rf"{value}\text{{ {word[1]}}}" if bare and word is not None and unit_of(word[1]) is not None else value
 
 
 def _is_prose(answer: str) -> bool:
@@ -296,8 +376,5 @@ def is_a_term(number: str, text: str) -> bool:
     last = deque(re.finditer(rf"(?<![\d.]){re.escape(number)}(?![\d.]*\d)", text), maxlen=1)
     if not last:
         return False
-    operator = r"\s*(?:[-+*/^×÷]|\\times|\\cdot|\\div)\s*"
-    return bool(
-        re.match(rf"{operator}[\d({{\\]", text[last[0].end() :])
-        or re.search(rf"[\d)}}]{operator}$", text[: last[0].start()])
-    )
+    before = text[max(0, last[0].start() - _BEFORE) : last[0].start()]
+    return bool(_OPERAND_BEHIND.match(text, last[0].end()) or _OPERAND_BEFORE.search(before))

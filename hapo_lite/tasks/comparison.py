@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple
 
-from hapo_lite.tasks.notation import canonical
+from hapo_lite.tasks.notation import canonical, plain_number
 from hapo_lite.tasks.shapes import MOST_PARTS, Shape, assigned, is_name, parse, record
 
 _MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
@@ -139,6 +141,9 @@ class Comparison:
     def _same_matrices(self, gold: Shape, answer: Shape) -> bool:
         if gold.kind == answer.kind:
             return self._in_order(gold.parts, answer.parts)
+        g, a = _column(gold), _column(answer)
+        if g is not None and a is not None:
+            return self._in_order(g, a)
         return {gold.kind, answer.kind} == {"matrix", "value"} and self.values.same_value(gold.text, answer.text)
 
     def _same_equations(self, gold: Shape, answer: Shape) -> bool:
@@ -149,7 +154,10 @@ class Comparison:
             named = _as_record(answer)
             if named is not None and gold.kind == "record":
                 return self._same_records(gold, named)
-            return not answer.parts[0].text.startswith("-") and self.same(gold, answer.parts[-1])
+            negated = answer.parts[0].text.startswith("-") and not _is_numeric(answer.parts[0])
+            given = assigned(answer)
+            value = given[1] if given is not None else answer.parts[-1]
+            return not negated and self._is_true(answer) and self.same(gold, value)
         named = _as_record(gold)
         if named is not None and answer.kind == "record":
             return self._same_records(named, answer)
@@ -157,8 +165,13 @@ class Comparison:
 
     def _same_two_equations(self, gold: Shape, answer: Shape) -> bool:
         g, a = assigned(gold), assigned(answer)
+        if not self._is_true(answer):
+            return False
         if g and a and g[0] == a[0]:
             return self.same(g[1], a[1])
+        if g is not None and a is None and _is_numeric(g[1]):
+            # 3x+1=16 is the task whose answer is x=5.
+            return False
         if any(part.kind != "value" for shape in (gold, answer) for part in shape.parts):
             return self._in_order(gold.parts, answer.parts)
         if len(gold.parts) > 2 or len(answer.parts) > 2:
@@ -166,6 +179,19 @@ class Comparison:
         return self.values.same_equation(
             (gold.parts[0].text, gold.parts[-1].text), (answer.parts[0].text, answer.parts[-1].text)
         )
+
+    def _is_true(self, equation: Shape) -> bool:
+        """Whether the sides of an equation that have no letters are equal: 6*7=42 is, 3=5 is not.
+
+        A decimal may be rounded, so that it is held against other numbers only, and may differ by ROUNDED.
+        """
+        return all(self._true_pair(*sides) for sides in pairwise(side for side in equation.parts if _is_numeric(side)))
+
+    def _true_pair(self, left: Shape, right: Shape) -> bool:
+        x, y = plain_number(left.text), plain_number(right.text)
+        if (x is None or not x.digits) and (y is None or not y.digits):
+            return self.same(left, right)
+        return x is None or y is None or abs(x.value - y.value) <= ROUNDED * abs(y.value)
 
     def _same_records(self, gold: Shape, answer: Shape) -> bool:
         """Whether two records agree name by name; a record and a point or list agree in the order of the names."""
@@ -193,6 +219,9 @@ class Comparison:
             if len(names) == 1:
                 intervals = gold_range[1], answer_range[1]
                 return self.same(*intervals) or self.values.same_set(*intervals)
+        if gold_range is not None and answer_range is None and gold_range[0] and _is_numeric(gold_range[1]):
+            # 2x+1>7 is the task whose answer is x>3.
+            return False
         if gold.kind == "inequality" and answer_range is not None and answer_range[0] is None:
             return self.values.same_set(gold, answer)
         return self._same_links(gold, answer) or (gold.kind == answer.kind and self.values.same_set(gold, answer))
@@ -210,12 +239,37 @@ class Comparison:
         return True
 
 
+ROUNDED = Fraction(1, 50)
+"""Largest relative error of a decimal that is set equal to another number within an answer."""
+_COMMANDS = re.compile(r"\\text\s*\{[^{}]*\}|\\[a-zA-Z]+")
+_GREEK = re.compile(
+    r"\\(?:var)?(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega)"
+    r"(?![a-zA-Z])",
+    re.IGNORECASE,
+)
+_VARIABLE = re.compile(r"[a-df-hj-zA-Z]")
+
+
+def _is_numeric(shape: Shape) -> bool:
+    """Whether a shape has no variables; e and i are numbers, and words and commands of LaTeX are no variables."""
+    return _VARIABLE.search(_COMMANDS.sub(" ", _GREEK.sub("x", shape.text))) is None
+
+
 def _parts(shape: Shape) -> tuple[Shape, ...]:
     return shape.parts if shape.kind in ("list", "set", "union") else (shape,)
 
 
 def _distinct(parts: tuple[Shape, ...]) -> bool:
     return len({canonical(part.text) for part in parts}) == len(parts)
+
+
+def _column(shape: Shape) -> tuple[Shape, ...] | None:
+    """The entries of a matrix of one column, or of a point: (1,2) is a column and no row."""
+    if shape.kind == "point" and shape.brackets == "()":
+        return shape.parts
+    if shape.kind == "matrix" and len(shape.parts) > 1 and all(len(row.parts) == 1 for row in shape.parts):
+        return tuple(row.parts[0] for row in shape.parts)
+    return None
 
 
 def _as_record(shape: Shape) -> Shape | None:

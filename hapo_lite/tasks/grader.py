@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from hapo_lite.errors import UserError
-from hapo_lite.tasks.answers import Grade, Outcome, read
+from hapo_lite.tasks import answers
+from hapo_lite.tasks.answers import Grade, Outcome
 
 _STARTING_S = 120.0
 _BACKSTOP_S = 5.0
@@ -56,15 +57,23 @@ class GraderPool:
         graded: called with the number of pairs that have got their grade since the last call. Raises UserError if the
         grading processes cannot be started, RuntimeError after `close`.
         """
-        found = [read(text, gold) for text, gold in pairs]
-        # Completions of one prompt often give the same answer: each distinct comparison is made once.
-        requests = {json.dumps(r): r for r in found if not isinstance(r, Grade)}
-        pairs_of = Counter(json.dumps(r) for r in found if not isinstance(r, Grade))
+        found: list[Grade | str] = []
+        requests: dict[str, Request] = {}
+        for text, gold in pairs:
+            read = _read(text, gold)
+            if isinstance(read, Grade):
+                found.append(read)
+                continue
+            # Completions of one prompt often give the same answer: each distinct comparison is made once.
+            key = json.dumps(read)
+            requests[key] = read
+            found.append(key)
+        pairs_of = Counter(key for key in found if not isinstance(key, Grade))
         graded(len(found) - pairs_of.total())
         counts = [pairs_of[key] for key in requests]
         answers = self._compare(list(requests.values()), timeout_s or self._timeout_s, lambda i: graded(counts[i]))
         verdicts = dict(zip(requests, answers, strict=True))
-        return [r if isinstance(r, Grade) else verdicts[json.dumps(r)] for r in found]
+        return [key if isinstance(key, Grade) else verdicts[key] for key in found]
 
     def _compare(self, requests: list[Request], timeout_s: float, graded: Callable[[int], None]) -> list[Grade]:
         if not requests:
@@ -86,6 +95,14 @@ class GraderPool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _read(text: str, gold: str) -> Grade | Request:
+    """`answers.read`, with the outcome "error" where it raises: no completion may end a run."""
+    try:
+        return answers.read(text, gold)
+    except Exception:
+        return Grade(False, None, "error")
 
 
 class _Worker:

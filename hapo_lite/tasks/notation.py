@@ -17,6 +17,9 @@ r"""The spelling of `\\` and a length behind it: `\\ ` would be mistaken for an 
 
 LONGEST_NUMBER = 2_000
 """Most characters of a number that is read exactly; Python refuses integers of more than 4,300 digits."""
+DEEPEST = 30
+"""Deepest nesting of brackets that is read: the readers call themselves for what stands in brackets, and the time of
+the LaTeX parser grows fast with the depth."""
 
 _ROW_END = re.compile(r"\\\\(?:\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in)\s*\])?")
 _DOUBLED_ESCAPE = re.compile(r"\\\\(?=[a-zA-Z])")
@@ -60,13 +63,17 @@ _UNICODE = {c: f"\\{name} " for c, name in _LETTERS_BY_COMMAND.items()} | {
         "’": "'",
         "″": "''",
     },
+    **{"。": ".", "、": ",", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil "},
     **{"ℝ": r"\mathbb{R}", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "⟨": "(", "⟩": ")"},
 }
 _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
 _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
 _RAISED_RUN = re.compile(f"[{''.join(_RAISED)}]+")
 _LOWERED_RUN = re.compile(f"[{''.join(_LOWERED)}]+")
-_DASH_FOR_MINUS = re.compile(r"(?<!\d)–|–(?!\d)")
+_INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
+_INVISIBLE_RUN = re.compile(rf"(?<![\d{_INVISIBLE}])[{_INVISIBLE}]+|[{_INVISIBLE}]+(?![\d{_INVISIBLE}])")
+"""Characters without a width, except between two digits: what stands there is not one number."""
+_DASH_FOR_MINUS = re.compile(r"(?<!\d)[–—‐‑‒]|[–—‐‑‒](?!\d)")
 """A dash that is a minus sign: 2–3 is a range."""
 _ROOT_SIGN = re.compile(r"(\\sqrt(?:\[\d\])?) ?(\d+|\((?:[^()]*)\))")
 
@@ -75,6 +82,24 @@ _BRACED_COMMA = re.compile(r"\s*\{\s*,\s*\}\s*")
 _ASCII_SIGNS = [
     (re.compile(typed), rf"\\{name} ") for typed, name in (("<=", "le"), (">=", "ge"), (r"(?<=\s)!=", "ne"))
 ]
+_MARKED_UP = re.compile(r"""(\*\*|`{1,3}|")(?P<marked>.*)\1|“(?P<quoted>.*)”""", re.DOTALL)
+_STYLES = re.compile(
+    r"\\(?:bf|rm|it|sf|tt|bfseries|itshape|tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])"
+    r"|\\tag\s*\{[^{}]*\}|\\color\s*\{[^{}]*\}"
+)
+_COLOURED = re.compile(r"\\(?:textcolor|colorbox)\s*\{[^{}]*\}\s*\{([^{}]*)\}")
+_DOTS = re.compile(
+    r"(?<![\d.])(\d{0,12}\.\d{0,3}?)(?:(\d)\2{2,}|(\d\d)\3+|(\d{3,5}?)\4{2,}|(\d{6,7}?)\5+)\s?"
+    r"(?:\.{2,}|\\[lc]?dots(?![a-zA-Z])|…)",
+    re.ASCII,
+)
+"""A decimal that goes on and repeats digits: 0.333..., 0.1212... More of them are asked of blocks such as in
+2.718281828..., which does not repeat.
+"""
+_GROUPED = re.compile(r"-?\d{1,3}(?:( |\.|')\d{3})(?:\1\d{3})+", re.ASCII)
+"""Two groups of thousands or more: one alone could be a decimal, a list or minutes of arc."""
+_TIMES_TEN = re.compile(r"(?<=\d) ?[xX] ?(?=10 ?\^)")
+_SPOKEN_INFINITY = re.compile(r"\\text\s*\{\s*infinity\s*\}|(?<![\\a-zA-Z])infinity(?![a-zA-Z])", re.IGNORECASE)
 _SPACES = re.compile(r"(?:\\[,;:> ]|\\(?:quad|qquad|thinspace|enspace)(?![a-zA-Z])|~|\s)+")
 _SIZES = re.compile(
     r"\\(?:left|right)(?:(?![a-zA-Z])\.?)|\\(?:[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])"
@@ -104,6 +129,8 @@ _SYNONYMS = [
         ("land|wedge", r"\\text{ and }"),
         ("lor|vee", r"\\text{ or }"),
         ("i?imath", "i"),
+        ("langle", "("),
+        ("rangle", ")"),
     ]
 ]
 _GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
@@ -131,10 +158,24 @@ _PLAIN = re.compile(
     )""",
     re.VERBOSE | re.ASCII,
 )
-_REPEATING = re.compile(r"-?(\d*)\.(\d*)\\(?:overline|bar|dot)(?:\{(\d+)\})", re.ASCII)
+_REPEATING = re.compile(
+    r"-?(\d*)\.(\d*)(?:\\(?:overline|bar|dot) ?(?:\{(\d+)\}|(\d))|\((\d+)\)"
+    r"|\\dot ?(?:\{(\d)\}|(\d)) ?(\d*)\\dot ?(?:\{(\d)\}|(\d)))",
+    re.ASCII,
+)
 _LEFT_TO_DO = re.compile(
-    r"[\d)}\]]\s*(?:[-+*×÷]|\\times|\\cdot|\\div)\s*(?!10\s*\^)(?:[\d(.{]|\\(?:frac|sqrt|left|pi))"
-    r"|\\(?:sum|prod|int|lim|binom|gcd|lcm|max|min)(?![a-zA-Z])|[\d)}]\s*!|\d ?\)? ?\( ?-?\d+ ?\)"
+    r"[\d)}\]|!%]\s*(?:[-+]|(?:(?<!\*)\*(?!\*)|[×÷]|\\times|\\cdot|\\div)(?!\s*10\s*\^))\s*(?!\\text)(?=\S)"
+    r"|[-+]\s*\(?\s*[-+]"
+    r"|\\(?:sum|prod|int|lim|binom|gcd|lcm|max|min)(?![a-zA-Z])|[\d)}]\s*!"
+    r"|\d ?\)? ?\( ?[-+]?(?:\d+(?:[./]\d+)?|\\frac\{[^{}]*\}\{[^{}]*\}) ?\)"
+)
+_NOTATION_OF_NUMBERS = re.compile(
+    r"\\text\s*\{[^{}]*\}|\\(?:frac|times|cdot|circ|prime|overline|bar|dot)(?![a-zA-Z])"
+    r"|(?<![a-zA-Z])(?:arc)?(?:sin|cos|tan|cot|sec|csc|pi)(?![a-zA-Z])|(?<![a-zA-Z])[ei](?![a-zA-Z])"
+)
+_FUNCTION = re.compile(r"[a-zA-Z|]")
+_ROOT_OR_SIGNED_POWER = re.compile(
+    r"\^\s*\{?\s*-?\s*(?:\d*\.\d|\d+\s*/|\\frac)|\(\s*-[^()]*\)\s*\^|i\s*\^\s*\{\s*-?\d{2,}"
 )
 
 
@@ -153,6 +194,10 @@ class Number:
 
 def tidy(text: str) -> str:
     """The same answer in one typography: digits of any script, Unicode symbols, spacing and sizes are unified."""
+    marked_up = _MARKED_UP.fullmatch(text.strip())
+    if marked_up is not None:
+        text = marked_up["marked"] or marked_up["quoted"] or ""
+    text = _DOTS.sub(lambda m: rf"{m[1]}\overline{{{m[2] or m[3] or m[4] or m[5]}}}", text)
     if not text.isascii():
         text = _folded(text)
     if "\\\\" in text:
@@ -167,13 +212,21 @@ def tidy(text: str) -> str:
             text = sign.sub(name, text)
     if "\\" in text:
         text = _with_one_name_each(text)
-    text = _DOLLAR.sub("", _SPACES.sub(" ", text)).strip().rstrip(".,; ")
+    if "x" in text or "X" in text:
+        text = _TIMES_TEN.sub(r"\\times ", text)
+    if "nfinity" in text:
+        text = _SPOKEN_INFINITY.sub(r"\\infty ", text)
+    text = _DOLLAR.sub("", _SPACES.sub(" ", text.replace("+/-", r"\pm "))).strip().rstrip(".,; ")
+    text = text.removesuffix(ROW_END.strip()).rstrip()
+    grouped = _GROUPED.fullmatch(text)
+    if grouped is not None:
+        return text.replace(grouped[1], "")
     wrapped = TEXT.fullmatch(text)
     return wrapped[1].strip() if wrapped and re.search(r"\d", wrapped[1]) else text
 
 
 def _with_one_name_each(text: str) -> str:
-    text = _TEXT_NAME.sub(r"\\text{", _SIZES.sub("", text))
+    text = _TEXT_NAME.sub(r"\\text{", _SIZES.sub("", _COLOURED.sub(r"\1", _STYLES.sub("", text))))
     for _ in range(_POWERS_IN_TEXT):
         text = _POWER_IN_TEXT.sub(r"\\text{\1^\2", text)
     for pattern, name in _SYNONYMS:
@@ -191,7 +244,7 @@ def _braced(argument: str) -> str:
 
 
 def _folded(text: str) -> str:
-    text = _DASH_FOR_MINUS.sub("-", text)
+    text = _DASH_FOR_MINUS.sub("-", _INVISIBLE_RUN.sub("", text))
     text = _LOWERED_RUN.sub(lambda m: f"_{{{''.join(_LOWERED[c] for c in m[0])}}}", text)
     text = _RAISED_RUN.sub(lambda m: f"^{{{''.join(_RAISED[c] for c in m[0])}}}", text)
     return _ROOT_SIGN.sub(_root_of, "".join(_folded_character(c) for c in text))
@@ -205,6 +258,9 @@ def _folded_character(c: str) -> str:
     digit = unicodedata.decimal(c, None)
     if digit is not None:
         return str(digit)
+    if "\U0001d400" <= c <= "\U0001d7ff":  # letters in italics, bold and the like
+        plain = unicodedata.normalize("NFKC", c)
+        return _UNICODE.get(plain, plain)
     if "！" <= c <= "～":
         return chr(ord(c) - 0xFEE0)
     numerator, slash, denominator = unicodedata.normalize("NFKC", c).partition("⁄")
@@ -251,11 +307,11 @@ def plain_number(text: str) -> Number | None:
 
 
 def _repeating(text: str) -> Number | None:
-    r"""The value of a repeating decimal: 0.1\overline{6} is 1/6. None for other texts."""
+    r"""The value of a repeating decimal: 0.1\overline{6}, 0.1\dot6 and 0.1(6) are 1/6. None for other texts."""
     match = _REPEATING.fullmatch(text)
     if match is None:
         return None
-    fixed, repeated = match[2] or "", match[3]
+    fixed, repeated = match[2], "".join(filter(None, match.groups()[2:]))
     end = Fraction(int(repeated), 10 ** len(fixed) * (10 ** len(repeated) - 1))
     value = _fraction(f"{match[1]}.{fixed}") + end
     return Number(-value if text.startswith("-") else value)
@@ -263,9 +319,33 @@ def _repeating(text: str) -> Number | None:
 
 def _fraction(digits: str) -> Fraction:
     whole, _, decimals = digits.partition(".")
-    return Fraction(int(whole + decimals or "0"), 10 ** len(decimals)) if decimals else Fraction(int(whole))
+    return Fraction(int(whole + decimals or "0"), 10 ** len(decimals))
+
+
+def nested_too_deep(text: str) -> bool:
+    """Whether the brackets of a text are nested deeper than DEEPEST."""
+    if sum(map(text.count, "([{")) <= DEEPEST:
+        return False
+    depth = 0
+    for character in text:
+        if character in "([{":
+            depth += 1
+            if depth > DEEPEST:
+                return True
+        elif character in ")]}":
+            depth = max(0, depth - 1)
+    return False
 
 
 def left_to_do(text: str) -> bool:
     """Whether a tidy text is arithmetic that is still to be done, such as 12+3*4."""
     return _LEFT_TO_DO.search(text) is not None
+
+
+def function_left_to_do(text: str) -> bool:
+    r"""Whether a single value in tidy notation has more in it than numbers and powers: \sqrt{144}, \log_2 8, |-5|.
+
+    Trigonometric functions of known angles, and the numbers e, i and pi, are no more than numbers here.
+    """
+    without_numbers = _NOTATION_OF_NUMBERS.sub(" ", text)
+    return _FUNCTION.search(without_numbers) is not None or _ROOT_OR_SIGNED_POWER.search(text) is not None

@@ -9,7 +9,15 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from hapo_lite.tasks.notation import TEXT, Number, canonical, left_to_do, plain_number
+from hapo_lite.tasks.notation import (
+    TEXT,
+    Number,
+    canonical,
+    function_left_to_do,
+    left_to_do,
+    nested_too_deep,
+    plain_number,
+)
 from hapo_lite.tasks.shapes import parse
 from hapo_lite.tasks.units import read_quantity, same_compound, scales
 
@@ -20,6 +28,11 @@ FEWEST_DIGITS, MANY_DIGITS = 5, 8
 
 _WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '\-])*")
 _SHORT_WORDS = {"yes", "no", "odd", "all"}
+_CODE = re.compile(r"[A-Z]{3,}|[A-Z]+\d+[A-Z\d]*")
+_NAME = re.compile(r"[A-Z][a-z]{2,}")
+_DATE_OR_SCORE = re.compile(r"\d+(?:-\d+)+|\d+/\d+/\d+|\d+(?:\.\d+){2,}", re.ASCII)
+"""Digits joined by dashes or slashes, which as a gold answer are no sum or quotient: 2024-01-15, 3-2, 555-1234."""
+_DASHES = str.maketrans("–—‐‑‒", "-----")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?")
 _NUMBERS = {"e", "i"}
 """Letters that are a choice in some answers and a number in others."""
@@ -39,6 +52,11 @@ def settled(answer: str, gold: str) -> bool | None:
     a, g = canonical(answer), canonical(gold)
     if _spaceless(a) == _spaceless(g):
         return True
+    if nested_too_deep(answer) or nested_too_deep(gold):
+        return False
+    dashed = _spaceless(g).translate(_DASHES)
+    if _DATE_OR_SCORE.fullmatch(dashed):
+        return _spaceless(a).translate(_DASHES) == dashed
     number = plain_number(gold)
     assigned = _ASSIGNED.fullmatch(a)
     if number is not None and assigned is not None:
@@ -47,7 +65,8 @@ def settled(answer: str, gold: str) -> bool | None:
     may_be_number = g in _NUMBERS and _CHOICE.fullmatch(a) is None
     if text is not None and not may_be_number:
         return _same_text(a, text, case_matters=g == text and TEXT.fullmatch(gold) is None)
-    if number is not None and left_to_do(answer.rsplit("=", 1)[-1]):
+    last = answer.rsplit("=", 1)[-1]
+    if number is not None and plain_number(last.strip()) is None and left_to_do(last):
         # An arithmetic task copied into the box is not an answer to it.
         return False
     if parse(gold).kind == "value" == parse(answer).kind:
@@ -65,10 +84,17 @@ def _text_gold(gold: str, canonical_gold: str) -> str | None:
     choice = _CHOICE.fullmatch(canonical_gold)
     if choice is not None:
         return choice.group(1)
-    wrapped = TEXT.fullmatch(gold) is not None
-    words = _WORDS.fullmatch(canonical_gold)
-    long = any(len(w) > 3 for w in canonical_gold.split())
-    return canonical_gold if words and (wrapped or canonical_gold.casefold() in _SHORT_WORDS or long) else None
+    wrapped = TEXT.fullmatch(gold) is not None and _WORDS.fullmatch(canonical_gold) is not None
+    return canonical_gold if wrapped or _is_word_or_code(canonical_gold) else None
+
+
+def _is_word_or_code(text: str) -> bool:
+    """Whether letters without an operator are words or a code: "east", "SAS", "CO2", not the product "abc"."""
+    if _CODE.fullmatch(text) is not None:
+        return True
+    if _WORDS.fullmatch(text) is None:
+        return False
+    return text.casefold() in _SHORT_WORDS or any(len(w) > 3 or _NAME.fullmatch(w) for w in text.split())
 
 
 def _same_text(answer: str, gold: str, case_matters: bool) -> bool:
@@ -97,38 +123,44 @@ def same_value(gold: str, answer: str, algebra: Algebra | None = None) -> bool |
 
 
 def _is_words(text: str) -> bool:
-    """Whether a whole text is words within a formula, such as \\text{odd}."""
+    """Whether a whole text is words or a code, such as \\text{odd}, HTH or A3."""
     shown = TEXT.fullmatch(text)
-    return shown is not None and _WORDS.fullmatch(shown.group(1).strip()) is not None
+    if shown is not None and _WORDS.fullmatch(shown.group(1).strip()) is not None:
+        return True
+    return _is_word_or_code(canonical(text))
 
 
 def _same_scaled(gold: str, answer: str, g: Fraction, a: Fraction, algebra: Algebra | None) -> bool | None:
-    gold, answer = _without_one_base(gold, answer)
+    gold = _without_base(gold, answer)
     if g == a and canonical(gold) == canonical(answer):
         return True
     gold_number, answer_number = plain_number(gold), plain_number(answer)
     if gold_number is not None and answer_number is not None:
         return _same_numbers(gold_number, answer_number, g, a)
-    if _BASE.fullmatch(canonical(gold)) and _BASE.fullmatch(canonical(answer)):
+    if _BASE.fullmatch(canonical(answer)):
         return False
     gold_ratio, answer_ratio = _ratio(gold), _ratio(answer)
     if gold_ratio is not None or answer_ratio is not None:
-        both_clocks = _CLOCK.fullmatch(gold) is not None and _CLOCK.fullmatch(answer) is not None
+        gold_clock, answer_clock = _CLOCK.fullmatch(gold) is not None, _CLOCK.fullmatch(answer) is not None
+        if gold_clock and answer_clock:
+            return gold_ratio == answer_ratio
+        # 12:30 is a time, and no two fifths.
+        if (gold_clock and answer_number is not None) or (answer_clock and gold_number is not None):
+            return False
         terms = gold_ratio or _as_ratio(gold_number), answer_ratio or _as_ratio(answer_number)
-        return _proportional(*terms) and not both_clocks and g == a
+        return _proportional(*terms) and g == a
     if gold_number is not None and left_to_do(answer):
+        return False
+    # A root or logarithm may stand for a decimal that rounds it.
+    if gold_number is not None and gold_number.digits < FEWEST_DIGITS and function_left_to_do(answer):
         return False
     return algebra(gold, answer, g, a) if algebra else None
 
 
-def _without_one_base(gold: str, answer: str) -> tuple[str, str]:
-    """The gold answer and the answer, 52_8 as 52 where the other side names no base."""
-    gold_base, answer_base = _BASE.fullmatch(canonical(gold)), _BASE.fullmatch(canonical(answer))
-    if gold_base is not None and answer_base is None:
-        return gold_base[1], answer
-    if answer_base is not None and gold_base is None:
-        return gold, answer_base[1]
-    return gold, answer
+def _without_base(gold: str, answer: str) -> str:
+    """The gold answer, 52_8 as 52 where the answer names no base. An answer's base is never left out: 52_8 is 42."""
+    base = _BASE.fullmatch(canonical(gold))
+    return base[1] if base is not None and _BASE.fullmatch(canonical(answer)) is None else gold
 
 
 def _same_numbers(gold: Number, answer: Number, g: Fraction, a: Fraction) -> bool:

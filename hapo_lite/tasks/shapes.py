@@ -46,6 +46,8 @@ _STRONG = re.compile(
 )
 _OUTWARD = re.compile(r"(?<![\d)}])([\[\]])([^\[\](),;]+[,;][^\[\](),;]+)([\[\]])")
 _COMMA_GROUPS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", re.ASCII)
+_REAL_SUCH_THAT = re.compile(r"\s*[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid(?![a-zA-Z])|\||:)")
+r"""The head of \{x \mid x>3\}, whose members are real numbers."""
 _SIGNS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\in": "in", r"\approx": "~"}
 _MODULUS = re.compile(r"^(.*?)\s*\(?\s*\\pmod\s*(\{[^{}]*\}|\S+?)\s*\)?$", re.DOTALL)
 _SUBSCRIPTS = re.compile(r"_(?:\{[^{}]*\}|\w)|\\text\s*\{[^{}]*\}|\\[a-zA-Z]+|'|\([^()]*\)")
@@ -60,7 +62,9 @@ def parse(text: str) -> Shape:
         return Shape("value", text)
     modulus = _MODULUS.match(text)
     if modulus is not None and r"\pmod" not in modulus[1]:
-        residues = re.split(r"\\equiv(?![a-zA-Z])", modulus[1])[-1]
+        *names, residues = re.split(r"\\equiv(?![a-zA-Z])", modulus[1])
+        if not all(is_name(name) for name in names):
+            return Shape("value", text)
         return Shape("residue", text, (parse(residues), Shape("value", modulus[2].strip("{}"))))
     items = [expanded for item in _items(text) for expanded in _signed(item)]
     if len(items) != 1:
@@ -211,7 +215,9 @@ def _bracketed(text: str, opening: str) -> Shape:
     if opening in ("\\{", "{"):
         items = [signed for item in _split_by_either(inner) if item for signed in _signed(item)]
         if len(items) == 1 and re.search(r"\\mid(?![a-zA-Z])|\||:", items[0]):
-            return Shape("value", text)
+            condition = _REAL_SUCH_THAT.match(items[0])
+            shape = parse(items[0][condition.end() :]) if condition is not None else None
+            return shape if shape is not None and shape.kind == "inequality" else Shape("value", text)
         # Braces without backslashes are invisible in LaTeX.
         return Shape("set" if opening == "\\{" else "list", text, tuple(_item(item) for item in items))
     items = _split_by_either(inner)
@@ -296,6 +302,11 @@ def record(names: tuple[str, ...], values: tuple[Shape, ...]) -> Shape:
 
 def assigned(item: Shape) -> tuple[str, Shape] | None:
     """(name, value) of an equation such as x=3; None for a shape that gives no name a value."""
-    if item.kind != "equation" or not is_name(item.parts[0].text):
+    if item.kind != "equation":
         return None
-    return canonical(item.parts[0].text.strip()).replace(" ", ""), item.parts[-1]
+    first, last = item.parts[0], item.parts[-1]
+    if not is_name(first.text) and len(item.parts) == 2 and is_name(last.text):
+        first, last = last, first  # 3=x
+    if not is_name(first.text):
+        return None
+    return canonical(first.text.strip()).replace(" ", ""), last

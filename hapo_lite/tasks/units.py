@@ -8,6 +8,7 @@ dimension convert exactly (100 cm is 1 m).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -16,11 +17,14 @@ from typing import NamedTuple
 from hapo_lite.tasks.notation import TEXT, plain_number
 from hapo_lite.tasks.vocabulary import (
     ALIASES,
+    CASED,
     COUNTED,
+    DESCRIBING,
     FUNCTIONS,
     KNOWN,
     MAGNITUDES,
     NO_COUNT,
+    PARTS,
     PEOPLE,
     PHRASES,
     POWERS,
@@ -71,12 +75,32 @@ _ANGLE_WITHIN = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _PRIMES = re.compile(r"\^\{?((?:\\prime\s*)+)\}?")
 _CURRENCY = re.compile(r"([+-]?)\s*(?:US)?(\\\$|€|£|¥|₹)\s*(?=[\d.\\])")
 _CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "pound-sterling", "¥": "yen", "₹": "rupee"}
-_TWO_MEASURES = re.compile(r"\d.*?[A-Za-z}'].*?\d.*?[A-Za-z}']")
+_TWO_MEASURES = re.compile(r"\D*\d[^A-Za-z}']*[A-Za-z}']\D*\d[^A-Za-z}']*[A-Za-z}']")
+"""A number, a word, a number and a word. No part can give back what it took, so the time is linear in the text."""
 _CHANGING = re.compile(
     r"\b(?:or|at) (?:more|less|fewer|most|least|higher|lower|above|below)\b|\b[ap]\.?m\b|\b(?:more|less|fewer) than\b"
-    r"|\b(?:hundred|thousand|million|billion|trillion|dozen|loss|gain|increase|decrease|pairs?|half|below zero)\b",
+    r"|\b(?:(?:hundred|thousand|million|billion|trillion|quadrillion|lakh|crore|dozen|pair)s?|half|below zero)\b"
+    r"|\b(?:loss|gain|increase|decrease)\b"
+    r"|^\W*(?:squared|cubed|factorial|plus|minus|times|over|to the|mod|divided|multiplied|percent of)\b"
+    r"|\b(?:if|unless|except|when|otherwise|or|is (?:not|wrong))\b",
     re.IGNORECASE,
 )
+_CLAUSE_END = re.compile(
+    r"[,;:!?(\n]|\.(?!\w)|\b(?:because|since|as|so|which|where|(?<!is )not|rather than|instead of)\b", re.IGNORECASE
+)
+_CHANGED = re.compile(
+    r"\b(?:not|cannot|never|neither|nor|negative|minus|plus|than|almost|nearly|approximately|about|around|roughly)\b"
+    r"|n[’']t\b|\b(?:close to|under|over|below|above|at least|at most|up to|between|twice|thrice|double|triple)\b"
+    r"|\b(?:half|third|quarter|percent|sum|product|difference|root|square|cube|logarithm|factorial|inverse|reciprocal"
+    r"|instead|multiple|power) of\b|\b(?:divided|multiplied|raised|times|modulo|mod|log|wrong|without|except|besides)\b"
+    r"|[<>≤≥≠≈±]|\\(?:g?eq?|geq|leq?|neq?|approx|[lg]t|pm|sqrt)(?![a-zA-Z])",
+    re.IGNORECASE,
+)
+_CLAUSE_START = re.compile(
+    r"[;:.!?\n=]|,\s|\b(?:is|are|was|were|so|hence|thus|therefore|then|get|gets|gives|have|has|but|becomes)\b|\d",
+    re.IGNORECASE,
+)
+_LISTED = re.compile(r"\d[^\s\d]*\s+(?:[A-Za-z]+\s+)?(?:and|or)\W*$|\d\s*[,;]\W*$", re.IGNORECASE)
 _FLAT = [
     (re.compile(r"\\text\s*\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"\^\s*\{\s*([+-]?\d+)\s*\}"), r"^\1"),
@@ -193,7 +217,7 @@ def _read_words(value: str, words: list[str]) -> tuple[Measure, list[str]]:
         elif word in "·*" or low in SAID_WITHOUT_MEANING:
             continue
         elif word[0] == "^" or low in ("squared", "cubed"):
-            if last is None or (word[0] == "^" and len(word) > len("^-99")):
+            if last is None or (word[0] == "^" and len(word) > len("^-9")):
                 others.append(low)
             else:
                 raised_to = int(word[1:]) if word[0] == "^" else POWERS[low]
@@ -216,6 +240,9 @@ def _read_words(value: str, words: list[str]) -> tuple[Measure, list[str]]:
 def unit_of(word: str) -> Unit | None:
     """The unit, or the kind of thing counted, that one word names; None for words that name neither."""
     low = ALIASES.get(word.lower(), word.lower())
+    if word in CASED:
+        dimension, factor = CASED[word]
+        return Unit(((dimension, 1),), factor)
     if low in SPEEDS:
         above, below = (UNITS[name] for name in SPEEDS[low])
         return Unit(((above[0], 1), (below[0], -1)), above[1] / below[1])
@@ -227,8 +254,9 @@ def unit_of(word: str) -> Unit | None:
     if low == "fluidounce":
         return Unit((("fluid ounce", 1),), Fraction(1))
     thing = PEOPLE.get(low, low.removesuffix("s") if not low.endswith("ss") else low)
-    plural = low in PEOPLE or (low.endswith("s") and len(low) > 3 and low not in NO_COUNT and not low.endswith("ss"))
-    if low.isalpha() and low not in NO_COUNT and (plural or thing in COUNTED):
+    changing = low in NO_COUNT or PARTS.fullmatch(low) is not None
+    plural = low in PEOPLE or (low.endswith("s") and len(low) > 3 and not low.endswith("ss"))
+    if low.isalpha() and not changing and (plural or thing in COUNTED):
         return Unit(((f"one {thing}", 1),), Fraction(1))
     return None
 
@@ -255,7 +283,7 @@ def scales(gold: Quantity, answer: Quantity) -> list[tuple[Fraction, Fraction]]:
     There is none where words or units differ, and there are two where one side alone has a percent sign: 10% is 10 or
     0.1.
     """
-    if sorted(gold.others) != sorted(answer.others) or len(gold.parts) != 1 or len(answer.parts) != 1:
+    if not _same_words(gold, answer) or len(gold.parts) != 1 or len(answer.parts) != 1:
         return []
     (_, gold_magnitude, gold_unit), (_, answer_magnitude, answer_unit) = gold.parts[0], answer.parts[0]
     scaled = [(gold_magnitude, answer_magnitude)]
@@ -271,9 +299,16 @@ def scales(gold: Quantity, answer: Quantity) -> list[tuple[Fraction, Fraction]]:
     return scaled
 
 
+def _same_words(gold: Quantity, answer: Quantity) -> bool:
+    """Whether two quantities have the same words. One of them may leave out all words that only describe a thing."""
+    g, a = (Counter(quantity.others) for quantity in (gold, answer))
+    described = [{word: n for word, n in words.items() if word in DESCRIBING} for words in (g, a)]
+    return g == a or (not all(described) and g - Counter(described[0]) == a - Counter(described[1]))
+
+
 def same_compound(gold: Quantity, answer: Quantity) -> bool:
     """Whether two quantities, one of them of several parts, are equal: 1 hour 20 minutes is 80 minutes."""
-    if sorted(gold.others) != sorted(answer.others):
+    if not _same_words(gold, answer):
         return False
     gold_total, answer_total = _total(gold), _total(answer)
     if gold_total is not None and answer_total is not None:
@@ -306,15 +341,20 @@ def _total(quantity: Quantity) -> Unit | None:
 
 def is_compound(text: str) -> bool:
     """Whether a tidy text is one measure in several units that get smaller, such as 3 hours and 20 minutes."""
-    if not _TWO_MEASURES.search(text):
+    if not _TWO_MEASURES.match(text):
         return False
     quantity = read_quantity(text)
     units = [part.unit for part in quantity.parts if part.unit is not None]
-    if len(units) < 2 or quantity.others or _total(quantity) is None:
+    if len(units) < 2 or not DESCRIBING.issuperset(quantity.others) or _total(quantity) is None:
         return False
     return all(a.factor > b.factor for a, b in pairwise(units))
 
 
 def words_change_value(text: str) -> bool:
-    """Whether words in running text change the number they stand by: `or more`, `million`, `pm`."""
-    return _CHANGING.search(TEXT.sub(r" \1 ", text)) is not None
+    """Whether the clause behind a number in running text changes the number: `or more`, `million`, `pm`, `squared`."""
+    return _CHANGING.search(_CLAUSE_END.split(TEXT.sub(r" \1 ", text), maxsplit=1)[0]) is not None
+
+
+def words_before_change_value(text: str) -> bool:
+    """Whether the clause in front of a number in running text changes it, or the number is the last of several."""
+    return _LISTED.search(text) is not None or _CHANGED.search(_CLAUSE_START.split(text)[-1]) is not None

@@ -77,18 +77,36 @@ UNITS = (
         for name in aliases.split()
     }
 )
-"""(base quantity, factor) by name. Names are in lower case: no two of these units differ in case alone."""
+"""(base quantity, factor) by name in lower case. Names may be written in any case, except for CASED."""
+CASED = {
+    **{
+        prefix + symbol: (dimension, Fraction(factor))
+        for prefix, factor in (("m", "1/1000"), ("M", 10**6))
+        for symbol, dimension in (
+            *(("Hz", "frequency"), ("W", "power"), ("J", "energy"), ("N", "force"), ("Pa", "pressure")),
+            *(("A", "ampere"), ("V", "volt"), ("eV", "ev")),
+        )
+    },
+    **{"Mm": ("length", Fraction(10**6)), "Mg": ("mass", Fraction(10**6)), "Ms": ("time", Fraction(10**6))},
+    **{"Nm": ("newton metre", Fraction(1)), "Mb": ("bit", Fraction(10**6))},
+    **{symbol: (f"unit {symbol}", Fraction(1)) for symbol in "MHSG"},
+}
+"""Symbols that mean another unit in lower case: the henry H is no hour, 2 M is molar and no metre."""
 VOLUMES = _table("length", {"l L liter liters litre litres": "1/1000", "ml mL milliliter milliliters cc": "1/1000000"})
 SPEEDS = {"mph": ("mi", "h"), "kph": ("km", "h"), "kmph": ("km", "h"), "kmh": ("km", "h"), "fps": ("ft", "s")}
 
 MAGNITUDES = {
-    **{"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12},
-    **{"hundreds": 100, "thousands": 1000, "millions": 10**6, "billions": 10**9, "trillions": 10**12, "dozens": 12},
+    name + plural: value
+    for name, value in (
+        *(("dozen", 12), ("hundred", 100), ("thousand", 1000), ("million", 10**6), ("billion", 10**9)),
+        *(("trillion", 10**12), ("quadrillion", 10**15), ("lakh", 10**5), ("crore", 10**7)),
+    )
+    for plural in ("", "s")
 }
 ALIASES = {"a.m": "am", "p.m": "pm", "fewer": "less", "greater": "more", "'": "arcminute", "''": "arcsecond"}
-SAID_WITHOUT_MEANING = _words(
-    "old long tall high wide deep exactly of total possible different distinct red blue green white black yellow"
-)
+SAID_WITHOUT_MEANING = _words("exactly of total possible different distinct")
+DESCRIBING = _words("old long tall high wide deep red blue green white black yellow brown orange purple pink gray grey")
+"""Words that an answer may leave out or add, but not exchange: 5 red marbles are 5, and no 5 blue marbles."""
 PHRASES = [
     (
         re.compile(
@@ -112,11 +130,15 @@ COUNTED = _words(
 """Things that are counted; any other regular plural is taken as one too."""
 NO_COUNT = _words(
     "times dozens pairs couples scores losses gains wins less minus plus halves thirds quarters fourths fifths sixths "
-    "sevenths eighths ninths tenths hundredths thousandths debts deficits is was has as this us its thus pass across "
+    "sevenths eighths ninths debts deficits is was has as this us its thus pass across "
     "downwards upwards forwards backwards afterwards bits tens ones others increases decreases remainders "
-    "loses falls rises drops doubles triples"
+    "loses falls rises drops doubles triples negatives inverses reciprocals factorials logarithms quintillions"
 )
 """Words that end like a plural and may change the value."""
+PARTS = re.compile(
+    r"(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|\w*hundred|\w*thousand|\w+illion)ths"
+)
+"""Plurals of ordinals, which divide: twelfths, sixteenths, twentieths, millionths."""
 FUNCTIONS = _words("sin cos tan cot sec csc log ln exp sqrt lim max min gcd lcm mod det arcsin arccos arctan")
 KNOWN = frozenset(
     {*(name for name in UNITS if len(name) > 1), *(name for name in VOLUMES if len(name) > 1), *SPEEDS, *MAGNITUDES}
