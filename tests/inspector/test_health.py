@@ -109,4 +109,6 @@ def test_the_page_of_a_run_that_trains_shows_its_health(browser, serve, sick):
         with (sick / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(make_lines(11)[-1]) + "\n")
         page.wait_for_selector("#run-health .hapo-chip:has-text('iteration 11')")
-        page.wait_for_function("document.querySelectorAll('#run-timeline .js-plotly-plot')[0].data[0].x.length === 11")
+        # While Plotly draws the figure anew, there is a plot without data for a moment.
+        first = "document.querySelector('#run-timeline .js-plotly-plot')"
+        page.wait_for_function(f"{first}?.data?.[0].x.length === 11")
