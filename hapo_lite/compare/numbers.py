@@ -191,7 +191,7 @@ def evaluations(lines: Lines, budget: float) -> Lines:
 
 
 def is_evaluated_at(lines: Lines, budget: float) -> bool:
-    """Whether the run was evaluated after its first iteration at `budget` tokens or more, or has none such."""
+    """Whether the run was evaluated after the first iteration that reached `budget` tokens. True if none did."""
     first = next((x["iteration"] for x in lines if x.get("tokens", 0) >= budget), None)
     return first is None or evaluations(lines, budget)[-1]["iteration"] == first
 

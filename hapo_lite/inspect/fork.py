@@ -238,7 +238,6 @@ def fork(
     deadline = time.monotonic() + settings.seconds
     state = Fork(settings, policy.decode(job.written), _branches(job, trace.tokens["id"]), graded=bool(gold.strip()))
     with policy.unpacked(), Scorer(RewardSettings(workers=1), job.limit) as scorer:
-        scorer.opening = policy.opening
         judge = _Judge(job, scorer, gold if state.graded else "")
         state = _add(state, [(b.token, judge.of_end(b.token)) for b in state.branches if b.ends])
         yield state
@@ -333,12 +332,12 @@ class _Judge:
 
     def grade(self, rows: Sequence[_Row]) -> list[Continuation]:
         policy, before = self.job.policy, self.job.written
-        texts = [policy.decode([*before, row.token, *row.ids]) for row in rows]
+        texts = [policy.opening + policy.decode([*before, row.token, *row.ids]) for row in rows]
         after = [policy.decode(row.ids) for row in rows]
         cut = [row.truncated for row in rows]
         if not self.gold:
             found = [
-                marked_answer(policy.opening + text) if row.truncated else find(policy.opening + text).answer
+                marked_answer(text) if row.truncated else find(text).answer
                 for text, row in zip(texts, rows, strict=True)
             ]
             return [

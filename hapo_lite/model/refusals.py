@@ -97,7 +97,7 @@ def own_errors(name: str, packed: bool) -> Iterator[None]:
 
 
 def is_of_card(error: BaseException) -> bool:
-    """Whether an error was raised by a card, its driver or a library for it, which no model need have caused."""
+    """Whether a card, its driver or a library for it raised the error. The model need not be the cause."""
     return isinstance(error, torch.AcceleratorError) or any(text in str(error) for text in CARD)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from hapo_lite.errors import UserError, writing
-from hapo_lite.recipe import Recipe, first_incompatible_setting, load_recipe, parse_recipe
+from hapo_lite.recipe import Recipe, first_incompatible_setting, parse_recipe
 from hapo_lite.runs.checkpoint import list_checkpoints
 from hapo_lite.runs.files import inside, replace_text
 from hapo_lite.runs.lines import MetricsFile
@@ -73,7 +73,7 @@ class RunFolder:
 def recipe_behind(adapter: str | None) -> Recipe | None:
     """The recipe of the run that `model.adapter` goes on from; None where it is not known."""
     try:
-        return load_recipe(RunFolder.holding(adapter).recipe) if adapter else None
+        return parse_recipe(recipe_of(RunFolder.holding(adapter))) if adapter else None
     except UserError:
         return None
 

@@ -25,7 +25,7 @@ from contextlib import suppress
 from typing import Any
 
 from hapo_lite.tasks import plain
-from hapo_lite.tasks.answers import LONGEST_ANSWER, is_a_term
+from hapo_lite.tasks.answers import CHARACTERS_BEFORE, LONGEST_ANSWER, is_a_term
 from hapo_lite.tasks.comparison import Comparison
 from hapo_lite.tasks.notation import tidy
 from hapo_lite.tasks.shapes import parse as parse_shape
@@ -42,8 +42,6 @@ _REFUSED = (
 _WORD_BEHIND = re.compile(r"(\s*)([A-Za-z]+)")
 CHARACTERS_BEHIND = 40
 """Characters behind a number in running text whose words are taken to belong to the number."""
-CHARACTERS_BEFORE = 80
-"""Characters in front of a number in running text whose words may change the number."""
 
 
 def main() -> None:
@@ -106,7 +104,7 @@ def judge(request: dict[str, Any]) -> dict[str, str]:
 
 
 def _right_in_text(gold: str, found: str, text: str) -> bool:
-    """Whether a value found in running text is the gold answer, read with the words around the value."""
+    """Whether a value found in running text is the gold answer. The words around the value are read too."""
     before, stands_there, rest = text.rpartition(found)
     if stands_there and words_before_change_value(before[-CHARACTERS_BEFORE:]):
         return False

@@ -100,7 +100,7 @@ _SPOKEN_SIGN = re.compile(r"^(?:negative|minus)\s+(?=[\d.\\$])", re.IGNORECASE)
 _OPERATOR = r"\s*(?:[-+*/^×÷]|\\times|\\cdot|\\div)\s*"
 _OPERAND_BEHIND = re.compile(rf"{_OPERATOR}(?:[\d({{\\]|[a-zA-Z](?![a-zA-Z]))")
 _OPERAND_BEFORE = re.compile(rf"(?:[\d)}}]|(?<![a-zA-Z])[a-zA-Z]){_OPERATOR}$")
-_BEFORE = 80
+CHARACTERS_BEFORE = 80
 """Characters in front of a number in running text that may change it."""
 
 
@@ -264,7 +264,7 @@ def _last_formula(text: str) -> Found:
     if not places or _DIGIT.search(tail, max(places)[1]):
         return Found()
     start = max(places)[0]
-    if words_before_change_value(tail[max(0, start - _BEFORE) : start]):
+    if words_before_change_value(tail[max(0, start - CHARACTERS_BEFORE) : start]):
         return Found()
     return _formula_at(tail[start:])
 
@@ -376,5 +376,5 @@ def is_a_term(number: str, text: str) -> bool:
     last = deque(re.finditer(rf"(?<![\d.]){re.escape(number)}(?![\d.]*\d)", text), maxlen=1)
     if not last:
         return False
-    before = text[max(0, last[0].start() - _BEFORE) : last[0].start()]
+    before = text[max(0, last[0].start() - CHARACTERS_BEFORE) : last[0].start()]
     return bool(_OPERAND_BEHIND.match(text, last[0].end()) or _OPERAND_BEFORE.search(before))

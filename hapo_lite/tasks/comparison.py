@@ -181,7 +181,7 @@ class Comparison:
         )
 
     def _is_true(self, equation: Shape) -> bool:
-        """Whether the sides of an equation that have no letters are equal: 6*7=42 is, 3=5 is not.
+        """Whether the sides of an equation without letters are equal: those of 6*7=42 are, those of 3=5 are not.
 
         A decimal may be rounded, so that it is held against other numbers only, and may differ by ROUNDED.
         """
@@ -251,7 +251,7 @@ _VARIABLE = re.compile(r"[a-df-hj-zA-Z]")
 
 
 def _is_numeric(shape: Shape) -> bool:
-    """Whether a shape has no variables; e and i are numbers, and words and commands of LaTeX are no variables."""
+    """Whether a shape has no variables. e and i are numbers. Words and commands of LaTeX are no variables."""
     return _VARIABLE.search(_COMMANDS.sub(" ", _GREEK.sub("x", shape.text))) is None
 
 

@@ -17,7 +17,7 @@ GRACE_S = 2.0
 
 
 THEIRS = (Exception, SystemExit, asyncio.CancelledError)
-"""What somebody's function may raise that is reported as its fault. Ctrl-C is not: it may come at any time."""
+"""What a user's function may raise that counts as its fault. Ctrl-C does not: it may come at any time."""
 
 
 class Overdue(Exception):
