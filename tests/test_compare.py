@@ -87,6 +87,7 @@ def test_a_comparison_leaves_everything_it_promises(finished):
         *(f"{name}.csv" for name in ("table", "differences", "runs", "curves")),
         *(f"{name}.png" for name in ("accuracy", "solved", "differences", "arms", "entropy", "length", "clipped")),
         "report.html",
+        "report.md",
     }
     for arm in ("dapo", "hapo"):
         lines = MetricsFile(folder / f"{arm}-seed0" / "metrics.jsonl").read()
@@ -137,6 +138,28 @@ def test_the_report_is_one_file_and_its_text_is_escaped(finished, tmp_path):
     assert ABOUT in words and "<b>bold" not in text
     assert "3 of 4 runs are not complete" in words and "hapo-seed0 failed: <i>no memory</i>" in words
     assert page.tags.count("img") == page.tags.count("source") == 7
+
+
+def test_the_report_in_markdown_has_the_tables_of_the_page(finished, tmp_path):
+    """Every row has as many cells as its heading, and the numbers are those of the CSVs."""
+    path = tmp_path / "pair.yaml"
+    path.write_text(yaml.safe_dump(FIELDS | {"output_dir": str(tmp_path)}, sort_keys=False))
+    shutil.copytree(finished[0], tmp_path / "pair")
+    (tmp_path / "pair" / "dapo-seed1" / "summary.json").unlink()
+    comparison = load_comparison(path)
+    write_report(comparison, planned_runs(comparison), {})
+    text = (tmp_path / "pair" / "report.md").read_text("utf-8")
+    assert "1 of 4 runs (dapo-seed1)" in text
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert [len(table) - 2 for table in tables] == [2, 1]
+    for head, rule, *rows in tables:
+        widths = {len(row.split("|")) for row in (head, rule, *rows)}
+        assert len(widths) == 1, widths
+    (row,) = [row for row in runs_of(tmp_path / "pair") if row["arm"] == "dapo"]
+    assert tables[0][2].startswith(f"| dapo | 1 | {float(row['final']):.3f} |")
+    with (tmp_path / "pair" / "differences.csv").open(encoding="utf-8") as file:
+        (found,) = [line for line in csv.DictReader(file) if line["measure"] == "final"]
+    assert tables[1][2].startswith(f"| hapo | 1 | {float(found['difference']):+.3f} |")
 
 
 @pytest.mark.slow

@@ -153,7 +153,14 @@ def test_two_seeds_that_gain_the_same_problem_tell_nothing(tmp_path):
     numbers = numbers_of(tmp_path, lines | {("hapo", s): more for s in (0, 1)})
     assert numbers.difference("hapo", "solved").value == 0.25
     assert verdict(numbers, "hapo", "solved") == "better"  # as if the values had no grid
-    assert verdict(replace(numbers, steps={"solved": 0.25}), "hapo", "solved") == ""
+    on_a_grid = replace(numbers, steps={"solved": 0.25}, _bands={})
+    assert verdict(on_a_grid, "hapo", "solved") == ""
+    # Nor is either arm's share known exactly: of the mean the variance is 0.25^2 / 12 / 2, of a difference twice that.
+    mean, band = on_a_grid.mean("hapo", "solved"), on_a_grid.band("hapo", "solved")
+    reach = 12.7062 * 0.25 / 24**0.5
+    assert [mean.high - mean.value, band.high[-1] - band.mean[-1]] == pytest.approx([reach, reach], abs=1e-5)
+    lead = on_a_grid.band("hapo", "solved", less_reference=True)
+    assert lead.high[-1] - lead.mean[-1] == pytest.approx(2**0.5 * reach, abs=1e-5)
 
 
 def test_a_seed_that_one_arm_lacks_is_left_out_of_the_pairs(tmp_path):

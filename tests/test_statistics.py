@@ -198,8 +198,9 @@ def test_a_single_value_has_no_interval():
     assert not (found.known or found.above_zero or found.below_zero)
     assert found.as_json() == {"value": 0.4, "low": None, "high": None}
     assert not macro_interval([[0.4], [0.1, 0.2, 0.3]]).known
-    # Two equal values have one, without width.
+    # Two equal values have one, without width unless they are rounded.
     assert mean_interval([0.4, 0.4]) == Interval(0.4, 0.4, 0.4)
+    assert mean_interval([0.4, 0.4], step=0.1).high == pytest.approx(0.4 + 12.7062 * 0.1 / 24**0.5, abs=1e-5)
 
 
 def test_a_share_has_no_interval_beyond_0_and_1():

@@ -5,6 +5,7 @@ Axes: S seeds, K points of the grid, which goes from 0 to the comparison's token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,9 +86,9 @@ class Band:
 class Numbers:
     """The numbers of the complete runs of a comparison. runs: by arm and seed; grid: [K] tokens.
 
-    steps: the grid on which the values of a measure lie, for those that count attempts. remembers: whether an arm's own
-    results decide which prompts it sees next. beyond: runs, by arm and seed, that are left out since they were made for
-    more tokens and have no evaluation at these.
+    steps: the grid on which the values of a measure or curve lie, for those that count attempts. remembers: whether an
+    arm's own results decide which prompts it sees next. beyond: runs, by arm and seed, that are left out since they were
+    made for more tokens and have no evaluation at these.
     """
 
     comparison: Comparison
@@ -119,7 +120,7 @@ class Numbers:
 
     def mean(self, arm: str, measure: str) -> Interval:
         """The mean over seeds with its interval."""
-        return _interval(self.values(arm, measure))
+        return _interval(self.values(arm, measure), self.steps.get(measure, 0.0))
 
     def pairs(self, arm: str, measure: str) -> tuple[list[float], list[float]]:
         """The reference's values and the arm's, for the seeds with which both have a complete run."""
@@ -157,7 +158,8 @@ class Numbers:
         key = arm, quantity, less_reference
         if key not in self._bands:
             columns = self.curves(arm, quantity, less_reference).T
-            points = [_interval(column) for column in columns]
+            step = self.steps.get(quantity, 0.0) * (math.sqrt(2.0) if less_reference else 1.0)
+            points = [_interval(column, step) for column in columns]
             self._bands[key] = Band(
                 mean=np.array([point.value for point in points]),
                 low=np.array([point.low if point.known else point.value for point in points]),
@@ -176,7 +178,7 @@ def collect(comparison: Comparison, runs: Sequence[PlannedRun]) -> Numbers:
     found = {key: run_numbers(its, grid, threshold) for key, its in lines.items()}
     evaluation, data = runs[0].recipe.evaluation, runs[0].recipe.data
     attempt = 1.0 / (evaluation.prompts * evaluation.samples)
-    steps = {"final": attempt, "area": attempt, "solved": attempt * evaluation.samples}
+    steps = {"final": attempt, "area": attempt, "accuracy": attempt, "solved": attempt * evaluation.samples}
     return Numbers(comparison, found, grid, threshold, steps, data.remembers, beyond)
 
 
@@ -281,9 +283,9 @@ def half_way(comparison: Comparison, lines: Mapping[tuple[str, int], Lines]) -> 
     return float(np.mean(ends)) if ends else float("nan")
 
 
-def _interval(values: Sequence[float] | NDArray[np.float64]) -> Interval:
-    """The t interval of a mean; NaN where a run lacks the number."""
+def _interval(values: Sequence[float] | NDArray[np.float64], step: float) -> Interval:
+    """The t interval of a mean; NaN where a run lacks the number. step: as of `mean_interval`."""
     if np.isfinite(values).all():
-        return mean_interval(values)
+        return mean_interval(values, step=step)
     nan = float("nan")
     return Interval(nan, nan, nan)

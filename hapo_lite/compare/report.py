@@ -1,4 +1,4 @@
-"""The report of a comparison: report.html, PNG figures and CSV numbers beside the runs, a table on the terminal."""
+"""The report of a comparison: pages, PNG figures and CSV numbers beside the runs, a table on the terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hapo_lite.compare.figures import DrawnPicture, drawn, pictures
+from hapo_lite.compare.markdown import markdown
 from hapo_lite.compare.numbers import CURVES, MEASURES, Numbers, collect
 from hapo_lite.compare.page import page
 from hapo_lite.compare.plan import Comparison, PlannedRun
@@ -22,6 +23,7 @@ def write_report(comparison: Comparison, runs: Sequence[PlannedRun], failed: dic
         print("no run is complete yet: there is nothing to report on")
         return
     folder = comparison.folder
+    missing = _missing(numbers, runs, failed)
     figures: list[DrawnPicture] = [drawn(picture, numbers) for picture in pictures(numbers)]
     with writing(folder):
         for figure in figures:
@@ -30,9 +32,10 @@ def write_report(comparison: Comparison, runs: Sequence[PlannedRun], failed: dic
         _write_csv(folder / "differences.csv", difference_rows(numbers))
         _write_csv(folder / "runs.csv", run_rows(numbers))
         _write_csv(folder / "curves.csv", curve_rows(numbers))
-        (folder / "report.html").write_text(page(numbers, runs, failed, figures), encoding="utf-8")
+        (folder / "report.html").write_text(page(numbers, len(runs), missing, figures), encoding="utf-8")
+        (folder / "report.md").write_text(markdown(numbers, len(runs), missing), encoding="utf-8")
     print(text_table(numbers))
-    print(f"{folder}: report.html, table.csv, differences.csv, runs.csv, curves.csv, and the figures as PNG")
+    print(f"{folder}: report.html, report.md, table.csv, differences.csv, runs.csv, curves.csv, and the figures as PNG")
 
 
 def table_rows(numbers: Numbers) -> Iterable[dict[str, Any]]:
@@ -110,6 +113,12 @@ def _difference_text(numbers: Numbers, arm: str, measure: str) -> str:
     if found is None:
         return ""
     return spread(found, "+.3f") + (" *" if found.excludes_zero else "")
+
+
+def _missing(numbers: Numbers, runs: Sequence[PlannedRun], failed: dict[str, str]) -> list[str]:
+    """A line for each run that is not complete."""
+    lacking = [run.name for run in runs if (run.arm, run.seed) not in numbers.runs]
+    return [f"{name} failed: {failed[name]}" if name in failed else name for name in lacking]
 
 
 def _write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -116,15 +116,18 @@ def _majority(right: NDArray[np.bool_], given: Sequence[Hashable]) -> float:
     return 1.0 / (1 + sum(count == most for count in wrong_votes.values()))
 
 
-def mean_interval(values: ArrayLike, level: float = LEVEL, rounding: float = 0.0) -> Interval:
+def mean_interval(values: ArrayLike, level: float = LEVEL, step: float = 0.0) -> Interval:
     """The mean of [P] values, one a prompt or seed, with Student's t interval (Student 1908).
 
     The interval is about the mean over all prompts of the same kind. A prompt's samples stay together in its value. Of
     95 % intervals of normally distributed values, 95 % hold the truth at every P from 2 on. A single value gives an
-    interval without ends. rounding: variance that is added to that of the values (see `paired_interval`); without it,
-    values that are all equal give a width of 0. Raises ValueError without values.
+    interval without ends.
+
+    step: the grid on which the values lie, such as 1/128 for a share of 128 prompts. Two or three values on a coarse
+    grid are often equal by chance, and would have no width. Rounding to the grid gives each the variance step^2 / 12
+    (Sheppard 1898), which is added to that of the values. Raises ValueError without values.
     """
-    return _combined([_Sample.of(values, 1.0, rounding)], level)
+    return _combined([_Sample.of(values, 1.0, step**2 / 12.0)], level)
 
 
 def macro_interval(groups: Sequence[ArrayLike], level: float = LEVEL) -> Interval:
@@ -137,15 +140,13 @@ def paired_interval(before: ArrayLike, after: ArrayLike, level: float = LEVEL, s
     """The mean of after - before, [P] each, over the same prompts (or seeds) in the same order, with its t interval.
 
     A prompt's difficulty cancels in the difference, so the interval is narrower than two separate intervals suggest.
-    step: the grid on which all values lie, such as 1/128 for a share of 128 prompts. Two or three differences on a
-    coarse grid are often equal by chance, and would have no width. Rounding to the grid gives each value the variance
-    step^2 / 12 (Sheppard 1898), so step^2 / 6 is added to that of the differences. Raises ValueError if the two differ
-    in length.
+    step: the grid on which all values lie, as of `mean_interval`; a difference is rounded twice. Raises ValueError if
+    the two differ in length.
     """
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"a paired difference needs as many values on both sides, not {first.shape}, {second.shape}")
-    return mean_interval(second - first, level, step**2 / 6.0)
+    return mean_interval(second - first, level, math.sqrt(2.0) * step)
 
 
 def unpaired_interval(before: ArrayLike, after: ArrayLike, level: float = LEVEL) -> Interval:
