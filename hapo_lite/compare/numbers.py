@@ -87,8 +87,8 @@ class Numbers:
     """The numbers of the complete runs of a comparison. runs: by arm and seed; grid: [K] tokens.
 
     steps: the grid on which the values of a measure or curve lie, for those that count attempts. remembers: whether an
-    arm's own results decide which prompts it sees next. beyond: runs, by arm and seed, that are left out since they were
-    made for more tokens and have no evaluation at these.
+    arm's own results decide which prompts it sees next. beyond: runs, by arm and seed, that are left out since they
+    were made for more tokens and have no evaluation at these.
     """
 
     comparison: Comparison
