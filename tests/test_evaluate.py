@@ -23,7 +23,6 @@ from hapo_lite.evaluate.suites import NAMED, chosen, read_problems
 from hapo_lite.recipe import load_recipe
 from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.train import __main__ as train
-from hapo_lite.train.intervals import Interval
 from hapo_lite.train.verdict import judge
 from tests.commands import ENVIRONMENT
 from tests.conftest import ROOT, TINY
@@ -124,15 +123,16 @@ def arms(base: list[list[int]], adapter: list[list[int]]):
         by_prompt([s for line in grid for s in row(*("7" if right else "3" for right in line))], len(grid[0]))
         for grid in (base, adapter)
     ]
-    figures, change = intervals(values[:1]), differences(values[:1], values[1:])
-    return judge(figures, change, len(base[0]), f"{len(base)} prompts")
+    n = len(base[0])
+    figures, change = intervals(values[:1], n), differences(values[:1], values[1:], n)
+    return judge(figures, change, n, f"{len(base)} prompts")
 
 
 @pytest.mark.parametrize(
     ("base", "adapter", "word", "said"),
     [
         # Solves prompts that it never solved, and more often.
-        ([[0, 0]] * 20, [[0, 1]] * 20, "learned", "avg@2 rose by 0.500 [0.500, 0.500], pass@2 by 1.000"),
+        ([[0, 0]] * 20, [[0, 1]] * 20, "improved", "avg@2 rose by 0.500 [0.448, 0.552], pass@2 by 1.000"),
         # Solves the same prompts, every time instead of every other.
         (
             [[0, 1]] * 10 + [[0, 0]] * 10,
@@ -141,16 +141,24 @@ def arms(base: list[list[int]], adapter: list[list[int]]):
             "the same ones are solved, more often",
         ),
         ([[0, 1]] * 20, [[1, 1]] * 20, "sharpened", "100 % of them were solved in 2 attempts before"),
-        ([[1, 1]] * 20, [[0, 1]] * 20, "worse", "avg@2 fell by 0.500 [0.500, 0.500]"),
+        ([[1, 1]] * 20, [[0, 1]] * 20, "worse", "avg@2 fell by 0.500 [0.448, 0.552]"),
         # One prompt more out of twenty is within what other prompts would have given.
         (
             [[0, 0]] * 20,
             [[1, 1]] + [[0, 0]] * 19,
             "no difference",
-            "on 20 prompts; less than about 0.105 would not show",
+            "on 20 prompts; less than about 0.117 would not show",
         ),
-        ([[0, 0]] * 20, [[0, 0]] * 20, "no difference", "on 20 prompts; as many were right on each"),
-        ([[0]] * 20, [[1]] * 20, "learned", "avg@1 rose by 1.000 [1.000, 1.000] on 20 prompts"),
+        ([[0, 0]] * 20, [[0, 0]] * 20, "no difference", "on 20 prompts; less than about 0.052 would not show"),
+        (
+            [[0]] * 20,
+            [[1]] * 20,
+            "improved",
+            "1.000 [0.895, 1.105] on 20 prompts; none was solved before",
+        ),
+        # Half are always solved before, and now the others are solved too: more attempts would have found none.
+        ([[1, 1], [0, 0]] * 10, [[1, 1]] * 20, "learned", "pass@2 by 0.500"),
+        ([[1], [0]] * 10, [[1]] * 20, "improved", "one attempt at each does not tell"),
     ],
 )
 def test_verdicts(base, adapter, word, said):
@@ -170,7 +178,7 @@ def test_noise_is_seldom_called_a_difference():
 
 def test_suites_weigh_alike_in_the_mean():
     easy, hard = by_prompt(row("7", "7") * 30, 2), by_prompt(row("3", "7") * 2, 2)
-    assert intervals([easy, hard])["avg@2"] == Interval(0.75, 0.75, 0.75)
+    assert intervals([easy, hard], 2)["avg@2"].value == 0.75
 
 
 # ------------------------------------------------------------------------------------------------- the sample file

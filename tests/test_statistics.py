@@ -187,10 +187,33 @@ def test_equal_methods_on_a_coarse_grid_are_told_apart_no_more_often_than_it_say
     assert marked <= 1.0 - level + 2.0 * ((1.0 - level) * level / len(found)) ** 0.5
 
 
-def test_rounding_to_a_grid_widens_an_interval_by_hand():
-    # Both differences are 0.1. Of their mean the variance is 0.02^2 / 6 / 2, and t with one degree of freedom 12.706.
+@pytest.mark.parametrize(
+    ("prompts", "won", "lost"),
+    [(10, 0.1, 0.1), (32, 0.02, 0.0), (32, 0.03, 0.01), (64, 0.02, 0.0), (64, 0.03, 0.01), (256, 0.1, 0.04)],
+)
+def test_an_interval_over_prompts_holds_the_truth_where_few_prompts_change(prompts, won, lost):
+    """pass@n: a prompt is newly solved or lost with small probabilities. Without the step it is 48 % for (32, 0.02)."""
+    rng = np.random.default_rng(0)
+    drawn = rng.random((2000, prompts))
+    changes = (drawn < won).astype(float) - (drawn > 1.0 - lost)
+    found = [paired_interval(np.zeros(prompts), change, step=1.0) for change in changes]
+    assert sum(each.low <= won - lost <= each.high for each in found) / len(found) >= 0.94
+    assert all(each.low < each.high for each in found)
+
+
+@pytest.mark.parametrize(("prompts", "n"), [(2, 1), (2, 4), (2, 8), (4, 4), (8, 2), (64, 4)])
+def test_an_unchanged_policy_is_said_to_change_no_more_often_than_promised(prompts, n):
+    """avg@n of few prompts: without the step, two of them differ alike in up to 12 % of cases."""
+    rng = np.random.default_rng(0)
+    right = rng.binomial(n, 0.5, size=(2000, 2, prompts)) / n
+    marked = sum(paired_interval(*each, step=1.0 / n).excludes_zero for each in right) / 2000
+    assert marked <= 0.05 + 2.0 * (0.05 * 0.95 / 2000) ** 0.5
+
+
+def test_a_step_widens_an_interval_by_hand():
+    # Both differences are 0.1. To their variance 0.02^2 / 2 is added, and t with one degree of freedom is 12.706.
     found = paired_interval([0.3, 0.5], [0.4, 0.6], step=0.02)
-    assert (found.value, found.high) == pytest.approx((0.1, 0.1 + 12.7062 * 0.02 / 12**0.5), abs=1e-5)
+    assert (found.value, found.high) == pytest.approx((0.1, 0.1 + 12.7062 * 0.02 / 2), abs=1e-5)
 
 
 def test_a_single_value_has_no_interval():
@@ -198,9 +221,9 @@ def test_a_single_value_has_no_interval():
     assert not (found.known or found.above_zero or found.below_zero)
     assert found.as_json() == {"value": 0.4, "low": None, "high": None}
     assert not macro_interval([[0.4], [0.1, 0.2, 0.3]]).known
-    # Two equal values have one, without width unless they are rounded.
+    # Two equal values have one, without width unless a step is given.
     assert mean_interval([0.4, 0.4]) == Interval(0.4, 0.4, 0.4)
-    assert mean_interval([0.4, 0.4], step=0.1).high == pytest.approx(0.4 + 12.7062 * 0.1 / 24**0.5, abs=1e-5)
+    assert mean_interval([0.4, 0.4], step=0.1).high == pytest.approx(0.4 + 12.7062 * 0.1 / 2, abs=1e-5)
 
 
 def test_a_share_has_no_interval_beyond_0_and_1():

@@ -213,7 +213,9 @@ PRESETS: dict[str, Method] = {
         replace(  # arXiv 2602.04879
             _DAPO, preset="dppo", surrogate="dppo", eps_low=0.15, eps_high=0.15, dual_clip=20.0
         ),
-        replace(_DAPO, preset="clip_cov", eps_low=1.0, eps_high=1.0, covariance_share=2e-4),  # arXiv 2505.22617
+        replace(  # arXiv 2505.22617
+            _DAPO, preset="clip_cov", eps_low=1.0, eps_high=1.0, dual_clip=None, covariance_share=2e-4
+        ),
         replace(_DAPO, preset="stare", surprisal_factor=1.1),  # arXiv 2606.19236
         replace(_DAPO, preset="random_tokens", trained_tokens="random"),  # arXiv 2605.07660
     )

@@ -5,7 +5,6 @@ Axes: S seeds, K points of the grid, which goes from 0 to the comparison's token
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,8 +157,7 @@ class Numbers:
         key = arm, quantity, less_reference
         if key not in self._bands:
             columns = self.curves(arm, quantity, less_reference).T
-            step = self.steps.get(quantity, 0.0) * (math.sqrt(2.0) if less_reference else 1.0)
-            points = [_interval(column, step) for column in columns]
+            points = [_interval(column, self.steps.get(quantity, 0.0)) for column in columns]
             self._bands[key] = Band(
                 mean=np.array([point.value for point in points]),
                 low=np.array([point.low if point.known else point.value for point in points]),

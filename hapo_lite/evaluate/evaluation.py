@@ -227,10 +227,10 @@ class Evaluation:
 
     def numbers(self, values: Mapping[str, Sequence[Values]], prompts: int) -> dict[str, Any]:
         """The figures of each model over some suites, their difference, and the verdict."""
-        figures = {label: intervals(suites) for label, suites in values.items()}
+        figures = {label: intervals(suites, self.settings.samples) for label, suites in values.items()}
         out: dict[str, Any] = {"figures": figures}
         if ADAPTER in values:
-            change = differences(values[BASE], values[ADAPTER])
+            change = differences(values[BASE], values[ADAPTER], self.settings.samples)
             verdict = judge(figures[BASE], change, self.settings.samples, counted(prompts, "prompt"))
             out |= {"difference": change, "verdict": verdict.word, "sentence": verdict.sentence}
         return out | {"notes": notes(figures, self.max_new_tokens)}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hapo_lite.evaluate.samples import Sample
 from hapo_lite.tasks.verify import normal_form
-from hapo_lite.train.intervals import Interval, avg_at_k, macro_interval, maj_at_k, pass_at_k
+from hapo_lite.train.intervals import Interval, avg_at_k, beyond_more_attempts, macro_interval, maj_at_k, pass_at_k
 from hapo_lite.train.metrics import OUTCOMES
 from hapo_lite.train.verdict import CUT_OFF, percent, signed
 
@@ -46,19 +46,37 @@ def outcomes(samples: Sequence[Sample]) -> dict[str, int]:
     return {name: counts[name] for name in OUTCOMES}
 
 
-def intervals(suites: Sequence[Values]) -> dict[str, Interval]:
+def intervals(suites: Sequence[Values], n: int) -> dict[str, Interval]:
     """The mean of each number over the suites, with its interval. All but the length are shares."""
-    found = _means(suites)
+    found = _means(suites, n)
     return {name: interval if name == "length" else interval.within(0.0, 1.0) for name, interval in found.items()}
 
 
-def differences(base: Sequence[Values], adapter: Sequence[Values]) -> dict[str, Interval]:
-    """The mean of adapter - base on the same prompts over the suites, with its interval."""
-    return _means([{name: a[name] - b[name] for name in b} for b, a in zip(base, adapter, strict=True)])
+def differences(base: Sequence[Values], adapter: Sequence[Values], n: int) -> dict[str, Interval]:
+    """The mean of adapter - base on the same prompts over the suites, with its interval.
+
+    "beyond" is how far the rise of pass@n exceeds what more attempts could have brought (`beyond_more_attempts`).
+    """
+    pairs = list(zip(base, adapter, strict=True))
+    right = f"avg@{n}"
+    beyond = [beyond_more_attempts(np.rint(n * b[right]), np.rint(n * a[right])) for b, a in pairs]
+    change = _means([{name: a[name] - b[name] for name in b} for b, a in pairs], n)
+    return change | {"beyond": macro_interval(beyond, step=1.0)}
 
 
-def _means(suites: Sequence[Values]) -> dict[str, Interval]:
-    return {name: macro_interval([values[name] for values in suites]) for name in suites[0]}
+def _means(suites: Sequence[Values], n: int) -> dict[str, Interval]:
+    return {
+        name: macro_interval([values[name] for values in suites], step=_smallest_difference(name, n))
+        for name in suites[0]
+    }
+
+
+def _smallest_difference(name: str, n: int) -> float:
+    """The least by which the values of two prompts differ: k / n for a share of k of n samples; 0 for the length."""
+    if name == "length":
+        return 0.0
+    kind, _, k = name.partition("@")
+    return int(k) / n if kind in ("pass", "maj") else 1.0 / n
 
 
 def notes(arms: Mapping[str, Mapping[str, Interval]], max_new_tokens: int) -> list[str]:

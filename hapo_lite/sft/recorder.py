@@ -78,7 +78,7 @@ def accuracy(lines: Lines, samples: int) -> dict[str, Any] | None:
         return None
     before, after = evaluated[0], evaluated[-1]
     return {
-        "before": mean_interval(before).within(0.0, 1.0).as_json(),
-        "after": mean_interval(after).within(0.0, 1.0).as_json(),
-        "change": paired_interval(before, after).as_json(),
+        "before": mean_interval(before, step=1.0 / samples).within(0.0, 1.0).as_json(),
+        "after": mean_interval(after, step=1.0 / samples).within(0.0, 1.0).as_json(),
+        "change": paired_interval(before, after, step=1.0 / samples).as_json(),
     }

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 LEVEL = 0.95
 """How often an interval holds the truth."""
 _MANY = 5_000
-"""Degrees of freedom from which the normal quantile stands for Student's: it is smaller by 1 part in 8,000 at most."""
+"""Degrees of freedom from which the normal quantile stands for Student's: at 95 % it is smaller by 1 part in 4,000."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,27 @@ def pass_at_k(correct: ArrayLike, k: int) -> NDArray[np.float64]:
     return 1.0 - (np.maximum(wrong[:, None] - steps, 0.0) / (n - steps)).prod(axis=1)
 
 
+def beyond_more_attempts(before: ArrayLike, after: ArrayLike) -> NDArray[np.float64]:
+    """[P] and [P] numbers of right answers, each in n attempts at the same prompts -> [P] values.
+
+    Their mean is the rise of pass@n, less what more attempts could have solved before. If training only makes every
+    prompt r = avg@n after / avg@n before times as likely to be solved, it solves what r n attempts would have solved.
+    pass@k is concave in k, so these solve at most n (r - 1) times as many more as the last of n attempts did. That
+    attempt's share is 1 / n of the prompts that are solved exactly once (Good 1953; Efron and Thisted 1976). So the
+    mean is the rise of pass@n less (r - 1) times the share of these prompts. Where nothing was solved before, r has no
+    bound, and the values are 0. Each value has its prompt's effect on r (the delta method), so that the values spread
+    as their mean does.
+    """
+    first, last = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if not first.any():
+        return np.zeros(len(first))
+    rise = (last > 0).astype(np.float64) - (first > 0)
+    once = (first == 1).astype(np.float64)
+    factor = last.mean() / first.mean()
+    effect = (last - factor * first) / first.mean()
+    return rise - (factor - 1.0) * once - once.mean() * effect
+
+
 def maj_at_k(correct: ArrayLike, votes: Sequence[Sequence[Hashable]], k: int) -> NDArray[np.float64]:
     """[P, n] 0 or 1, and a vote for each sample -> [P]: how often the most frequent answer of k samples is correct.
 
@@ -123,30 +144,33 @@ def mean_interval(values: ArrayLike, level: float = LEVEL, step: float = 0.0) ->
     95 % intervals of normally distributed values, 95 % hold the truth at every P from 2 on. A single value gives an
     interval without ends.
 
-    step: the grid on which the values lie, such as 1/128 for a share of 128 prompts. Two or three values on a coarse
-    grid are often equal by chance, and would have no width. Rounding to the grid gives each the variance step^2 / 12
-    (Sheppard 1898), which is added to that of the values. Raises ValueError without values.
+    step: the smallest difference between two values, such as 1/128 for a share of 128 prompts, or 1 for right or wrong.
+    Few values on a coarse grid are often equal by chance, and would have no width. So the squared deviations are
+    summed as if one value more differed by a step, half up and half down, which adds step^2 / P to the variance (after
+    Agresti and Min 2005, who add half a pair to each cell of a table of pairs). Raises ValueError without values.
     """
-    return _combined([_Sample.of(values, 1.0, step**2 / 12.0)], level)
+    return _combined([_Sample.of(values, 1.0, step)], level)
 
 
-def macro_interval(groups: Sequence[ArrayLike], level: float = LEVEL) -> Interval:
-    """The mean over groups (suites) of each group's mean, with its t interval. groups: [P_i] values each."""
+def macro_interval(groups: Sequence[ArrayLike], level: float = LEVEL, step: float = 0.0) -> Interval:
+    """The mean over groups (suites) of each group's mean, with its t interval. groups: [P_i] values each.
+
+    step: as of `mean_interval`.
+    """
     weight = 1.0 / len(groups)
-    return _combined([_Sample.of(values, weight) for values in groups], level)
+    return _combined([_Sample.of(values, weight, step) for values in groups], level)
 
 
 def paired_interval(before: ArrayLike, after: ArrayLike, level: float = LEVEL, step: float = 0.0) -> Interval:
     """The mean of after - before, [P] each, over the same prompts (or seeds) in the same order, with its t interval.
 
     A prompt's difficulty cancels in the difference, so the interval is narrower than two separate intervals suggest.
-    step: the grid on which all values lie, as of `mean_interval`; a difference is rounded twice. Raises ValueError if
-    the two differ in length.
+    step: as of `mean_interval`. Raises ValueError if the two differ in length.
     """
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"a paired difference needs as many values on both sides, not {first.shape}, {second.shape}")
-    return mean_interval(second - first, level, math.sqrt(2.0) * step)
+    return mean_interval(second - first, level, step)
 
 
 def unpaired_interval(before: ArrayLike, after: ArrayLike, level: float = LEVEL) -> Interval:
@@ -162,13 +186,14 @@ class _Sample(NamedTuple):
     freedom: int
 
     @classmethod
-    def of(cls, values: ArrayLike, weight: float, rounding: float = 0.0) -> _Sample:
-        """rounding: variance added to that of the values. Raises ValueError unless they are finite, and a list."""
+    def of(cls, values: ArrayLike, weight: float, step: float = 0.0) -> _Sample:
+        """step: as of `mean_interval`. Raises ValueError unless the values are finite, and a list."""
         sample = np.asarray(values, dtype=np.float64)
         if sample.ndim != 1 or sample.size == 0 or not np.isfinite(sample).all():
             raise ValueError(f"an interval needs a list of finite values, not one of shape {sample.shape}")
-        alone = sample.size == 1
-        variance = math.inf if alone else weight**2 * (float(sample.var(ddof=1)) + rounding) / sample.size
+        variance = math.inf
+        if sample.size > 1:
+            variance = weight**2 * (float(sample.var(ddof=1)) + step**2 / sample.size) / sample.size
         return cls(weight * float(sample.mean()), variance, sample.size - 1)
 
 

@@ -10,11 +10,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hapo_lite.errors import counted
 from hapo_lite.recipe import Recipe
-from hapo_lite.train.intervals import Interval, mean_interval, paired_interval, pass_at_k, unpaired_interval
+from hapo_lite.train.intervals import (
+    Interval,
+    beyond_more_attempts,
+    mean_interval,
+    paired_interval,
+    unpaired_interval,
+)
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -41,13 +46,17 @@ SHORT_RUN = 10
 SOLVED = 0.9
 """With at least this share of correct completions, the problems are solved."""
 
+SUCCESS = ("learned", "improved", "sharpened")
+"""The words of a verdict on a model that is right more often."""
+
 
 @dataclass(frozen=True)
 class Verdict:
     """A judgement by 95 % intervals. because: a sentence for each problem to mend.
 
-    word: "learned" (avg@n and pass@n rose), "sharpened" (avg@n rose, pass@n did not), "worse" (avg@n fell) or
-    "no difference"; a run can also be "too short" or "not measured".
+    word: "learned" (avg@n and pass@n rose, pass@n by more than more attempts could have brought), "improved" (both
+    rose, pass@n no further than that), "sharpened" (avg@n rose, pass@n did not), "worse" (avg@n fell) or "no
+    difference"; a run can also be "too short" or "not measured".
     """
 
     word: str
@@ -59,29 +68,51 @@ class Verdict:
 
 
 def judge(before: Mapping[str, Interval], change: Mapping[str, Interval], n: int, on: str) -> Verdict:
-    """The verdict on a change of avg@n and pass@n. on: names the data, such as "64 held-out prompts"."""
+    """The verdict on a change of avg@n and pass@n. on: names the data, such as "64 held-out prompts".
+
+    before: avg@n and pass@n. change: how much each rose, and "beyond", the mean of `beyond_more_attempts`.
+    """
     avg, best = change[f"avg@{n}"], change[f"pass@{n}"]
     if avg.below_zero:
         return Verdict("worse", f"worse: avg@{n} fell by {_plain(avg, -1)} on {on}")
     if not avg.above_zero:
-        limit = "as many were right on each"
-        if not avg.known:
-            limit = "one prompt says nothing about others"
-        elif avg.high > avg.low:
+        limit = "one prompt says nothing about others"
+        if avg.known:
             limit = f"less than about {avg.high - avg.value:.3f} would not show"
         return Verdict("no difference", f"no difference: avg@{n} changed by {signed(avg)} on {on}; {limit}")
-    if n == 1 or best.above_zero:
-        both = "" if n == 1 else f", pass@{n} by {_plain(best)}"
-        return Verdict("learned", f"learned: avg@{n} rose by {_plain(avg)}{both} on {on}")
-    why = "the same ones are solved, more often"
+    rose = f"avg@{n} rose by {_plain(avg)}"
+    if best.above_zero:
+        both = rose if n == 1 else f"{rose}, pass@{n} by {_plain(best)}"
+        if change["beyond"].above_zero:
+            return Verdict("learned", f"learned: {both} on {on}")
+        return Verdict("improved", f"improved: {both} on {on}; {_within_reach(before[f'avg@{n}'].value, change, n)}")
+    if best.below_zero:
+        why = "fewer are solved, and those more often"
+        return Verdict("sharpened", f"sharpened: {rose} on {on}, pass@{n} fell by {_plain(best, -1)}: {why}")
     solved_before = before[f"pass@{n}"].value
+    told = f"pass@{n} did not ({signed(best)})"
+    why = "the same ones are solved, more often"
     if solved_before >= CEILING:
         why = (
             f"{percent(solved_before)} of them were solved in {counted(n, 'attempt')} before, so there was hardly "
             "anything new to find"
         )
-    return Verdict(
-        "sharpened", f"sharpened: avg@{n} rose by {_plain(avg)} on {on}, pass@{n} did not ({signed(best)}): {why}"
+    elif best.value > 0.0:
+        told, why = f"pass@{n} by {signed(best)}", "whether others are solved too cannot be told"
+    return Verdict("sharpened", f"sharpened: {rose} on {on}, {told}: {why}")
+
+
+def _within_reach(accuracy: float, change: Mapping[str, Interval], n: int) -> str:
+    """Why a rise of pass@n need not be learning. accuracy: avg@n before."""
+    if accuracy == 0.0:
+        return f"none was solved before, so nothing is known of what more than {counted(n, 'attempt')} would have found"
+    if n == 1:
+        return "one attempt at each does not tell whether others are solved, or the same ones more often"
+    factor = 1.0 + change[f"avg@{n}"].value / accuracy
+    found = change[f"pass@{n}"].value - change["beyond"].value
+    return (
+        f"{factor:.1f} times as many attempts could have done as much (up to {found:.3f}), so whether the new ones "
+        "were out of reach cannot be told"
     )
 
 
@@ -89,7 +120,7 @@ def judge_run(lines: Lines, recipe: Recipe) -> Verdict:
     """The verdict on a finished run. lines: metrics.jsonl from iteration 0 on."""
     trained = [line for line in lines if line["iteration"] > 0]
     verdict = judge_held_out(lines, recipe) or _training_reward(trained)
-    if verdict.word in ("learned", "sharpened"):
+    if verdict.word in SUCCESS:
         return replace(verdict, because=(*_obstacles(trained, recipe), *_used_up(trained)))
     causes = _causes(trained, recipe)
     count = len(trained)
@@ -130,17 +161,13 @@ def judge_held_out(lines: Lines, recipe: Recipe) -> Verdict | None:
     evaluated = [line for line in lines if "eval/solved" in line]
     if len(evaluated) < 2 or evaluated[0]["iteration"] != 0:
         return None
-    first, last = _scores_by_prompt(evaluated[0], n), _scores_by_prompt(evaluated[-1], n)
-    before = {name: mean_interval(values) for name, values in first.items()}
-    change = {name: paired_interval(values, last[name]) for name, values in first.items()}
-    return judge(before, change, n, f"{len(evaluated[0]['eval/solved']):,} held-out prompts")
-
-
-def _scores_by_prompt(line: Mapping[str, Any], n: int) -> dict[str, NDArray[np.float64]]:
-    """avg@n and pass@n of each prompt in an evaluation, [P] each."""
-    solved = np.array(line["eval/solved"])
-    correct = np.arange(n) < solved[:, None]
-    return {f"avg@{n}": correct.mean(axis=1), f"pass@{n}": pass_at_k(correct, n)}
+    first, last = (np.array(evaluated[i]["eval/solved"]) for i in (0, -1))
+    scores = {f"avg@{n}": lambda solved: solved / n, f"pass@{n}": lambda solved: (solved > 0).astype(np.float64)}
+    steps = {f"avg@{n}": 1.0 / n, f"pass@{n}": 1.0}
+    before = {name: mean_interval(score(first), step=steps[name]) for name, score in scores.items()}
+    change = {name: paired_interval(score(first), score(last), step=steps[name]) for name, score in scores.items()}
+    change["beyond"] = mean_interval(beyond_more_attempts(first, last), step=1.0)
+    return judge(before, change, n, f"{len(first):,} held-out prompts")
 
 
 def _training_reward(trained: Lines) -> Verdict:
