@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from hapo_lite.compare import pace
+from hapo_lite.compare.markdown import markdown
 from hapo_lite.compare.numbers import Numbers, clipped_share, half_way, is_evaluated_at, run_numbers, solved_share
 from hapo_lite.compare.plan import load_comparison, planned_runs
-from hapo_lite.compare.report import difference_rows, table_rows, text_table
+from hapo_lite.compare.report import curve_rows, difference_rows, table_rows, text_table
+from hapo_lite.compare.tables import Cell, difference_table, final_table
 from hapo_lite.compare.words import caveats, findings, shown, verdict
 from hapo_lite.runs.lines import MetricsFile
 from tests.comparisons import write_comparison
@@ -155,11 +157,53 @@ def test_two_seeds_that_gain_the_same_problem_tell_nothing(tmp_path):
     assert verdict(numbers, "hapo", "solved") == "better"  # as if the values had no grid
     on_a_grid = replace(numbers, steps={"solved": 0.25}, _bands={})
     assert verdict(on_a_grid, "hapo", "solved") == ""
-    # Nor is either arm's share known exactly: to the variance 0.25^2 / 2 is added, to that of the mean half of it.
-    found = [on_a_grid.mean("hapo", "solved"), on_a_grid.difference("hapo", "solved")]
-    bands = [on_a_grid.band("hapo", "solved"), on_a_grid.band("hapo", "solved", less_reference=True)]
-    reaches = [each.high - each.value for each in found] + [band.high[-1] - band.mean[-1] for band in bands]
-    assert reaches == pytest.approx([12.7062 * 0.25 / 2] * 4, abs=1e-5)
+    # To the variance 0.25^2 / 2 is added, to that of the mean half of it.
+    found, lead = on_a_grid.difference("hapo", "solved"), on_a_grid.band("hapo", "solved", less_reference=True)
+    assert [found.high - found.value, lead.high[-1] - lead.mean[-1]] == pytest.approx(
+        [12.7062 * 0.25 / 2] * 2, abs=1e-5
+    )
+    # Nor is either arm's share known, which lies between 0 and 1.
+    mean, band = on_a_grid.mean("hapo", "solved"), on_a_grid.band("hapo", "solved")
+    assert (mean.low, mean.high, band.low[-1], band.high[-1]) == (0.0, 1.0, 0.0, 1.0)
+
+
+def test_tokens_to_a_threshold_that_was_not_reached_have_no_interval(tmp_path):
+    """hapo never comes up to 0.5, so how many tokens it needs is not known, nor how many more than dapo."""
+    lines = {("dapo", s): lines_of([0.2, 0.6 + s / 50, 0.9]) for s in range(3)}
+    lines |= {("hapo", s): lines_of([0.2, 0.3, 0.4 + s / 50]) for s in range(3)}
+    numbers = numbers_of(tmp_path, lines)
+    assert verdict(numbers, "hapo", "final") == "worse" and verdict(numbers, "hapo", "to_threshold") == ""
+    found, mean = numbers.difference("hapo", "to_threshold"), numbers.mean("hapo", "to_threshold")
+    assert found.value > 40 and mean.value == 100 and not (found.known or mean.known)
+    assert numbers.mean("dapo", "to_threshold").known
+    cells = dict(zip(difference_table(numbers).heads[1:], difference_table(numbers).rows[0][1], strict=True))
+    assert cells["tokens to threshold"].below == ("not reached by all",)
+    cells = dict(zip(final_table(numbers).heads[1:], final_table(numbers).rows[1][1], strict=True))
+    assert cells["tokens to threshold"] == Cell("≥ 100", ("reached by 0 of 3",))
+    rows = {row["measure"]: row for row in difference_rows(numbers)}
+    assert (rows["to_threshold"]["low"], rows["to_threshold"]["excludes_zero"]) == (None, False)
+
+
+def test_without_a_run_of_the_reference_there_is_no_threshold(tmp_path):
+    lines = {("hapo", s): lines_of([0.2, 0.3, 0.9]) for s in range(2)}
+    comparison = load_comparison(write_comparison(tmp_path, tokens=100, threshold=None))
+    nowhere = half_way(comparison, lines)
+    runs = {key: run_numbers(its, GRID, nowhere) for key, its in lines.items()}
+    numbers = Numbers(comparison, runs, GRID, nowhere)
+    table = final_table(numbers)
+    cells = dict(zip(table.heads[1:], table.rows[0][1], strict=True))
+    assert cells["tokens to threshold"] == Cell("-") and "not known before a run of dapo is complete" in table.caption
+    assert "nan" not in markdown(numbers, 4, []).lower()
+
+
+def test_one_seed_has_curves_without_ends_and_no_share_leaves_0_to_1(tmp_path):
+    numbers = numbers_of(tmp_path, {("dapo", 0): lines_of([0.2, 0.2, 0.3])})
+    row = next(iter(curve_rows(numbers)))
+    assert (row["mean"], row["low"], row["high"]) == (0.2, None, None)
+    numbers = numbers_of(tmp_path, {("dapo", s): lines_of([0.2, 0.2, f]) for s, f in enumerate([0.98, 0.99, 1.0])})
+    assert numbers.mean("dapo", "final").high == 1.0 and numbers.mean("dapo", "final").low == pytest.approx(
+        0.965, abs=1e-3
+    )
 
 
 def test_a_seed_that_one_arm_lacks_is_left_out_of_the_pairs(tmp_path):
@@ -193,9 +237,14 @@ def test_marks_are_counted_and_held_against_all_comparisons_together(tmp_path):
     assert [verdict(numbers, arm, "final") for arm in numbers.others] == ["better", "better", ""]
     said = caveats(numbers)[0]
     assert said.startswith(
-        "3 comparisons were made in each measure; of so many equal methods about 0.15 would be marked"
+        "3 comparisons were made in each of 6 measures; of so many equal methods about 0.15 would be marked"
     )
     assert said.endswith("what stays marked is: hapo (final accuracy), hapo (area).")
+    # Every measure that the table marks is judged: with completions that are 5 tokens longer, the length too.
+    for seed in range(3):
+        lines["hapo", seed][-1]["eval/length_mean"] += 5.0 + seed / 1000
+    said = caveats(numbers_of(tmp_path, lines, arms={arm: {"method": arm} for arm in gains}, reference="dapo"))[0]
+    assert said.endswith("hapo (area), hapo (length).")
 
 
 def test_a_number_that_rounds_to_nothing_has_no_sign():

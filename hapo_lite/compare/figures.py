@@ -99,10 +99,10 @@ def pictures(numbers: Numbers) -> list[Picture]:
         "accuracy": f"Held-out accuracy over completion tokens sampled in training: {band}. "
         "Higher, and sooner, is better.",
         "solved": f"Held-out problems that at least one of the evaluation's attempts solves: {band}. It falls where a "
-        "policy becomes surer of what it can already do, and rises where it learns more.",
+        "policy becomes surer of what it can do, and rises where it solves others, or the same ones more often.",
         "entropy": f"Entropy of the policy over the tokens of an iteration: {band}. A fall to near 0 is collapse.",
         "length": f"Tokens per completion in training: {band}.",
-        "clipped": f"Tokens whose gradient a clipping bound (or the dual clip) has stopped: {band}.",
+        "clipped": f"Tokens at a clipping bound or the dual clip, which stops their gradient (cispo: caps it): {band}.",
     }
     curves = [
         Picture(key, title[0].upper() + title[1:], readings[key], partial(curve_figure, key))

@@ -5,6 +5,7 @@ Axes: S seeds, K points of the grid, which goes from 0 to the comparison's token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,23 +29,26 @@ LATE = 0.9
 class Measure:
     """One number of a run. unit: its format, as in `format(value, unit)`.
 
-    good: +1 where more is better, -1 where less is, 0 where neither is.
+    good: +1 where more is better, -1 where less is, 0 where neither is. share: whether it lies between 0 and 1.
     """
 
     heading: str
     meaning: str
     unit: str
     good: int = 0
+    share: bool = False
 
 
 MEASURES: dict[str, Measure] = {
-    "final": Measure("final accuracy", "held-out accuracy at the end", ".3f", 1),
-    "area": Measure("area", "held-out accuracy, mean over the tokens: area under the learning curve", ".3f", 1),
-    "solved": Measure("pass@n", "share of the held-out problems that some attempt at the end has solved", ".3f", 1),
+    "final": Measure("final accuracy", "held-out accuracy at the end", ".3f", 1, share=True),
+    "area": Measure("area", "held-out accuracy, mean over the tokens: area under the learning curve", ".3f", 1, True),
+    "solved": Measure("pass@n", "share of the held-out problems that some attempt at the end solved", ".3f", 1, True),
     "to_threshold": Measure("tokens to threshold", "tokens until the held-out accuracy has come up to it", ",.0f", -1),
     "length": Measure("length", "held-out completion length at the end, tokens", ".1f"),
     "entropy": Measure("entropy", "training entropy over the last tenth of the tokens, nats", ".3f"),
-    "clipped": Measure("clipped", "share at a bound of the tokens with an advantage, mean over the tokens", ".2%"),
+    "clipped": Measure(
+        "clipped", "share at a bound of the tokens with an advantage, mean over the tokens", ".2%", share=True
+    ),
     "seconds": Measure("seconds", "wall time of training, without evaluations", ",.0f"),
 }
 CURVES: dict[str, str] = {
@@ -54,6 +58,8 @@ CURVES: dict[str, str] = {
     "length": "completion length in training, tokens",
     "clipped": "share at a bound of the tokens with an advantage",
 }
+SHARES = ("accuracy", "solved", "clipped")
+"""The curves that lie between 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class RunNumbers:
 
 @dataclass(frozen=True)
 class Band:
-    """The mean over seeds and the interval around the mean, each [K]. One seed has a band without width."""
+    """The mean over seeds and the interval around the mean, each [K]. One seed has no interval: its ends are NaN."""
 
     mean: NDArray[np.float64]
     low: NDArray[np.float64]
@@ -85,9 +91,10 @@ class Band:
 class Numbers:
     """The numbers of the complete runs of a comparison. runs: by arm and seed; grid: [K] tokens.
 
-    steps: the grid on which the values of a measure or curve lie, for those that count attempts. remembers: whether an
-    arm's own results decide which prompts it sees next. beyond: runs, by arm and seed, that are left out since they
-    were made for more tokens and have no evaluation at these.
+    threshold: NaN if it is to follow from runs of the reference, and none is complete. steps: the smallest difference
+    between two values of a measure or curve, for those that count attempts. remembers: whether an arm's own results
+    decide which prompts it sees next. beyond: runs, by arm and seed, that are left out since they were made for more
+    tokens and have no evaluation at these.
     """
 
     comparison: Comparison
@@ -118,8 +125,11 @@ class Numbers:
         return [self.runs[arm, seed].measures[measure] for seed in self.seeds(arm)]
 
     def mean(self, arm: str, measure: str) -> Interval:
-        """The mean over seeds with its interval."""
-        return _interval(self.values(arm, measure), self.steps.get(measure, 0.0))
+        """The mean over seeds with its interval; without one for tokens to a threshold that some seed did not reach."""
+        found = _interval(self.values(arm, measure), self.steps.get(measure, 0.0))
+        if measure == "to_threshold" and self.reached(arm) < len(self.seeds(arm)):
+            return Interval(found.value, -math.inf, math.inf)
+        return found.within(0.0, 1.0) if MEASURES[measure].share else found
 
     def pairs(self, arm: str, measure: str) -> tuple[list[float], list[float]]:
         """The reference's values and the arm's, for the seeds with which both have a complete run."""
@@ -131,15 +141,26 @@ class Numbers:
         )
 
     def difference(self, arm: str, measure: str, level: float = LEVEL) -> Interval | None:
-        """The arm less the reference, paired by seed; None where there is no pair. level: as of `paired_interval`."""
+        """The arm less the reference, paired by seed; None where there is no pair. level: as of `paired_interval`.
+
+        Tokens to a threshold have no interval where one of the runs did not reach it: its tokens are not known.
+        """
         before, after = self.pairs(arm, measure)
         if not before or not np.isfinite(before + after).all():
             return None
+        if measure == "to_threshold" and not self.pairs_reached(arm):
+            return Interval(float(np.mean(after) - np.mean(before)), -math.inf, math.inf)
         return paired_interval(before, after, level, self.steps.get(measure, 0.0))
 
     def reached(self, arm: str) -> int:
         """The number of seeds with which the accuracy reached the threshold."""
         return sum(self.runs[arm, seed].reach is not None for seed in self.seeds(arm))
+
+    def pairs_reached(self, arm: str) -> bool:
+        """Whether the accuracy reached the threshold in all runs that are paired with the reference's."""
+        base = self.comparison.base
+        paired = [seed for seed in self.seeds(arm) if (base, seed) in self.runs]
+        return all(self.runs[each, seed].reach is not None for each in (arm, base) for seed in paired)
 
     def curves(self, arm: str, quantity: str, less_reference: bool = False) -> NDArray[np.float64]:
         """[S, K]: the arm's curves, or how much they lie above the reference's with the same seed."""
@@ -158,10 +179,12 @@ class Numbers:
         if key not in self._bands:
             columns = self.curves(arm, quantity, less_reference).T
             points = [_interval(column, self.steps.get(quantity, 0.0)) for column in columns]
+            if quantity in SHARES and not less_reference:
+                points = [point.within(0.0, 1.0) for point in points]
             self._bands[key] = Band(
                 mean=np.array([point.value for point in points]),
-                low=np.array([point.low if point.known else point.value for point in points]),
-                high=np.array([point.high if point.known else point.value for point in points]),
+                low=np.array([point.low if point.known else np.nan for point in points]),
+                high=np.array([point.high if point.known else np.nan for point in points]),
             )
         return self._bands[key]
 
@@ -225,7 +248,7 @@ def run_numbers(lines: Lines, grid: NDArray[np.float64], threshold: float) -> Ru
             "final": final["eval/accuracy"],
             "area": mean_height(accuracy),
             "solved": final["solved"],
-            "to_threshold": budget if reach is None else reach,
+            "to_threshold": threshold if math.isnan(threshold) else budget if reach is None else reach,
             "length": final["eval/length_mean"],
             "entropy": mean_height(entropy, LATE * budget),
             "clipped": mean_height(clipped),

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hapo_lite.compare.numbers import MEASURES, Numbers
-from hapo_lite.compare.words import shown, signed, verdict
+from hapo_lite.compare.words import COMPARED, shown, signed, verdict
 from hapo_lite.train.intervals import Interval
 
-COMPARED = ("final", "area", "solved", "to_threshold", "length", "entropy")
-"""Measures in the table of differences; differences.csv has all measures."""
 SIGNS = {"better": "▲", "worse": "▼", "more": "△", "less": "▽"}
 
 
@@ -44,19 +42,22 @@ def final_table(numbers: Numbers) -> Table:
         cells = [Cell(str(seeds))]
         for name, measure in MEASURES.items():
             cell = _interval_cell(numbers.mean(arm, name), measure.unit)
-            if name == "to_threshold" and reached < seeds:
+            if name == "to_threshold" and reached < seeds and not math.isnan(numbers.threshold):
                 # A run that did not come up to the threshold counts with all its tokens: the mean is a lower bound.
-                cell = Cell(f"≥ {cell.text}", (*cell.below, f"reached by {reached} of {seeds}"))
+                cell = Cell(f"≥ {cell.text}", (f"reached by {reached} of {seeds}",))
             cells.append(cell)
         rows.append((arm, cells))
     over_seeds = "Mean over seeds with its 95 % t interval"
     if len(numbers.comparison.seeds) == 1:
         over_seeds = "Values of one seed, which has no interval"
+    threshold = f"{numbers.threshold:.3f}"
+    if math.isnan(numbers.threshold):
+        threshold = f"not known before a run of {numbers.comparison.base} is complete"
     meanings = "; ".join(f"{m.heading}: {m.meaning}" for m in MEASURES.values())
     return Table(
         ["arm", "seeds", *(m.heading for m in MEASURES.values())],
         rows,
-        f"{over_seeds}. {meanings}. Threshold: {numbers.threshold:.3f}.",
+        f"{over_seeds}. {meanings}. Threshold: {threshold}.",
     )
 
 
@@ -67,7 +68,10 @@ def difference_table(numbers: Numbers) -> Table:
         cells = [Cell(str(len(numbers.pairs(arm, "final")[0])))]
         for name in COMPARED:
             unit = signed(MEASURES[name].unit)
-            cells.append(_interval_cell(numbers.difference(arm, name), unit, verdict(numbers, arm, name)))
+            cell = _interval_cell(numbers.difference(arm, name), unit, verdict(numbers, arm, name))
+            if name == "to_threshold" and not math.isnan(numbers.threshold) and not numbers.pairs_reached(arm):
+                cell = Cell(cell.text, ("not reached by all",))
+            cells.append(cell)
         rows.append((arm, cells))
     return Table(
         ["arm", "pairs", *(MEASURES[name].heading for name in COMPARED)],
@@ -88,7 +92,7 @@ def run_table(numbers: Numbers) -> Table:
     rows = []
     for (arm, seed), run in sorted(numbers.runs.items(), key=lambda item: numbers.arms.index(item[0][0])):
         values = {name: shown(run.measures[name], measure.unit) for name, measure in MEASURES.items()}
-        if run.reach is None:
+        if run.reach is None and not math.isnan(numbers.threshold):
             values["to_threshold"] = "not reached"
         texts = [str(seed), f"{run.sampled:,}", str(run.iterations), f"{run.before:.3f}", *values.values()]
         rows.append((arm, [Cell(text) for text in texts]))

@@ -14,6 +14,9 @@ JUDGED = {
 }
 """The measures by which arms are said to be better or worse, and what they are called in a sentence."""
 
+COMPARED = (*JUDGED, "to_threshold", "length", "entropy")
+"""Measures in the table of differences; differences.csv has all measures."""
+
 
 def shown(value: float, unit: str) -> str:
     """A number as `unit` formats it, without a sign where it rounds to 0; "-" for NaN."""
@@ -109,17 +112,20 @@ def _about_intervals(numbers: Numbers) -> str:
         return f"There is no pair of runs to compare with {base} yet."
     count = len(compared)
     if count == 1:
-        return f"One comparison was made: the interval of two equal methods excludes 0 in {1 - LEVEL:.0%} of cases."
+        return (
+            f"One comparison was made in each of {len(COMPARED)} measures: the interval of two equal methods excludes "
+            f"0 in {1 - LEVEL:.0%} of cases, in each measure."
+        )
     together = 1.0 - (1.0 - LEVEL) / count
     lasting = [
         f"{arm} ({MEASURES[measure].heading})"
-        for measure in JUDGED
+        for measure in COMPARED
         for arm in compared
         if (found := numbers.difference(arm, measure, together)) and found.excludes_zero
     ]
     chance = count * (1.0 - LEVEL)
     return (
-        f"{count} comparisons were made in each measure; of so many equal methods about {chance:.2g} would be marked "
-        f"in each by chance alone. With intervals that hold for all {count} together (Bonferroni, each "
-        f"{together:.1%}) what stays marked is: {', '.join(lasting) or 'nothing'}."
+        f"{count} comparisons were made in each of {len(COMPARED)} measures; of so many equal methods about "
+        f"{chance:.2g} would be marked in each by chance alone. With intervals that hold for all {count} together "
+        f"(Bonferroni, each {together:.1%}) what stays marked is: {', '.join(lasting) or 'nothing'}."
     )
