@@ -8,7 +8,7 @@ import torch
 
 from hapo_lite.algo.clipping import clip_bounds
 from hapo_lite.algo.methods import PRESETS, Method
-from hapo_lite.algo.objective import LossInputs, loss_denominator, loss_weights, method_loss, policy_loss
+from hapo_lite.algo.objective import LossInputs, assign_credit, loss_denominator, loss_weights, method_loss, policy_loss
 from hapo_lite.algo.tokens import TokenSignals, trained_tokens
 
 
@@ -123,6 +123,21 @@ ALL_AT_ONCE = Method(
 )
 
 
+@pytest.mark.parametrize("surrogate", ["clip", "sequence", "cispo", "sapo"])
+def test_the_neutral_zone_is_of_the_adapted_bounds_under_every_surrogate(surrogate):
+    """By hand: with h = 0.5 bounds are 0.8 and 1.42, so the zone is 0.9 to 1.21; with h = -0.5 it is 0.85 to 1.14.
+
+    All four ratios lie outside: decisions are amplified, noise stays. That cispo and sapo have no bound on one side, or
+    on both, widens no zone.
+    """
+    method = Method(surrogate=surrogate, neutral_zone="adapted")
+    h = torch.tensor([[0.5, 0.5, -0.5, -0.5]])
+    tokens = TokenSignals(h=h, uncertain=h > 0, entropy=h, scale=torch.ones(1))
+    ratio = torch.tensor([[0.7, 1.4, 0.7, 1.4]])
+    found = assign_credit(method, torch.ones(1), tokens, ratio)
+    assert found.advantage.tolist() == [[1.5, 1.5, 1.0, 1.0]]
+
+
 @pytest.mark.parametrize("average", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("chosen", ["uncertain", "random"])
 def test_a_token_that_is_not_trained_has_no_gradient(average, chosen):
@@ -166,7 +181,7 @@ PIECES_OFF = dict.fromkeys(("adaptive_temperature", "token_level_advantage", "re
         ("cispo", {"surrogate": "clip", "eps_high": 0.28, "dual_clip": 10.0}, "dapo"),
         ("sapo", {"surrogate": "clip"}, "grpo"),
         ("dppo", {"surrogate": "clip", "eps_low": 0.2, "eps_high": 0.28, "dual_clip": 10.0}, "dapo"),
-        ("clip_cov", {"covariance_share": 0.0, "eps_low": 0.2, "eps_high": 0.28}, "dapo"),
+        ("clip_cov", {"covariance_share": 0.0, "eps_low": 0.2, "eps_high": 0.28, "dual_clip": 10.0}, "dapo"),
         ("stare", {"surprisal_factor": 1.0}, "dapo"),
         ("random_tokens", {"trained_tokens": "all"}, "dapo"),
         (

@@ -194,10 +194,6 @@ def one_token(
     else:
         wider = h if m.adaptive_clip else 0.0
         lower, upper = 1 - m.eps_low * (1 - min(wider, 0.0)), 1 + m.eps_high * (1 + max(wider, 0.0))
-    if m.surrogate in ("cispo", "sapo"):
-        lower = 0.0
-    if m.surrogate == "sapo":
-        upper = math.inf
     if m.entropy_bonus:
         a += min(m.entropy_bonus * entropy, abs(a) / m.entropy_bonus_limit)
     if m.redistribution:
@@ -205,6 +201,10 @@ def one_token(
         settled = 1 - low / 2 <= ratio <= 1 + high / 2
         if (h > 0 and not settled) or (h <= 0 and settled):
             a *= 1 + h
+    if m.surrogate in ("cispo", "sapo"):
+        lower = 0.0
+    if m.surrogate == "sapo":
+        upper = math.inf
     a *= c["factor"]
     if not is_trained(m, uncertain, c):
         a = 0.0

@@ -121,7 +121,9 @@ def assign_credit(method: Method, advantage: Tensor, tokens: TokenSignals, ratio
     if method.redistribution and method.neutral_zone == "base":
         credit = redistribute(credit, tokens.h, ratio, method.eps_low, method.eps_high)
     elif method.redistribution:
+        # By the bounds of surrogate=clip: cispo has one of them, and sapo none.
         credit = redistribute(credit, tokens.h, ratio, 1.0 - lower, upper - 1.0)
+    lower, upper = _bounds_of_surrogate(method, lower, upper)
     if tokens.factor is not None:
         credit = credit * tokens.factor
     trained = trained_tokens(method, tokens.uncertain, drawn=tokens.drawn)
@@ -129,14 +131,17 @@ def assign_credit(method: Method, advantage: Tensor, tokens: TokenSignals, ratio
 
 
 def _bounds(method: Method, tokens: TokenSignals) -> tuple[Tensor, Tensor]:
-    """The lower and the upper bound of every token, [B, T] each."""
+    """The lower and the upper bound of every token, [B, T] each, whatever the surrogate makes of them."""
     if method.eps_uncertain is not None:
-        lower, upper = grouped_bounds(
+        return grouped_bounds(
             tokens.uncertain, method.eps_low, method.eps_high, method.eps_uncertain, dtype=tokens.h.dtype
         )
-    else:
-        h = tokens.h if method.adaptive_clip else torch.zeros_like(tokens.h)
-        lower, upper = clip_bounds(h, method.eps_low, method.eps_high)
+    h = tokens.h if method.adaptive_clip else torch.zeros_like(tokens.h)
+    return clip_bounds(h, method.eps_low, method.eps_high)
+
+
+def _bounds_of_surrogate(method: Method, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """The bounds that the surrogate keeps: cispo has no lower one, sapo none."""
     if method.surrogate in ("cispo", "sapo"):
         lower = torch.zeros_like(lower)
     if method.surrogate == "sapo":

@@ -185,7 +185,9 @@ def token_table(
     }
     numbers |= {name: stored[name] for name in ("ratio", "measure", "advantage", "credit") if name in stored}
     if "credit" in stored and "clipped" in trace.tokens:
-        trained = trained_tokens(method, signals.uncertain, trace.truncated)
+        # Which tokens were drawn at random is not recorded: those that lost an advantage were not.
+        drawn = [c != 0.0 or a == 0.0 for c, a in zip(stored["credit"], stored["advantage"], strict=True)]
+        trained = trained_tokens(method, signals.uncertain, trace.truncated, torch.tensor([drawn]))
         # CISPO's bound limits the weight of a token and stops no gradient.
         clipped = trace.tokens["clipped"] if method.surrogate != "cispo" else [""] * len(h)
         numbers["stopped"] = _stops(stored["credit"], clipped, trained[0].tolist())

@@ -109,6 +109,19 @@ def test_what_stopped_a_gradient_is_named_where_the_loss_has_none(preset, advant
         assert {"lower bound", "dual clip"} <= set(stops)
 
 
+def test_tokens_that_were_not_drawn_are_masked():
+    """As forking tokens leaves out certain ones. A completion without an advantage has no credit anyway."""
+    method = PRESETS["random_tokens"]
+    trace = make_trace()
+    columns = {"advantage": [1.0] * 6, "credit": [1.0, 0.0, 1.0, 0.0, 0.0, 1.0], "clipped": [""] * 6}
+    table = token_table(dataclasses.replace(trace, tokens=trace.tokens | columns), method)
+    stops = [STOPS[int(code)] for code in table.numbers["stopped"]]
+    assert stops == ["none", "masked", "none", "masked", "masked", "none"]
+    columns |= {"advantage": [0.0] * 6, "credit": [0.0] * 6}
+    table = token_table(dataclasses.replace(trace, tokens=trace.tokens | columns), method)
+    assert {STOPS[int(code)] for code in table.numbers["stopped"]} == {"no credit"}
+
+
 def test_a_completion_that_is_left_out_is_masked():
     method = dataclasses.replace(Method(), truncated="mask")
     trace = dataclasses.replace(trained(make_trace(), method, 1.0, [1.0] * 6), truncated=True)
