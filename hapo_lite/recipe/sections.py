@@ -208,7 +208,9 @@ class RolloutSettings(Section):
     """How the completions of an iteration are sampled."""
 
     engine: Literal["transformers", "paged", "vllm", "unsloth"] = Field(
-        "transformers", description="What samples: generate of transformers, its continuous batching, vLLM, or Unsloth"
+        "transformers",
+        description="What samples: the policy with the kit's decoding loop (transformers) or with transformers' "
+        "continuous batching (paged), vLLM, or Unsloth",
     )
     engine_memory: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.4, description="Share of the GPU's memory for vLLM, which has a base of its own and sleeps during the update"
