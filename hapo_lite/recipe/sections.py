@@ -263,7 +263,9 @@ class TrainingSettings(Section):
     )
     updates_per_iteration: Positive = Field(4, description="Optimiser steps on each iteration's completions")
     micro_batch_tokens: Positive = Field(
-        16384, description="Padded tokens, prompt included, in one forward and backward; changes memory, no result"
+        16384,
+        description="Padded tokens, prompt included, in one forward and backward; changes memory, and the "
+        "result by rounding alone",
     )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field("adamw", description="Optimiser")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-5, description="Peak learning rate")
