@@ -234,15 +234,15 @@ def test_a_complete_run_needs_no_checkpoint(finished, tmp_path):
     assert runs_of(tmp_path / "pair") == runs_of(finished[0])
 
 
-def test_runs_do_not_share_a_gpu_and_nobody_else_starts_them(monkeypatch):
-    runner.check_machine(workers=2)
+def test_runs_do_not_share_a_gpu_and_nobody_else_starts_them(monkeypatch, capsys):
+    assert runner.runs_at_once(2) == 2
     monkeypatch.setattr(runner.torch.cuda, "is_available", lambda: True)
-    runner.check_machine(workers=1)
-    with pytest.raises(UserError, match="workers = 2: on a GPU runs go one after another"):
-        runner.check_machine(workers=2)
+    assert runner.runs_at_once(1) == 1 and capsys.readouterr().out == ""
+    assert runner.runs_at_once(2) == 1
+    assert "note: runs go one after another on a GPU" in capsys.readouterr().out
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without accelerate launch or torchrun"):
-        runner.check_machine(workers=1)
+        runner.runs_at_once(1)
 
 
 def test_a_second_command_is_refused(finished, monkeypatch):

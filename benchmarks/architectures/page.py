@@ -32,7 +32,7 @@ learning at the size of a real one.
 
 Machine: one thread of {machine}, torch {torch}, transformers {transformers}, peft {peft} and
 bitsandbytes {bitsandbytes}.
-A command that ends in a traceback would be on this page as such: there is {tracebacks}.
+{tracebacks} ended in a traceback.
 """
 TRAINS = """\
 ## Families that train
@@ -96,7 +96,7 @@ def page_of(reports: Sequence[Report]) -> str:
         transformers=transformers.__version__,
         peft=peft.__version__,
         bitsandbytes=bitsandbytes.__version__,
-        tracebacks=f"one for {', '.join(broken)}" if broken else "none",
+        tracebacks=f"Commands of {', '.join(broken)}" if broken else "No command",
     )
     most = max(r.facts["gap"] for r in trains)
     parts = [header, TRAINS.format(close=CLOSE, most=most) + table_of_trained(trains)]

@@ -52,7 +52,7 @@ def run_all(comparison: Comparison, runs: Sequence[PlannedRun]) -> dict[str, str
 
     Raises UserError if no run can be started, and Interrupted for a signal, once the runs have saved.
     """
-    check_machine(comparison.workers)
+    at_once = runs_at_once(comparison.workers)
     inside(comparison.folder.parent, comparison.folder)
     for run in runs:
         check_place(RunFolder(run.recipe.run_dir))
@@ -63,7 +63,7 @@ def run_all(comparison: Comparison, runs: Sequence[PlannedRun]) -> dict[str, str
     with locked(comparison.folder) as lock:
         with writing(comparison.folder):
             (comparison.folder / "comparison.yaml").write_text(comparison.to_yaml(), encoding="utf-8")
-        return Runner(comparison, runs, lock).work()
+        return Runner(comparison.model_copy(update={"workers": at_once}), runs, lock).work()
 
 
 class Runner:
@@ -212,12 +212,18 @@ def failure(log: Path, code: int) -> str:
     return f"{how}: {lines[-1]} ({log})" if lines else f"{how} ({log})"
 
 
-def check_machine(workers: int) -> None:
-    """Raise UserError for several runs at a time on one GPU, and for a launcher that starts several processes."""
-    if workers > 1 and torch.cuda.is_available():
-        raise UserError(f"workers = {workers}: on a GPU runs go one after another, since each wants all of its memory")
+def runs_at_once(workers: int) -> int:
+    """`workers`, or 1 and a printed note where there is a GPU. Raises UserError under a launcher of processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a comparison starts its runs itself: call it without accelerate launch or torchrun")
+    if workers > 1 and torch.cuda.is_available():
+        print(
+            f"note: runs go one after another on a GPU, since each wants all of its memory: workers = {workers} counts "
+            "as 1. CUDA_VISIBLE_DEVICES= in front of the command keeps them on the CPU",
+            flush=True,
+        )
+        return 1
+    return workers
 
 
 @contextlib.contextmanager

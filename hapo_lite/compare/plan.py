@@ -61,7 +61,7 @@ class Comparison(Section):
     threshold: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Accuracy to be reached; null: half-way from the accuracy before to the reference's last"
     )
-    workers: Positive = Field(1, description="Runs at a time, each on one thread; more than 1 on a CPU only")
+    workers: Positive = Field(1, description="Runs at a time, each on one thread; on a GPU always 1")
 
     @property
     def folder(self) -> Path:

@@ -208,7 +208,9 @@ class RolloutSettings(Section):
     """How the completions of an iteration are sampled."""
 
     engine: Literal["transformers", "paged", "vllm", "unsloth"] = Field(
-        "transformers", description="What samples: generate of transformers, its continuous batching, vLLM, or Unsloth"
+        "transformers",
+        description="What samples: the policy with the kit's decoding loop (transformers) or with transformers' "
+        "continuous batching (paged), vLLM, or Unsloth",
     )
     engine_memory: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.4, description="Share of the GPU's memory for vLLM, which has a base of its own and sleeps during the update"
@@ -261,7 +263,9 @@ class TrainingSettings(Section):
     )
     updates_per_iteration: Positive = Field(4, description="Optimiser steps on each iteration's completions")
     micro_batch_tokens: Positive = Field(
-        16384, description="Padded tokens, prompt included, in one forward and backward; changes memory, no result"
+        16384,
+        description="Padded tokens, prompt included, in one forward and backward; changes memory, and the "
+        "result by rounding alone",
     )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field("adamw", description="Optimiser")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-5, description="Peak learning rate")

@@ -1,6 +1,7 @@
 """Real weights: a run in each dtype, once for all tests. `make test-all` takes smollm2, `make test-qwen` qwen.
 
-HAPO_REAL_MODELS names the folder that holds the models; the Makefile sets it, and `make smollm2` fills it.
+HAPO_REAL_MODELS names a folder with smollm2/ and qwen/, as `from_pretrained` loads them; the Makefile sets it. Any copy
+of the hub's models serves. HAPO_REAL_DATA names a folder with gsm8k_train.parquet and gsm8k_test.parquet.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tests.conftest import ROOT, TINY
 from tests.loops import digest
 
 MODELS = [pytest.param("smollm2", marks=pytest.mark.slow), pytest.param("qwen", marks=pytest.mark.by_hand)]
-DATA = ROOT.parent / "shared" / "data"
+DATA = Path(os.environ.get("HAPO_REAL_DATA", ROOT.parent / "shared" / "data"))
 GSM8K = {split: DATA / f"gsm8k_{split}.parquet" for split in ("train", "test")}
 
 WAYS = {
@@ -61,12 +62,12 @@ def model(request) -> Path:
     """A folder with real weights."""
     models = os.environ.get("HAPO_REAL_MODELS")
     if not models:
-        pytest.skip("HAPO_REAL_MODELS does not name a folder with real weights: run it with make")
+        pytest.skip("HAPO_REAL_MODELS names no folder with models: run it with make")
     if not (Path(models) / request.param / "tokenizer.json").is_file():
-        pytest.skip(f"there are no weights in {Path(models) / request.param}: make {request.param}")
+        pytest.skip(f"HAPO_REAL_MODELS holds no model {request.param}/")
     for file in GSM8K.values():
         if not file.is_file():
-            pytest.skip(f"real problems are not beside the checkout: {file}")
+            pytest.skip(f"HAPO_REAL_DATA holds no {file.name}")
     return Path(models) / request.param
 
 
