@@ -196,7 +196,7 @@ def test_the_reach_of_more_attempts_by_hand():
     before, after = [1] * 10 + [0] * 30, [2] * 10 + [1] * 8 + [0] * 22
     verdict = judge_run(lines(before, after), recipe())
     assert verdict.word == "improved"
-    assert "2.8 times as many attempts could have done as much (up to 0.450)" in verdict.sentence
+    assert "2.8 times as many attempts could have raised pass@4 by up to 0.450" in verdict.sentence
     assert beyond_more_attempts(before, after).mean() == pytest.approx(8 / 40 - 1.8 * 10 / 40)
     none = judge_run(lines([0] * 40, [1] * 20 + [0] * 20), recipe())
     assert none.word == "improved" and "none was solved before" in none.sentence

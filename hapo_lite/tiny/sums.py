@@ -4,7 +4,7 @@ A problem is `19 30 39 45 51 53: 2 make 104?`, and its only answer is `51,53`. `
 student would, who takes numbers at random and adds them up, gives up after a try or two, and then guesses. Now and then
 he subtracts from the target instead, and looks whether what is left is one of the numbers, which finds the answer in
 fewer tries. The bundled model `tiny_sums` imitates him. It solves few problems at its first attempt and not all in 64,
-so a run on this task can tell problems that were learned from answers that were sharpened.
+so training can let it solve more of them, and not only the same ones more often.
 """
 
 from __future__ import annotations

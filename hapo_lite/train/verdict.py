@@ -111,7 +111,7 @@ def _within_reach(accuracy: float, change: Mapping[str, Interval], n: int) -> st
     factor = 1.0 + change[f"avg@{n}"].value / accuracy
     found = change[f"pass@{n}"].value - change["beyond"].value
     return (
-        f"{factor:.1f} times as many attempts could have done as much (up to {found:.3f}), so whether the new ones "
+        f"{factor:.1f} times as many attempts could have raised pass@{n} by up to {found:.3f}, so whether the new ones "
         "were out of reach cannot be told"
     )
 
