@@ -115,7 +115,7 @@ class _Head(torch.autograd.Function):
         for rows in tiles.token_slices(hidden.shape[0]):
             part_jacobian = None if jacobian is None else jacobian.rows(rows)
             softmax, target_logit = _read_vocabulary(tiles, tokens.rows(rows), part_jacobian)
-            logp[rows] = target_logit - softmax.top - softmax.others.log1p()
+            logp[rows] = target_logit - softmax.top - softmax.log_total
             entropy[rows] = softmax.entropy()
             normaliser[rows] = softmax.logsumexp()
         if not entropy_gradient:

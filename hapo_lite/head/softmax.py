@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -78,11 +79,16 @@ class Softmax:
         """Sum of exp(z - m) over all entries."""
         return 1.0 + self.others
 
+    @cached_property
+    def log_total(self) -> Tensor:
+        """Logarithm of `total`, also where the others are lost beside 1."""
+        return self.others.log1p()
+
     def logsumexp(self) -> Tensor:
-        return self.top + self.others.log1p()
+        return self.top + self.log_total
 
     def entropy(self) -> Tensor:
-        return self.others.log1p() + self.weighted / self.total
+        return self.log_total + self.weighted / self.total
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ def _by_blocks(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     probability = torch.softmax(scores, dim=-1)
     mass = _block_sums(probability).double()
     likely = mass.topk(LIKELY, dim=-1).indices
-    exact = _weights(scores, likely).sum(dim=-1)
+    places = torch.arange(BLOCK, device=scores.device)
+    exact = _weights(scores, likely, places).sum(dim=-1)
     # The likeliest blocks keep their part of the whole mass; their shares of that part become exact.
     mass.scatter_(1, likely, exact * (mass.gather(1, likely).sum(dim=-1) / exact.sum(dim=-1))[:, None])
     cumulative = mass.cumsum(dim=-1)
@@ -46,7 +47,7 @@ def _by_blocks(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     block = _first_above(cumulative, threshold)[:, None]
     own = mass.gather(1, block).squeeze(1)
     share = (threshold - cumulative.gather(1, block).squeeze(1)).div_(own).add_(1.0).clamp_(0.0, BELOW_ONE)
-    inside = _weights(scores, block).squeeze(1).cumsum_(dim=-1)
+    inside = _weights(scores, block, places).squeeze(1).cumsum_(dim=-1)
     ids = block.squeeze(1) * BLOCK + _first_above(inside, share * inside[:, -1])
     return ids, (probability.gather(1, ids[:, None]).squeeze(1).double() / total).log().float()
 
@@ -60,10 +61,13 @@ def _block_sums(values: Tensor) -> Tensor:
     return torch.cat([sums, values[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
 
 
-def _weights(scores: Tensor, blocks: Tensor) -> Tensor:
-    """exp(score - largest score in these blocks) of the blocks' entries: [B, k, BLOCK], fp64. blocks: [B, k]."""
+def _weights(scores: Tensor, blocks: Tensor, places: Tensor) -> Tensor:
+    """exp(score - largest score in these blocks) of the blocks' entries: [B, k, BLOCK], fp64.
+
+    blocks: [B, k]. places: 0 to BLOCK - 1.
+    """
     size = scores.shape[1]
-    columns = blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=blocks.device)
+    columns = blocks[:, :, None] * BLOCK + places
     if size % BLOCK:
         picked = scores.gather(1, columns.clamp(max=size - 1).flatten(1)).view(columns.shape)
         picked = picked.masked_fill(columns >= size, float("-inf"))
