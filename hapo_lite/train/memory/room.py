@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 from hapo_lite.errors import UserError
@@ -20,6 +21,13 @@ def usable(card: int) -> int:
     return int((card - CONTEXT) * (1.0 - FRAGMENTS))
 
 
+def room_of(device: torch.device) -> int:
+    """Bytes of tensors that fit on this machine's `device`: of a whole card, or what is available in main memory."""
+    if device.type == "cuda":
+        return usable(torch.cuda.get_device_properties(device).total_memory)
+    return psutil.virtual_memory().available
+
+
 def unpacks(recipe: Recipe, device: torch.device) -> Unpacking:
     """Whether a run of `recipe` on `device` unpacks its 4-bit base.
 
@@ -31,7 +39,7 @@ def unpacks(recipe: Recipe, device: torch.device) -> Unpacking:
     wanted = unpacking(recipe)
     if not wanted.left_open or device.type != "cuda":
         return wanted
-    room = usable(torch.cuda.get_device_properties(device).total_memory)
+    room = room_of(device)
     try:
         fits = "unpacked base" in Predictor(recipe, "cuda").stages(room=room)[0].parts
     except UserError:
