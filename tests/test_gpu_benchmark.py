@@ -7,20 +7,29 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_parts
+from benchmarks import gpu, gpu_parts, memory
 from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
+from hapo_lite.model.load import load_policy
 from hapo_lite.model.unpacked import Unpacking
 from hapo_lite.preflight.measure import prepare as prepare_on_cpu
+from hapo_lite.rollout.transformers_engine import TransformersEngine
 from hapo_lite.train.memory.predict import Predictor
 from tests.commands import own_precision
 from tests.conftest import ROOT
 from tests.test_shortage import SmallMemory
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> gpu.Place:
+    monkeypatch.setattr(gpu_parts, "DEVICE", "cpu")
+    return gpu.Place("small", tmp_path)
 
 
 def test_parts_are_done_once_and_the_page_has_them_all(tmp_path, monkeypatch):
@@ -107,6 +116,47 @@ def test_a_check_that_could_not_be_made_is_no_difference(tmp_path, monkeypatch, 
         assert gpu_parts.verify_resume(place)["the resumed run's bytes"] == word
 
 
+def test_recorded_steps_are_compared_and_a_refusal_is_a_figure(monkeypatch, make_recipe):
+    recipe = make_recipe("rollout.prompts_per_iteration=2", "rollout.max_new_tokens=8", "data.limit=64")
+    policy = load_policy(recipe.model, 0, "cpu")
+    asked = []
+
+    def recorder_for(setting, device):
+        asked.append(setting)
+        return None
+
+    monkeypatch.setattr("hapo_lite.rollout.transformers_engine.recorder_for", recorder_for)
+    figures = gpu_parts.recorded_steps(recipe, policy, 1)
+    assert set(asked) == {"auto", "on"} and figures["recorded: completions that differ"] == 0
+
+    def other_numbers(policy, size, longest, cuda_graphs):
+        return type("Other", (TransformersEngine,), {"sample": sampled_elsewhere})(policy, size, longest)
+
+    def sampled_elsewhere(engine, requests, processor, key):
+        return TransformersEngine.sample(engine, requests, processor, replace(key, seed=key.seed + 1))
+
+    monkeypatch.setattr("benchmarks.engines.TransformersEngine", other_numbers)
+    assert gpu_parts.recorded_steps(recipe, policy, 1)["recorded: completions that differ"] > 0
+
+    def refusing(*arguments, **options):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr("benchmarks.engines.TransformersEngine", refusing)
+    figures = gpu_parts.recorded_steps(recipe, policy, 1)
+    assert figures["recorded: tokens/s"] == "operation not permitted when stream is capturing"
+
+
+@pytest.mark.parametrize(("room", "counted"), [(0, False), (1 << 40, True)])
+def test_the_prediction_is_told_the_room_that_the_run_has(place, monkeypatch, room, counted):
+    """So a copy of the base is in the predicted figures where it is in the measured ones."""
+    monkeypatch.setattr(memory, "room_of", lambda device: room)
+    monkeypatch.setattr(memory, "prepare", lambda recipe: SimpleNamespace(loop=None))
+    monkeypatch.setattr(memory, "measure_loop", lambda worst, say: None)
+    monkeypatch.setattr(memory, "compare_methods", lambda loop, pairs: {})
+    stages = memory.measure_training(place.recipe(), 1).stages
+    assert ("unpacked base" in stages[0].parts) is counted
+
+
 def test_commands_need_the_adapter_of_the_tiny_run(tmp_path):
     with pytest.raises(UserError, match="the part tiny has to come first"):
         gpu_parts.run_commands(gpu.Place("small", tmp_path))
@@ -141,12 +191,6 @@ def test_a_shortage_is_one_of_the_update_and_halves_it(tmp_path, monkeypatch):
     assert 0.5 * update < limits[0] < update
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch) -> gpu.Place:
-    monkeypatch.setattr(gpu_parts, "DEVICE", "cpu")
-    return gpu.Place("small", tmp_path)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_training_engines_head_and_paged_states_are_measured_on_a_cpu(place):
@@ -158,9 +202,10 @@ def test_training_engines_head_and_paged_states_are_measured_on_a_cpu(place):
     for stage in ("rollout", "scoring", "update"):
         assert training[f"{stage}: predicted, MiB"] > 0 < training[f"{stage}: measured, MiB"]
     assert training["hapo / dapo"] > 0
-    for name in ("plain", "generate", "transformers", "recorded", "paged"):
+    for name in ("plain", "generate", "transformers", "paged"):
         assert engines[f"{name}: tokens/s"] > 0 < engines[f"{name} / plain"]
-    assert engines["recorded: completions that differ from transformers'"] == 0
+    assert engines["recorded: tokens/s"] > 0 < engines["recorded / transformers"]
+    assert engines["recorded: completions that differ"] == 0
     assert found["head"]["Triton's kernel"] in ("used", "not used") and len(found["head"]) > 3
     assert found["paged"]["states"] > 0 and found["paged"]["steps skipped after the checkpoint was read"] == 0
     assert "skipped" in gpu.PARTS["fp16"].work(place) and "skipped" in gpu.PARTS["shortage"].work(place)

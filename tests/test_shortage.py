@@ -14,10 +14,12 @@ from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
 from hapo_lite.model.oom import is_out_of_memory
 from hapo_lite.model.unpacked import Unpacking
+from hapo_lite.preflight.measure import measure_loop, prepare
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.train import run
 from hapo_lite.train.__main__ import main
 from hapo_lite.train.oom_retry import OomRetry
+from tests.commands import own_precision
 from tests.conftest import ROOT, TINY
 from tests.loops import adapter_digest
 
@@ -167,6 +169,19 @@ def test_a_copy_of_the_base_is_given_up_before_a_batch_is_halved(make_recipe, ma
     assert loop.collector.engine.batch_size == 16 and oom.tokens is None
     assert state == same.step(TrainState()).state and adapter_digest(loop) == adapter_digest(same)
     assert loop.step(state).metrics["memory/shortages"] == 0
+
+
+def test_preflight_says_that_the_copy_was_given_up(make_recipe):
+    with own_precision():
+        worst = prepare(make_recipe("rollout.batch_size=16"))
+        dense = worst.loop.policy.dense
+        dense.wanted = Unpacking.DECIDED
+        SmallMemory(
+            worst.loop.policy,
+            lambda tokens, learning: learning or not any("forward" in vars(layer) for layer in dense._layers),
+        )
+        measured = measure_loop(worst, lambda sentence: None)
+    assert measured.fitted == {"rollout.unpacked_base": "never", "rollout.batch_size": 16}
 
 
 def test_the_last_sentence_names_a_copy_that_was_asked_for(make_recipe, make_loop):
