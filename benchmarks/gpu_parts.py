@@ -124,7 +124,8 @@ def measure_engines(place: Place) -> Figures:
     speeds = engine_speeds(names, recipe, policy, place.load.repeats)
     for name in names:
         figures[f"{name}: tokens/s"] = statistics.median(speeds.tokens_per_s[name])
-        figures[f"{name} / plain"] = speeds.ratio(name, "plain")
+        if name != "plain":
+            figures[f"{name} / plain"] = speeds.ratio(name, "plain")
     figures |= recorded_steps(recipe, policy, place.load.repeats)
     for name in ("vllm", "unsloth"):
         if importlib.util.find_spec(name) is None:
