@@ -6,7 +6,8 @@
 last has ended. `plain` is `generate` on the layers of peft and bitsandbytes as these libraries make them: the adapter
 as peft computes it, and a 4-bit base that is unpacked in every step. The engines take turns, so that a disturbance of
 the machine affects all. The numbers are medians; a ratio is to the first engine in the same turn. The same random
-numbers give the same completions, and so the same work.
+numbers give the same completions, and so the same work. `recorded` is `transformers` with its steps recorded as CUDA
+graphs; without a card nothing is recorded.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from hapo_lite.rollout.draws import DrawKey, Stage  # noqa: E402
 from hapo_lite.rollout.engine import Engine, make_engine  # noqa: E402
 from hapo_lite.rollout.generate_engine import GenerateEngine  # noqa: E402
 from hapo_lite.rollout.sampling import AdaptiveTemperature  # noqa: E402
+from hapo_lite.rollout.transformers_engine import TransformersEngine  # noqa: E402
 from hapo_lite.train.prompts import encode_prompts, load_data  # noqa: E402
 
 
@@ -44,12 +46,14 @@ def plain(policy: Policy) -> Policy:
 
 
 def engine(name: str, recipe: Recipe, policy: Policy) -> Engine:
-    """The engine of that name, or `generate`, or `plain` with a policy of its own."""
+    """The engine of that name, `generate`, `recorded`, or `plain` with a policy of its own."""
+    size, longest = recipe.rollout.batch_size, recipe.rollout.max_new_tokens
     if name == "plain":
-        policy = plain(load_policy(recipe.model, recipe.seed, policy.device.type))
-        return GenerateEngine(policy, recipe.rollout.batch_size, recipe.rollout.max_new_tokens)
+        return GenerateEngine(plain(load_policy(recipe.model, recipe.seed, policy.device.type)), size, longest)
     if name == "generate":
-        return GenerateEngine(policy, recipe.rollout.batch_size, recipe.rollout.max_new_tokens)
+        return GenerateEngine(policy, size, longest)
+    if name == "recorded":
+        return TransformersEngine(policy, size, longest, cuda_graphs="on")
     return make_engine(
         recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"engine": name})}), policy
     )
@@ -65,6 +69,10 @@ class Speeds(NamedTuple):
         """The median over turns of an engine's speed to that of the engine `to`."""
         pairs = zip(self.tokens_per_s[name], self.tokens_per_s[to], strict=True)
         return statistics.median(a / b for a, b in pairs)
+
+    def same(self, name: str, to: str) -> int:
+        """How many completions of the last turn have the same tokens as those of the engine `to`."""
+        return sum(torch.equal(a.ids, b.ids) for a, b in zip(self.written[name], self.written[to], strict=True))
 
 
 def requests_of(recipe: Recipe, policy: Policy) -> list[Request]:
@@ -111,10 +119,10 @@ def main() -> None:
         f"{len(requests)} completions of {mean_length:.0f} tokens, {recipe.rollout.batch_size} at once"
     )
     for name in engines:
-        same = sum(torch.equal(a.ids, b.ids) for a, b in zip(found.written[name], found.written[first], strict=True))
         print(
             f"{name}: {statistics.median(found.tokens_per_s[name]):,.0f} tokens/s, "
-            f"{found.ratio(name, first):.2f} x {first}; {same} of {len(requests)} completions the same"
+            f"{found.ratio(name, first):.2f} x {first}; "
+            f"{found.same(name, first)} of {len(requests)} completions the same"
         )
 
 

@@ -1,6 +1,7 @@
 """Peak memory and seconds by stage at true shapes with random weights, beside the prediction; HAPO beside DAPO.
 
-    python benchmarks/memory.py [--shapes 1.5b 7b] [--completions 64] [--new 1024] [--prompt 256] [--pairs 4]
+    python benchmarks/memory.py [section.key=value ...] [--shapes 1.5b 7b] [--completions 64] [--new 1024]
+        [--prompt 256] [--pairs 4]
 
 Training has a 4-bit base, LoRA of rank 32, gradient checkpointing, 8-bit AdamW, groups of 8 and micro-batches of 4
 sequences. The model is written once to --folder and read like any other. Without a GPU use --shapes small. HAPO and
@@ -35,6 +36,7 @@ from hapo_lite.recipe import Recipe, load_recipe  # noqa: E402
 from hapo_lite.runs.checkpoint import TrainState  # noqa: E402
 from hapo_lite.train.loop import Loop  # noqa: E402
 from hapo_lite.train.memory.predict import Predictor, Stage  # noqa: E402
+from hapo_lite.train.memory.room import room_of  # noqa: E402
 
 SHAPES = {
     "small": Shape(layers=4, hidden=256, heads=4, key_heads=2, inner=704, vocabulary=8192),
@@ -94,7 +96,7 @@ def recipe_for(model: Path, work: Work, overrides: Sequence[str] = ()) -> Recipe
 def measure_training(recipe: Recipe, pairs: int) -> Training:
     """Predict and measure the memory of `recipe`, then time `pairs` pairs of iterations."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    stages = Predictor(recipe, device).stages()
+    stages = Predictor(recipe, device).stages(room=room_of(torch.device(device)))
     worst = prepare(recipe)
     measured = measure_loop(worst, print)
     return Training(stages, measured, compare_methods(worst.loop, pairs))
@@ -126,7 +128,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="where the models are written; default: a temporary folder")
-    args = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that come last")
+    args = parser.parse_intermixed_args()
     keep_freed_memory()
     quiet_libraries()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -134,7 +137,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as temporary:
         for shape in args.shapes:
-            found = measure_training(recipe_for(write_model(args.folder or Path(temporary), shape), work), args.pairs)
+            model = write_model(args.folder or Path(temporary), shape)
+            found = measure_training(recipe_for(model, work, args.overrides), args.pairs)
             print(
                 f"{shape}: {work.completions} completions of {work.new} tokens, prompts of {work.prompt}, on {device}"
             )

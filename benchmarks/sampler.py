@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from hapo_lite.cli import keep_freed_memory, quiet_libraries  # noqa: E402
 from hapo_lite.model.load import load_policy  # noqa: E402
 from hapo_lite.model.policy import Policy  # noqa: E402
+from hapo_lite.model.unpacked import Unpacking  # noqa: E402
 from hapo_lite.recipe import load_recipe  # noqa: E402
 from hapo_lite.records import Completion, EncodedPrompt, Request  # noqa: E402
 from hapo_lite.rollout.canary import engine_logp, stepwise_logp, trainer_logp  # noqa: E402
@@ -36,7 +37,11 @@ from hapo_lite.rollout.sampling import AdaptiveTemperature  # noqa: E402
 from hapo_lite.rollout.transformers_engine import TransformersEngine  # noqa: E402
 from hapo_lite.tasks.data import load_prompts  # noqa: E402
 
-WAYS = {"unquantised": ("none", False), "NF4": ("nf4", False), "NF4, unpacked once": ("nf4", True)}
+WAYS = {
+    "unquantised": ("none", Unpacking.NEVER),
+    "NF4": ("nf4", Unpacking.NEVER),
+    "NF4, unpacked once": ("nf4", Unpacking.ALWAYS),
+}
 
 
 class PlainPolicy(Policy):

@@ -83,7 +83,8 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
 
 
 def run_command(command: Callable[[list[str] | None], object], argv: list[str] | None = None) -> int:
-    """Run a command line and return its exit code: 0, 2 after a UserError, 128 + n after signal n.
+    """Run a command line and return its exit code: 0, that of a UserError (2, or 3: see `ResumeDiffers`), 128 + n after
+    signal n.
 
     A shortage of memory counts as a UserError. argv: None takes the arguments of this process.
     """
@@ -106,7 +107,7 @@ def _run(command: Callable[[list[str] | None], object], argv: list[str] | None) 
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except Interrupted as stop:
         saved = "all that was complete is saved: the same command continues from here"
         print(f"stopped by {stop}; {saved}", file=sys.stderr)

@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 class UserError(Exception):
     """An error that the user can fix. Its text is one sentence that says what is wrong, where, and what to do.
 
-    The command lines print it without a traceback and exit with code 2.
+    The command lines print it without a traceback and exit with its `exit_code`.
     """
+
+    exit_code = 2
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from hapo_lite.model.policy import Policy
+from hapo_lite.model.unpacked import Unpacking
 from hapo_lite.recipe import Recipe
 from hapo_lite.records import EncodedPrompt, Prompt, Sequences
 from hapo_lite.rollout import draws
@@ -46,7 +47,9 @@ def check_stages(recipe: Recipe, policy: Policy, rollout: bool) -> None:
     sizes = worst_case(recipe, predictor.context)
     sampling, scoring, update = predictor.stages()
     if policy.dense is not None:
-        policy.dense.wanted = bool(unpacking(recipe))
+        # The prediction counts no copy that is left open, since it is told of no room.
+        asked = unpacking(recipe)
+        policy.dense.wanted = Unpacking.NEVER if asked.left_open else asked
     parameters = list(policy.trainable().values())
     assert sampling.parts["adapter"] == total_bytes(parameters)
     assert sampling.parts["base weights"] + sampling.parts["adapter"] == total_bytes(tensors_of(policy.model))

@@ -18,6 +18,7 @@ from hapo_lite.model.decoder import cache_name
 from hapo_lite.model.experts import notes_on_packing
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.refusals import own_errors
+from hapo_lite.model.unpacked import Unpacking
 from hapo_lite.recipe import ModelSettings
 from hapo_lite.records import EncodedPrompt, Prompt
 from hapo_lite.rollout.canary import few_prompts
@@ -160,7 +161,7 @@ def test_a_base_whose_memory_cannot_be_predicted_stays_packed_on_a_gpu(tmp_path,
         save_small_model(family, tmp_path / family)
         recipe = make_recipe(f"model.name={tmp_path / family}", "model.dtype=bf16", "rollout.unpacked_base=auto")
         unpacked[family] = unpacks(recipe, torch.device("cuda"))
-    assert unpacked == {"llama": True, "biogpt": False}
+    assert unpacked == {"llama": Unpacking.DECIDED, "biogpt": Unpacking.NEVER}
     with pytest.raises(UserError, match=r"the memory of model\.name = \S*biogpt cannot be predicted.*start the run"):
         Predictor(recipe, "cpu").stages()
 
@@ -172,7 +173,7 @@ def test_a_base_that_brings_its_own_code_stays_packed_on_a_gpu(tmp_path, make_re
     (tmp_path / "own" / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}')
     for name in ("own", "not_there"):
         recipe = make_recipe(f"model.name={tmp_path / name}", "model.trust_remote_code=true")
-        assert unpacks(recipe, torch.device("cuda")) is False
+        assert unpacks(recipe, torch.device("cuda")) is Unpacking.NEVER
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from hapo_lite.algo.signal import EntropySignal
 from hapo_lite.model.origins import TINY_MODEL
 from hapo_lite.model.policy import Policy
 from hapo_lite.records import EncodedPrompt, Prompt, Request
-from hapo_lite.rollout import decoding, transformers_engine
+from hapo_lite.rollout import decoding, graphs, transformers_engine
 from hapo_lite.rollout.cache import SLOTS, in_ring
 from hapo_lite.rollout.decoding import bucket
 from hapo_lite.rollout.draws import DrawKey, Stage
@@ -222,7 +222,9 @@ def test_recorded_steps_write_the_same(name, looks, requests, monkeypatch):
     assert tracer.recorded > 1 and tracer.replayed > 1
 
 
-def test_no_graph_is_recorded_before_it_has_been_measured():
+def test_no_graph_is_recorded_before_it_has_been_measured(monkeypatch):
+    monkeypatch.setattr(graphs, "CudaRecorder", lambda: "recorder")
+    assert recorder_for("on", torch.device("cuda")) == "recorder" and recorder_for("on", torch.device("cpu")) is None
     for setting in ("auto", "off"):
         assert (
             recorder_for(setting, torch.device("cpu")) is None and recorder_for(setting, torch.device("cuda")) is None

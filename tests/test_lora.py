@@ -14,7 +14,7 @@ from torch import nn
 
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.lora import TwoProducts, held_factors, use_two_products
-from hapo_lite.model.unpacked import UnpackedBase
+from hapo_lite.model.unpacked import UnpackedBase, Unpacking
 from hapo_lite.recipe import LoraSettings, ModelSettings, load_recipe
 from hapo_lite.records import Sequences
 from hapo_lite.runs.checkpoint import TrainState
@@ -143,7 +143,7 @@ def test_an_update_with_the_unpacked_base_ends_with_the_same_adapter(make_loop, 
     monkeypatch.setattr(
         UnpackedBase, "held", lambda base, in_update=False: made.append(in_update) or held(base, in_update)
     )
-    for wanted in (None, False):
+    for wanted in (Unpacking.IF_FREE, Unpacking.NEVER):
         loop = make_loop(make_recipe())
         loop.policy.dense.wanted = wanted
         loop.step(TrainState())
@@ -152,7 +152,7 @@ def test_an_update_with_the_unpacked_base_ends_with_the_same_adapter(make_loop, 
 
 
 @pytest.mark.parametrize(("times", "made"), [(19.9, False), (20.0, True)])
-@pytest.mark.parametrize("wanted", [None, True])
+@pytest.mark.parametrize("wanted", [Unpacking.IF_FREE, Unpacking.DECIDED, Unpacking.ALWAYS])
 def test_in_an_update_the_copy_is_made_where_it_is_small_beside_the_free_memory(monkeypatch, times, made, wanted):
     policy = load("nf4")
     policy.dense.wanted = wanted
@@ -160,7 +160,7 @@ def test_in_an_update_the_copy_is_made_where_it_is_small_beside_the_free_memory(
     monkeypatch.setattr("psutil.virtual_memory", lambda: free)
     with policy.unpacked(exact=True, in_update=True):
         assert any("forward" in vars(layer) for layer in policy.dense._layers) is made
-    policy.dense.wanted = False
+    policy.dense.wanted = Unpacking.NEVER
     with policy.unpacked(exact=True, in_update=True):
         assert not any("forward" in vars(layer) for layer in policy.dense._layers)
 

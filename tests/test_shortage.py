@@ -13,10 +13,13 @@ from accelerate import Accelerator
 from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
 from hapo_lite.model.oom import is_out_of_memory
+from hapo_lite.model.unpacked import Unpacking
+from hapo_lite.preflight.measure import measure_loop, prepare
 from hapo_lite.runs.checkpoint import TrainState
 from hapo_lite.train import run
 from hapo_lite.train.__main__ import main
 from hapo_lite.train.oom_retry import OomRetry
+from tests.commands import own_precision
 from tests.conftest import ROOT, TINY
 from tests.loops import adapter_digest
 
@@ -94,6 +97,7 @@ def test_short_in_scoring_is_a_run_that_had_the_smaller_budget(make_recipe, make
 def test_short_in_the_middle_of_an_update_learns_the_same(make_recipe, make_loop):
     """Gradients of the micro-batches that had fitted are dropped, not counted twice."""
     loops = [make_loop(make_recipe("training.micro_batch_tokens=200")) for _ in range(2)]
+    loops[0].policy.dense.wanted = Unpacking.NEVER
     before, calls, told = flat(loops[0]), [0], []
 
     def fits(tokens, learning):
@@ -125,6 +129,7 @@ def test_another_error_is_not_tried_again(make_recipe, make_loop):
 
 def test_short_in_the_rollout_writes_the_same_completions(make_recipe, make_loop):
     loop = make_loop(make_recipe("rollout.batch_size=16"))
+    loop.policy.dense.wanted = Unpacking.NEVER
     expected = loop.sample(TrainState(iteration=1))
     memory = SmallMemory(loop.policy, lambda tokens, learning: tokens != 16)  # a step of 16 rows
     collected = loop.sample(TrainState(iteration=1))
@@ -133,6 +138,57 @@ def test_short_in_the_rollout_writes_the_same_completions(make_recipe, make_loop
         assert torch.equal(a.ids, b.ids)
     memory.fits = lambda tokens, learning: False
     with pytest.raises(UserError, match="memory ran out in the rollout with one completion at a time"):
+        loop.sample(TrainState(iteration=1))
+
+
+@pytest.mark.parametrize("wanted", [Unpacking.IF_FREE, Unpacking.DECIDED, Unpacking.ALWAYS])
+@pytest.mark.parametrize("stage", ["rollout", "scoring", "update"])
+def test_a_copy_of_the_base_is_given_up_before_a_batch_is_halved(make_recipe, make_loop, stage, wanted):
+    """A step fits beside a packed base, and not beside the copy. A copy that the recipe asks for stays."""
+    recipe = make_recipe("rollout.batch_size=16", "training.micro_batch_tokens=400")
+    loop, same = make_loop(recipe), make_loop(recipe)
+    dense, oom, told = loop.policy.dense, loop.resources.oom, []
+    dense.wanted = wanted
+    oom.tell = lambda sentence, whole: told.append(sentence)
+    here = {"rollout": False, "scoring": False, "update": True}
+
+    def fits(tokens, learning):
+        copied = any("forward" in vars(layer) for layer in dense._layers)
+        large = tokens == 16 if stage == "rollout" else tokens > 300
+        return not (copied and large and learning == here[stage])
+
+    memory = SmallMemory(loop.policy, fits)
+    state, metrics, _ = loop.step(TrainState())
+    assert metrics["memory/shortages"] == len(told) == len(memory.refused) > 0
+    if wanted is Unpacking.ALWAYS:
+        assert not dense.given_up and dense.wanted is wanted
+        assert loop.collector.engine.batch_size == 8 if stage == "rollout" else oom.tokens <= 300
+        return
+    assert dense.given_up and len(told) == 1 and told[0].startswith(f"memory ran out in the {stage} (")
+    assert told[0].endswith("done again with rollout.unpacked_base = never")
+    assert loop.collector.engine.batch_size == 16 and oom.tokens is None
+    assert state == same.step(TrainState()).state and adapter_digest(loop) == adapter_digest(same)
+    assert loop.step(state).metrics["memory/shortages"] == 0
+
+
+def test_preflight_says_that_the_copy_was_given_up(make_recipe):
+    with own_precision():
+        worst = prepare(make_recipe("rollout.batch_size=16"))
+        dense = worst.loop.policy.dense
+        dense.wanted = Unpacking.DECIDED
+        SmallMemory(
+            worst.loop.policy,
+            lambda tokens, learning: learning or not any("forward" in vars(layer) for layer in dense._layers),
+        )
+        measured = measure_loop(worst, lambda sentence: None)
+    assert measured.fitted == {"rollout.unpacked_base": "never", "rollout.batch_size": 16}
+
+
+def test_the_last_sentence_names_a_copy_that_was_asked_for(make_recipe, make_loop):
+    loop = make_loop(make_recipe())
+    loop.policy.dense.wanted = Unpacking.ALWAYS
+    SmallMemory(loop.policy, lambda tokens, learning: False)
+    with pytest.raises(UserError, match=r"one completion at a time .*: set rollout.unpacked_base=auto, or lower roll"):
         loop.sample(TrainState(iteration=1))
 
 
@@ -199,12 +255,19 @@ def work(parts):
             torch.empty(1 << 60, dtype=torch.uint8)
     return float(accelerator.reduce(torch.tensor(float(sum(map(len, mine)))), "sum"))
 
+class Copy:
+    in_the_way = accelerator.process_index == 1
+    def give_up(self):
+        self.in_the_way = False
+        print("packed", end=" ")
+
+shortage.dense = Copy()
 parts, found = shortage.fit("update", [[[0, 1, 2, 3], [4, 5, 6, 7]]], [10] * 8, work, weights_unchanged=True)
 print(accelerator.process_index, shortage.count, shortage.tokens, found, len(parts[0]))
 """
 
 
-def test_processes_halve_together_if_one_is_short(tmp_path):
+def test_processes_pack_the_base_and_halve_together_if_one_is_short(tmp_path):
     # Accelerate wants an address although the group is there already.
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
     both = [
@@ -218,7 +281,7 @@ def test_processes_halve_together_if_one_is_short(tmp_path):
         for rank in range(2)
     ]
     printed = [process.communicate(timeout=120)[0].split() for process in both]
-    assert printed == [[str(rank), "2", "10", "8.0", "8"] for rank in range(2)]
+    assert printed == [["packed", str(rank), "3", "10", "8.0", "8"] for rank in range(2)]
 
 
 def test_with_a_split_base_the_others_cannot_be_asked():

@@ -8,12 +8,17 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import fields, replace
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hapo_lite.errors import UserError
+from hapo_lite.model.adapter import save_adapter
 from hapo_lite.model.load import load_policy
 from hapo_lite.model.unsloth import HIDDEN_STATES, UnslothPolicy
 from hapo_lite.recipe import load_recipe
@@ -117,3 +122,73 @@ def test_without_a_gpu_or_the_package_it_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "unsloth", None)
     with pytest.raises(UserError, match=r"unsloth cannot be imported .*: pip install -e \.\[unsloth\]"):
         load_policy(settings, 0, "cpu", engine="unsloth")
+
+
+class FastLanguageModel:
+    """The class that Unsloth's package has, on transformers and peft. calls: the keywords of each of its functions."""
+
+    calls: ClassVar[dict[str, dict]] = {}
+
+    @classmethod
+    def from_pretrained(cls, name, **options):
+        cls.calls["from_pretrained"] = options
+        return AutoModelForCausalLM.from_pretrained(name, dtype=options["dtype"]), None
+
+    @classmethod
+    def get_peft_model(cls, base, **options):
+        cls.calls["get_peft_model"] = options
+        names = ("r", "lora_alpha", "use_rslora", "target_modules")
+        return get_peft_model(base, LoraConfig(**{name: options[name] for name in names}))
+
+    @classmethod
+    def for_inference(cls, model):
+        model.eval()
+
+    @classmethod
+    def for_training(cls, model, **options):
+        cls.calls["for_training"] = options
+        model.train()
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """An `unsloth` to import, and torch that says there is a GPU while the model is loaded."""
+    monkeypatch.setattr(FastLanguageModel, "calls", {})
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=FastLanguageModel))
+    monkeypatch.setattr("hapo_lite.model.unsloth.torch.cuda.is_available", lambda: True)
+    return FastLanguageModel.calls
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_policy_that_unsloth_loads_has_the_recipes_settings(package, checkpointing):
+    asked = ["rollout.engine=unsloth", "model.quantization=none", "model.dtype=fp32"]
+    settings = load_recipe(TINY, [*asked, f"model.gradient_checkpointing={checkpointing}"]).model
+    policy = load_policy(settings, 3, "cpu", engine="unsloth")
+    assert isinstance(policy, UnslothPolicy) and policy.fast is FastLanguageModel and policy.dense is None
+    assert policy.checkpointing is checkpointing
+    theirs = "unsloth" if checkpointing else False
+    assert package["from_pretrained"]["use_gradient_checkpointing"] == theirs
+    assert package["get_peft_model"]["use_gradient_checkpointing"] == theirs
+    assert package["from_pretrained"]["load_in_4bit"] is False and package["get_peft_model"]["random_state"] == 3
+    assert package["get_peft_model"]["r"] == package["from_pretrained"]["max_lora_rank"] == settings.lora.rank
+    with policy.sampling():
+        pass
+    assert package["for_training"] == {"use_gradient_checkpointing": checkpointing}
+
+
+@pytest.mark.parametrize("engine", ["transformers", "unsloth"])
+@pytest.mark.parametrize("short", [True, False])
+def test_memory_that_runs_out_is_not_laid_on_the_adapter(package, plain, tmp_path, monkeypatch, engine, short):
+    """Memory may run out because of the base, or of another program; a tensor of another shape is the adapter's."""
+    save_adapter(plain, tmp_path)
+    error = torch.OutOfMemoryError("CUDA out of memory") if short else RuntimeError("size mismatch for lora_A")
+
+    def failing(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("hapo_lite.model.unsloth.set_peft_model_state_dict", failing)
+    monkeypatch.setattr("hapo_lite.model.adapter.PeftModel.from_pretrained", failing)
+    settings = load_recipe(TINY, ["model.quantization=none", "model.dtype=fp32"]).model
+    expected = (torch.OutOfMemoryError, "CUDA out of memory") if short else (UserError, "does not fit tiny: size mism")
+    with pytest.raises(expected[0], match=expected[1]):
+        load_policy(settings, 0, "cpu", adapter=tmp_path, engine=engine)

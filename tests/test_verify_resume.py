@@ -6,9 +6,11 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 
 import pytest
 
+from hapo_lite.cli import run_command
 from hapo_lite.errors import UserError
 from hapo_lite.verify_resume.__main__ import main
 from hapo_lite.verify_resume.verify import Findings, compare, left_by, verify
@@ -107,6 +109,24 @@ def test_a_completion_may_hold_any_character(tmp_path):
     trace = {"prompt_id": "p", "messages": [["user", "1 + 1"]], "gold": "2", "text": "a\u2028b\u0085c\x0c\x1e"}
     (traces / "000001.jsonl").write_text(2 * (json.dumps(trace, ensure_ascii=False) + "\n"), encoding="utf-8")
     assert [found["text"] for found in left_by(tmp_path)["completions"].values()] == 2 * [trace["text"]]
+
+
+@pytest.mark.parametrize(
+    ("differing", "complaints", "code"),
+    [({"numbers": 2}, ["numbers: one"], 3), ({"numbers": 0}, ["process 7 outlived"], 2), ({"numbers": 0}, [], 0)],
+)
+def test_the_exit_code_tells_a_difference_from_another_failure(monkeypatch, capsys, differing, complaints, code):
+    findings = Findings(differing=Counter(differing), complaints=complaints)
+    monkeypatch.setattr("hapo_lite.verify_resume.verify.verify", lambda *arguments: findings)
+    assert run_command(main, [str(TINY)]) == code
+
+
+def test_a_run_that_could_not_be_checked_does_not_differ(monkeypatch, capsys):
+    def failing(*arguments):
+        raise UserError("the stage save is too short to be hit: 5 runs ended before it was")
+
+    monkeypatch.setattr("hapo_lite.verify_resume.verify.verify", failing)
+    assert run_command(main, [str(TINY)]) == 2
 
 
 def test_there_is_something_to_do(capsys):

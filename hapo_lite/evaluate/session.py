@@ -57,7 +57,9 @@ class Session:
             scorer.opening = policy.opening
             with progress.within(f"rollout.engine = {recipe.rollout.engine}"):
                 engine = make_engine(recipe, policy, max_new_tokens)
-            yield Collector(engine, scorer, self.accelerator, progress)
+            collector = Collector(engine, scorer, self.accelerator, progress)
+            collector.oom.dense = policy.dense
+            yield collector
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hapo_lite.errors import UserError, first_line
 from hapo_lite.model.lora import start_magnitudes, use_two_products
+from hapo_lite.model.oom import is_out_of_memory
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.targets import check_head_is_free, check_targets, peft_targets, untouched_layers
 from hapo_lite.recipe import ModelSettings
@@ -95,6 +96,8 @@ def saved_adapter(base: PreTrainedModel, settings: ModelSettings, folder: Path) 
         with peft_packages():
             model = PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise  # the adapter may well fit the model
         raise UserError(f"adapter {folder} does not fit {settings.name}: {first_line(error)}") from error
     use_two_products(model)
     return model

@@ -34,7 +34,7 @@ from hapo_lite.model.policy import Policy, embedding_rows
 from hapo_lite.model.refusals import is_of_card, known_problem
 from hapo_lite.model.start import read_start, starting_adapter
 from hapo_lite.model.template import Rendering, after_answer, check_options, today
-from hapo_lite.model.unpacked import UnpackedBase
+from hapo_lite.model.unpacked import UnpackedBase, Unpacking
 from hapo_lite.recipe import ModelSettings
 
 
@@ -44,16 +44,16 @@ def load_policy(
     device: torch.device | str,
     adapter: Path | None = None,
     engine: str = "transformers",
-    unpacked: bool | None = None,
+    unpacked: Unpacking = Unpacking.IF_FREE,
 ) -> Policy:
     """Load the base from a hub name or folder, quantise it if asked to, and put an adapter on it.
 
     Only safetensors weights are read. Code from the model's repository is run only with model.trust_remote_code.
     adapter: a folder with a trained adapter, to sample from and not to train; None: that of model.adapter, to train
     further, or else a new one, whose weights depend on `seed` alone. engine: rollout.engine; with `unsloth`, Unsloth
-    loads the model. unpacked: whether a 4-bit base is unpacked once in each rollout; None: if there is memory for it
-    then. The processes of a run load it together, and take the first one's date for the chat template. Raises UserError
-    if there is no such model or adapter, or if one of them does not fit the settings.
+    loads the model. unpacked: whether a 4-bit base is unpacked once in each rollout. The processes of a run load the
+    model together, and take the first one's date for the chat template. Raises UserError if there is no such model or
+    adapter, or if one of them does not fit the settings.
     """
     device = torch.device(device)
     dtype = resolve_dtype(settings.dtype, device)

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from hapo_lite.errors import UserError
+from hapo_lite.errors import UserError, first_line
 from hapo_lite.model.adapter import check_adapter, peft_packages
+from hapo_lite.model.oom import is_out_of_memory
 from hapo_lite.model.origins import Origin
 from hapo_lite.model.policy import Policy
 from hapo_lite.recipe import ModelSettings
@@ -133,7 +134,9 @@ def load(
             outcome: Any = set_peft_model_state_dict(model, weights)  # peft's annotation names no fields
             left_over = outcome.unexpected_keys
         except RuntimeError as error:
-            left_over = [str(error).splitlines()[0]]
+            if is_out_of_memory(error):
+                raise  # the adapter may well fit the model
+            left_over = [first_line(error)]
         if left_over:
             raise UserError(f"adapter {adapter} does not fit {settings.name}: {left_over[0]}")
     return model, FastLanguageModel

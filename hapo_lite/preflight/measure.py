@@ -44,13 +44,14 @@ class Measured:
     """Measurements by stage. allocated: bytes at the peak; on a CPU, the growth of the process since before the model.
 
     reserved: bytes of the card that torch held; None on a CPU. seconds: for one whole iteration of the recipe. fitted:
-    settings that were halved until memory sufficed; empty if the recipe's own settings fitted.
+    settings that were halved until memory sufficed, and rollout.unpacked_base if a copy of the base was given up; empty
+    if the recipe's own settings fitted.
     """
 
     allocated: dict[str, int]
     reserved: dict[str, int] | None
     seconds: dict[str, float]
-    fitted: dict[str, int]
+    fitted: dict[str, int | str]
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,12 @@ def measure_loop(worst: WorstCase, say: Callable[[str], None]) -> Measured:
         raise UserError(
             f"the {missing[0]} could not be measured, since a number before it was not finite: see model.dtype"
         )
-    fitted = {}
+    fitted: dict[str, int | str] = {}
     oom = loop.resources.oom
+    if loop.policy.dense is not None and loop.policy.dense.given_up:
+        fitted["rollout.unpacked_base"] = "never"
     if oom.count:
-        fitted = {"rollout.batch_size": loop.collector.engine.batch_size}
+        fitted["rollout.batch_size"] = loop.collector.engine.batch_size
         if oom.tokens:
             fitted["training.micro_batch_tokens"] = oom.tokens
     return Measured(

@@ -236,7 +236,7 @@ class RolloutSettings(Section):
     unpacked_base: Literal["auto", "always", "never"] = Field(
         "auto",
         description="Unpack a 4-bit base once a rollout, instead of in every step, and keep it until the rollout ends; "
-        "auto: where memory allows",
+        "auto: where memory allows, and not again in this run once memory has run out beside it",
     )
     cuda_graphs: Literal["auto", "off"] = Field(
         "auto",

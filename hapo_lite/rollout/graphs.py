@@ -54,5 +54,9 @@ class CudaRecorder:
 
 
 def recorder_for(setting: str, device: torch.device) -> Recorder | None:
-    """What records the steps of a batch on `device`; None: nothing. setting: rollout.cuda_graphs."""
-    return CudaRecorder() if setting == "auto" and MEASURED and device.type == "cuda" else None
+    """What records the steps of a batch on `device`; None: nothing.
+
+    setting: rollout.cuda_graphs, or "on", which no recipe takes: recorded before it has been measured, to measure it.
+    """
+    wanted = setting == "on" or (setting == "auto" and MEASURED)
+    return CudaRecorder() if wanted and device.type == "cuda" else None

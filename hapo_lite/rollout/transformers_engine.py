@@ -103,7 +103,7 @@ class TransformersEngine(BatchedEngine):
     """Samples with the policy's own model, so the weights exist once and the adapter is never out of date.
 
     fixed: whether the cache is allocated once for a batch. None: not known before the first prompts have been read.
-    cuda_graphs: rollout.cuda_graphs.
+    cuda_graphs: as `recorder_for` has it.
     """
 
     def __init__(self, policy: Policy, batch_size: int, max_new_tokens: int, cuda_graphs: str = "off") -> None:

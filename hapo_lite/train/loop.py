@@ -64,6 +64,7 @@ class Loop:
         self.learner = make_learner(recipe.training, policy, self.accelerator)
         processes = Processes(self.accelerator, sharded=bool(sharded_modules(policy)))
         self.resources = Resources(self.accelerator, processes, collector.oom, collector.progress)
+        self.resources.oom.dense = policy.dense
         self.watch(observer or Observer())
 
     @property

@@ -20,6 +20,7 @@ from hapo_lite.model.load import load_policy
 from hapo_lite.model.policy import Policy
 from hapo_lite.model.sharding import fsdp_requested, shard_base
 from hapo_lite.model.template import reads_date
+from hapo_lite.model.unpacked import Unpacking
 from hapo_lite.recipe import Recipe, flatten
 from hapo_lite.records import EncodedPrompt, Graded
 from hapo_lite.rollout.canary import check_engine
@@ -164,7 +165,7 @@ class Run:
     def load(self) -> Policy:
         """Load the policy onto the run's device. A run with a checkpoint does not need the adapter it began with."""
         recipe, device = self.recipe, self.accelerator.device
-        unpacked = not self.sharded and unpacks(recipe, device)
+        unpacked = Unpacking.NEVER if self.sharded else unpacks(recipe, device)
         model = recipe.model.without_adapter() if list_checkpoints(self.folder.checkpoints) else recipe.model
         return load_policy(model, recipe.seed, device, engine=recipe.rollout.engine, unpacked=unpacked)
 

@@ -11,13 +11,18 @@ from hapo_lite.cli import recipe_from, recipe_parser, run_command
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line `argv`; None: the arguments of this process. Raises UserError if a resumed run differs."""
+    """Run the command line `argv`; None: the arguments of this process.
+
+    Raises ResumeDiffers if a resumed run differs, and UserError if that could not be found out or something else is
+    wrong.
+    """
     from hapo_lite.errors import UserError
-    from hapo_lite.verify_resume.verify import COMMANDS, verify
+    from hapo_lite.verify_resume.verify import COMMANDS, ResumeDiffers, verify
 
     parser = recipe_parser(
         "verify_resume",
-        "Kill a run at random, resume it, and compare what it leaves with a run that nobody killed.",
+        "Kill a run at random, resume it, and compare what it leaves with a run that nobody killed. The exit code is 3 "
+        "if they differ, and 2 if they could not be compared.",
     )
     parser.add_argument("--kills", type=int, default=20, help="how often it is killed (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="decides where (default 0)")
@@ -42,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(tempfile.mkdtemp(prefix="hapo_lite_verify_"))
     findings = verify(start, folder, arguments.kills, arguments.seed)
     if findings.complaints:
-        raise UserError(
+        kind = ResumeDiffers if +findings.differing else UserError
+        raise kind(
             f"{len(findings.complaints)} problems were found, the first: {findings.complaints[0]}; all "
             f"the runs are in {folder}"
         )

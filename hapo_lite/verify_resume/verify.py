@@ -35,6 +35,12 @@ TRIES = 5
 """Number of finished runs that may miss a stage before verification stops."""
 
 
+class ResumeDiffers(UserError):
+    """A resumed run left other results than the undisturbed one. Other errors leave that open."""
+
+    exit_code = 3
+
+
 @dataclass(frozen=True)
 class Aim:
     """A kill `after` seconds into `stage`, once the stage has been entered more than `skip` times."""

@@ -28,7 +28,7 @@ from hapo_lite.model.load import resolve_dtype
 from hapo_lite.model.lora import held_factors
 from hapo_lite.model.policy import trainers_head
 from hapo_lite.model.refusals import no_cache, place_in_model
-from hapo_lite.model.unpacked import BESIDE_ACTIVATIONS, UnpackedBase
+from hapo_lite.model.unpacked import BESIDE_ACTIVATIONS, UnpackedBase, Unpacking
 from hapo_lite.recipe import Recipe
 from hapo_lite.rollout.attention import NotCovered, covers
 from hapo_lite.rollout.cache import FixedCache
@@ -132,12 +132,15 @@ def worst_case(recipe: Recipe, context: int) -> Sizes:
     return Sizes(prompt, completion, rows, math.ceil(rows / samples), batch, width)
 
 
-def unpacking(recipe: Recipe) -> bool | None:
-    """Whether the recipe asks for a 4-bit base to be unpacked for the rollout; None: if memory allows."""
+def unpacking(recipe: Recipe) -> Unpacking:
+    """What the recipe asks for: a 4-bit base that is unpacked for the rollout always, never, or if memory is free."""
     settings = recipe.rollout
     if recipe.model.quantization == "none" or settings.engine not in ("transformers", "paged"):
-        return False  # Other engines hold a base of their own, or call layers in ways that unpacking does not cover.
-    return {"always": True, "never": False, "auto": None}[settings.unpacked_base]
+        return (
+            Unpacking.NEVER
+        )  # Other engines hold a base of their own, or call layers in ways that unpacking does not cover.
+    asked = {"always": Unpacking.ALWAYS, "never": Unpacking.NEVER, "auto": Unpacking.IF_FREE}
+    return asked[settings.unpacked_base]
 
 
 def grouped_keys(device: str, dtype: torch.dtype) -> bool:
@@ -202,7 +205,7 @@ class Predictor:
     @property
     def unpacked(self) -> int:
         """Bytes of the base's unpacked copy; 0 for a base that is not in 4 bits."""
-        return UnpackedBase(self.model, None).size
+        return UnpackedBase(self.model, Unpacking.NEVER).size
 
     def unpacks(self, recipe: Recipe, rollout: Stage, room: int) -> bool:
         """Whether the base is unpacked: as the recipe says or, if that is "auto", if the copy fits beside the rollout.
@@ -212,15 +215,15 @@ class Predictor:
         if not self.unpacked:
             return False
         wanted = unpacking(recipe)
-        if wanted is not None:
-            return wanted
+        if not wanted.left_open:
+            return wanted is Unpacking.ALWAYS
         copies = 1 if self.device == "cuda" else 2
         return rollout.total + copies * self.unpacked <= room
 
     def unpacks_in_update(self, recipe: Recipe, room: int) -> bool:
         """Whether an update uses the copy: on a CPU, if it is small beside what is free then."""
         free = room - sum(self.resident.values())
-        asked = self.device == "cpu" and unpacking(recipe) is not False
+        asked = self.device == "cpu" and unpacking(recipe) is not Unpacking.NEVER
         return asked and 0 < self.unpacked <= BESIDE_ACTIVATIONS * free
 
     def rollout(self, recipe: Recipe, sizes: Sizes) -> Stage:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 from hapo_lite.errors import UserError
+from hapo_lite.model.unpacked import Unpacking
 from hapo_lite.recipe import Recipe
 from hapo_lite.train.memory.predict import Predictor, unpacking
 
@@ -19,19 +21,29 @@ def usable(card: int) -> int:
     return int((card - CONTEXT) * (1.0 - FRAGMENTS))
 
 
-def unpacks(recipe: Recipe, device: torch.device) -> bool | None:
-    """Whether a run of `recipe` on `device` unpacks its 4-bit base; None: each rollout decides when it begins.
+def room_of(device: torch.device) -> int:
+    """Bytes of tensors that fit on this machine's `device`: of a whole card, or what is available in main memory."""
+    if device.type == "cuda":
+        return usable(torch.cuda.get_device_properties(device).total_memory)
+    return psutil.virtual_memory().available
 
-    On a GPU the prediction decides once for the whole run, since packed and unpacked kernels round differently.
+
+def unpacks(recipe: Recipe, device: torch.device) -> Unpacking:
+    """Whether a run of `recipe` on `device` unpacks its 4-bit base.
+
+    A recipe that leaves it open leaves it to each rollout on a CPU. On a GPU the prediction decides once for the whole
+    run, since packed and unpacked kernels round differently: by the whole card's memory, so that a resumed run decides
+    the same. Another program may hold a part of that memory; the copy is then given up where memory runs out.
     A base whose memory cannot be predicted stays packed. A model that cannot be loaded is no error here.
     """
     wanted = unpacking(recipe)
-    if wanted is not None or device.type != "cuda":
+    if not wanted.left_open or device.type != "cuda":
         return wanted
-    room = usable(torch.cuda.get_device_properties(device).total_memory)
+    room = room_of(device)
     try:
-        return "unpacked base" in Predictor(recipe, "cuda").stages(room=room)[0].parts
+        fits = "unpacked base" in Predictor(recipe, "cuda").stages(room=room)[0].parts
     except UserError:
         # Such as a model that brings its own code, which the prediction never runs though the recipe may trust it. A
         # real mistake in the recipe is told by whoever loads the model.
-        return False
+        fits = False
+    return Unpacking.DECIDED if fits else Unpacking.NEVER
