@@ -90,7 +90,8 @@ def measure_training(place: Place) -> Figures:
         name, measured = stage.name, found.measured.allocated[stage.name]
         figures[f"{name}: predicted, MiB"] = stage.total / MIB
         figures[f"{name}: measured, MiB"] = measured / MIB
-        figures[f"{name}: predicted / measured"] = stage.total / measured
+        if measured:  # On a CPU the process may have had the memory before.
+            figures[f"{name}: predicted / measured"] = stage.total / measured
         if found.measured.reserved is not None:
             figures[f"{name}: reserved by torch / measured"] = found.measured.reserved[name] / measured
         figures[f"{name}: seconds an iteration"] = found.measured.seconds[name]

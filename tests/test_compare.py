@@ -26,6 +26,7 @@ from hapo_lite.compare import arms as runner
 from hapo_lite.compare.__main__ import main
 from hapo_lite.compare.plan import load_comparison, planned_runs
 from hapo_lite.compare.report import write_report
+from hapo_lite.compare.words import shown
 from hapo_lite.errors import UserError
 from hapo_lite.runs.lines import MetricsFile
 from tests.comparisons import ABOUT, FIELDS
@@ -159,7 +160,7 @@ def test_the_report_in_markdown_has_the_tables_of_the_page(finished, tmp_path):
     assert tables[0][2].startswith(f"| dapo | 1 | {float(row['final']):.3f} |")
     with (tmp_path / "pair" / "differences.csv").open(encoding="utf-8") as file:
         (found,) = [line for line in csv.DictReader(file) if line["measure"] == "final"]
-    assert tables[1][2].startswith(f"| hapo | 1 | {float(found['difference']):+.3f} |")
+    assert tables[1][2].startswith(f"| hapo | 1 | {shown(float(found['difference']), '+.3f')} |")
 
 
 @pytest.mark.slow

@@ -15,10 +15,10 @@ from hapo_lite.train.memory.predict import Predictor
 from tests.conftest import ROOT
 
 GIB = 2**30
-ALONE = re.compile(r"# Predicted peak memory: rollout ([\d.]+), scoring ([\d.]+), update ([\d.]+) GiB\.")
+ALONE = re.compile(r"# Predicted peak memory: rollout ([\d.]+), scoring ([\d.]+), update ([\d.]+) GiB\b")
 BESIDE = re.compile(
     r"# Predicted peak memory: rollout ([\d.]+) with an unpacked copy of the base, ([\d.]+) without; scoring ([\d.]+), "
-    r"update ([\d.]+) GiB\."
+    r"update ([\d.]+) GiB\b"
 )
 CONFIGS = {
     "Qwen/Qwen2.5-Math-1.5B": QWEN_1_5B.config(),

@@ -133,6 +133,7 @@ class Trial:
             f"data.source={problems}",
             f"output_dir={self.folder / 'runs'}",
             f"reward.function={reward.__file__}:spread",
+            "model.dtype=auto",  # preflight is for a card, whose products of experts take bf16 alone
             *SMALL,
             *settings,
         ]

@@ -136,9 +136,8 @@ def unpacking(recipe: Recipe) -> Unpacking:
     """What the recipe asks for: a 4-bit base that is unpacked for the rollout always, never, or if memory is free."""
     settings = recipe.rollout
     if recipe.model.quantization == "none" or settings.engine not in ("transformers", "paged"):
-        return (
-            Unpacking.NEVER
-        )  # Other engines hold a base of their own, or call layers in ways that unpacking does not cover.
+        # Other engines hold a base of their own, or call layers in ways that unpacking does not cover.
+        return Unpacking.NEVER
     asked = {"always": Unpacking.ALWAYS, "never": Unpacking.NEVER, "auto": Unpacking.IF_FREE}
     return asked[settings.unpacked_base]
 
