@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import grading
+from hapo_lite.errors import UserError
 from hapo_lite.tasks.verify import LONGEST_ANSWER, Grade, GraderPool, boxed_answer, grade
 from tests.graders import box, children
 
@@ -249,6 +250,13 @@ def test_a_text_that_cannot_be_read_is_an_error_and_the_rest_is_graded(monkeypat
     with GraderPool(workers=1) as pool:
         grades = pool.grade_many([("", "42"), ("42", "42")])
     assert grades == [Grade(False, None, "error"), Grade(True, "42", "correct")]
+
+
+def test_a_process_that_is_late_is_not_blamed_on_a_missing_package(monkeypatch):
+    monkeypatch.setattr("hapo_lite.tasks.grader._STARTING_S", 0.0)
+    with GraderPool(workers=1) as pool, pytest.raises(UserError, match="not ready after 0 seconds: run the") as error:
+        pool.grade_many([(box("x+1"), "y")])
+    assert "math-verify" not in str(error.value)
 
 
 def test_numbers_too_long_for_int_are_compared():

@@ -232,7 +232,10 @@ class _Round:
             messages = worker.receive()
         except (EOFError, OSError, ValueError):
             if not worker.ready:
-                raise UserError(_not_started(worker.complaint())) from None
+                raise UserError(
+                    f"a grading process did not start ({worker.complaint()}): check that math-verify is installed "
+                    f"beside {sys.executable}"
+                ) from None
             self._finish(worker, "error")
             # The process may have been dead before it got the request, which is therefore tried once more.
             if index not in self._retried:
@@ -251,7 +254,10 @@ class _Round:
         now = time.monotonic()
         for worker in [w for w, (_, deadline) in self._busy.items() if deadline <= now]:
             if not worker.ready:
-                raise UserError(_not_started(f"it was not ready after {_STARTING_S:.0f} seconds"))
+                raise UserError(
+                    f"a grading process was not ready after {_STARTING_S:.0f} seconds: run the command again when the "
+                    "machine is less busy"
+                )
             self._finish(worker, "timeout")
 
     def _finish(self, worker: _Worker, outcome: Outcome, answer: str | None = None, alive: bool = False) -> None:
@@ -265,7 +271,3 @@ class _Round:
             self._idle.append(worker)
         else:
             worker.close()
-
-
-def _not_started(reason: str) -> str:
-    return f"a grading process did not start ({reason}): check that math-verify is installed beside {sys.executable}"
