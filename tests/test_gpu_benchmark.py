@@ -200,7 +200,10 @@ def test_training_engines_head_and_paged_states_are_measured_on_a_cpu(place):
             found[name] = gpu.PARTS[name].work(place)
     training, engines = found["training"], found["engines"]
     for stage in ("rollout", "scoring", "update"):
-        assert training[f"{stage}: predicted, MiB"] > 0 < training[f"{stage}: measured, MiB"]
+        assert training[f"{stage}: predicted, MiB"] > 0 < training[f"{stage}: seconds an iteration"]
+        # A process of many tests may have had the memory before: it then does not grow, and there is no ratio.
+        grown = training[f"{stage}: measured, MiB"] > 0
+        assert (f"{stage}: predicted / measured" in training) == grown
     assert training["hapo / dapo"] > 0
     assert engines["plain: tokens/s"] > 0
     for name in ("generate", "transformers", "paged"):
