@@ -127,7 +127,7 @@ def run_part(name: str, place: Place, seconds: float) -> str | None:
 
 
 def is_done(path: Path, about: dict[str, str]) -> bool:
-    """Whether a part's file is there, of this kit and this machine."""
+    """Whether a part's file is there, and this kit made it on this machine."""
     return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["machine"] == about
 
 

@@ -83,8 +83,7 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
 
 
 def run_command(command: Callable[[list[str] | None], object], argv: list[str] | None = None) -> int:
-    """Run a command line and return its exit code: 0, that of a UserError (2, or 3: see `ResumeDiffers`), 128 + n after
-    signal n.
+    """Run a command line and return its exit code: 0, a UserError's own, or 128 + n after signal n.
 
     A shortage of memory counts as a UserError. argv: None takes the arguments of this process.
     """

@@ -111,6 +111,11 @@ class Numbers:
         return [seed for seed in self.comparison.seeds if (arm, seed) in self.runs]
 
     @property
+    def has_threshold(self) -> bool:
+        """Whether there is a threshold to reach."""
+        return not math.isnan(self.threshold)
+
+    @property
     def arms(self) -> list[str]:
         """Arms with a complete run, in the comparison's order."""
         return [arm for arm in self.comparison.arms if self.seeds(arm)]
@@ -153,14 +158,15 @@ class Numbers:
         return paired_interval(before, after, level, self.steps.get(measure, 0.0))
 
     def reached(self, arm: str) -> int:
-        """The number of seeds with which the accuracy reached the threshold."""
+        """The number of seeds with which the accuracy reached the threshold, if there is one."""
         return sum(self.runs[arm, seed].reach is not None for seed in self.seeds(arm))
 
     def pairs_reached(self, arm: str) -> bool:
-        """Whether the accuracy reached the threshold in all runs that are paired with the reference's."""
+        """Whether every run of the arm's pairs reached the threshold; True where there is none."""
         base = self.comparison.base
         paired = [seed for seed in self.seeds(arm) if (base, seed) in self.runs]
-        return all(self.runs[each, seed].reach is not None for each in (arm, base) for seed in paired)
+        runs = [self.runs[each, seed] for each in (arm, base) for seed in paired]
+        return not self.has_threshold or all(run.reach is not None for run in runs)
 
     def curves(self, arm: str, quantity: str, less_reference: bool = False) -> NDArray[np.float64]:
         """[S, K]: the arm's curves, or how much they lie above the reference's with the same seed."""

@@ -42,7 +42,7 @@ def final_table(numbers: Numbers) -> Table:
         cells = [Cell(str(seeds))]
         for name, measure in MEASURES.items():
             cell = _interval_cell(numbers.mean(arm, name), measure.unit)
-            if name == "to_threshold" and reached < seeds and not math.isnan(numbers.threshold):
+            if name == "to_threshold" and reached < seeds and numbers.has_threshold:
                 # A run that did not come up to the threshold counts with all its tokens: the mean is a lower bound.
                 cell = Cell(f"≥ {cell.text}", (f"reached by {reached} of {seeds}",))
             cells.append(cell)
@@ -50,9 +50,9 @@ def final_table(numbers: Numbers) -> Table:
     over_seeds = "Mean over seeds with its 95 % t interval"
     if len(numbers.comparison.seeds) == 1:
         over_seeds = "Values of one seed, which has no interval"
-    threshold = f"{numbers.threshold:.3f}"
-    if math.isnan(numbers.threshold):
-        threshold = f"not known before a run of {numbers.comparison.base} is complete"
+    threshold = f"not known before a run of {numbers.comparison.base} is complete"
+    if numbers.has_threshold:
+        threshold = f"{numbers.threshold:.3f}"
     meanings = "; ".join(f"{m.heading}: {m.meaning}" for m in MEASURES.values())
     return Table(
         ["arm", "seeds", *(m.heading for m in MEASURES.values())],
@@ -69,7 +69,7 @@ def difference_table(numbers: Numbers) -> Table:
         for name in COMPARED:
             unit = signed(MEASURES[name].unit)
             cell = _interval_cell(numbers.difference(arm, name), unit, verdict(numbers, arm, name))
-            if name == "to_threshold" and not math.isnan(numbers.threshold) and not numbers.pairs_reached(arm):
+            if name == "to_threshold" and not numbers.pairs_reached(arm):
                 cell = Cell(cell.text, ("not reached by all",))
             cells.append(cell)
         rows.append((arm, cells))
@@ -92,7 +92,7 @@ def run_table(numbers: Numbers) -> Table:
     rows = []
     for (arm, seed), run in sorted(numbers.runs.items(), key=lambda item: numbers.arms.index(item[0][0])):
         values = {name: shown(run.measures[name], measure.unit) for name, measure in MEASURES.items()}
-        if run.reach is None and not math.isnan(numbers.threshold):
+        if run.reach is None and numbers.has_threshold:
             values["to_threshold"] = "not reached"
         texts = [str(seed), f"{run.sampled:,}", str(run.iterations), f"{run.before:.3f}", *values.values()]
         rows.append((arm, [Cell(text) for text in texts]))

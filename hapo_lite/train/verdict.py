@@ -162,11 +162,15 @@ def judge_held_out(lines: Lines, recipe: Recipe) -> Verdict | None:
     if len(evaluated) < 2 or evaluated[0]["iteration"] != 0:
         return None
     first, last = (np.array(evaluated[i]["eval/solved"]) for i in (0, -1))
-    scores = {f"avg@{n}": lambda solved: solved / n, f"pass@{n}": lambda solved: (solved > 0).astype(np.float64)}
-    steps = {f"avg@{n}": 1.0 / n, f"pass@{n}": 1.0}
-    before = {name: mean_interval(score(first), step=steps[name]) for name, score in scores.items()}
-    change = {name: paired_interval(score(first), score(last), step=steps[name]) for name, score in scores.items()}
-    change["beyond"] = mean_interval(beyond_more_attempts(first, last), step=1.0)
+    before = {
+        f"avg@{n}": mean_interval(first / n, step=1.0 / n),
+        f"pass@{n}": mean_interval(first > 0, step=1.0),
+    }
+    change = {
+        f"avg@{n}": paired_interval(first / n, last / n, step=1.0 / n),
+        f"pass@{n}": paired_interval(first > 0, last > 0, step=1.0),
+        "beyond": mean_interval(beyond_more_attempts(first, last), step=1.0),
+    }
     return judge(before, change, n, f"{len(first):,} held-out prompts")
 
 
