@@ -121,8 +121,8 @@ def test_the_bundled_model_has_much_to_learn():
         )
     solved = {k: mean(pass_at_k(right, k)) for k in (1, 8, 64)}
     assert 0.02 < solved[1] < 0.1 and 0.1 < solved[8] <= 0.6 and 0.4 < solved[64] <= 0.85
-    # What a student does first, which test_tiny.py does not tell from the digits of a target. In NF4 the model subtracts
-    # a quarter less often than the students.
+    # What a student does first, which test_tiny.py does not tell from the digits of a target. In NF4 the model
+    # subtracts a quarter less often than the students.
     subtracts = [c.text.startswith(f"{sum(chosen[c.prompt.index].chosen)}-") for c in completions]
     assert mean(subtracts) == pytest.approx(Patience().subtract, rel=0.4)
     easy, hard = (
