@@ -97,8 +97,8 @@ def test_the_tokenizer_is_read_as_it_was_saved():
 def test_the_bundled_models_imitate_the_students_of_today(task):
     """Students who changed, or text that is written otherwise, need new weights: `python -m hapo_lite.tiny.build`.
 
-    A model that was trained on what they write expects every token as often as it comes. Five of its standard
-    deviations are left for what it learned badly; habits that move by 0.1 bring most differences above.
+    A model that was trained on what they write expects every token as often as it comes, within five standard
+    deviations, since it did not learn everything well. Most habits that move by 0.1 take some token beyond that.
     """
     folder = bundled.MODELS[{"arithmetic": "tiny", "sums": "tiny_sums"}[task]]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
