@@ -7,8 +7,8 @@ A problem is short if its worked solution has at most two calculator steps (`<<`
 train.parquet and test.parquet with the short problems of each split, and train.parquet again in two parts, so that no
 problem of reinforcement learning was seen with its solution: warm_start.parquet, and learn.parquet with the last
 LEARN. DATA is a folder with gsm8k_train.parquet and gsm8k_test.parquet; without it they come from the hub. The second
-command reads the probe of learn.parquet and writes learnable.parquet, the problems that were solved in 10 to 90 % of
-the attempts.
+command reads a probe of learn.parquet, or of its first problems, and writes learnable.parquet with those that were
+solved in 10 to 90 % of the attempts.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def main() -> None:
         low, high = PassRateSettings(file=str(args.rates)).between
         rows = Dataset.from_parquet(str(args.out / "learn.parquet"))
         found = read_pass_rates(args.rates)
-        parts = {"learnable": rows.select([i for i in range(len(rows)) if low <= found[f"learn-{i}"].rate <= high])}
+        probed = [i for i in range(len(rows)) if f"learn-{i}" in found]
+        parts = {"learnable": rows.select([i for i in probed if low <= found[f"learn-{i}"].rate <= high])}
     args.out.mkdir(parents=True, exist_ok=True)
     for name, rows in parts.items():
         rows.to_parquet(str(args.out / f"{name}.parquet"))

@@ -28,8 +28,9 @@ from hapo_lite.compare.plan import load_comparison, planned_runs
 from hapo_lite.compare.report import write_report
 from hapo_lite.compare.words import shown
 from hapo_lite.errors import UserError
-from hapo_lite.runs.lines import MetricsFile
-from tests.comparisons import ABOUT, FIELDS
+from hapo_lite.runs.lines import MetricsFile, timeless
+from hapo_lite.runs.trace import trace_file
+from tests.comparisons import ABOUT, FIELDS, write_comparison
 from tests.conftest import ROOT
 
 
@@ -161,6 +162,32 @@ def test_the_report_in_markdown_has_the_tables_of_the_page(finished, tmp_path):
     with (tmp_path / "pair" / "differences.csv").open(encoding="utf-8") as file:
         (found,) = [line for line in csv.DictReader(file) if line["measure"] == "final"]
     assert tables[1][2].startswith(f"| hapo | 1 | {shown(float(found['difference']), '+.3f')} |")
+
+
+@pytest.mark.usefixtures("single_threaded")
+def test_what_runs_have_in_common_is_measured_once(tmp_path):
+    """Before training, runs with one seed are the same policy. An arm that samples otherwise measures for itself."""
+    dapo, hapo = FIELDS["arms"]["dapo"], FIELDS["arms"]["hapo"]
+    for name, arms in {
+        "both": {"dapo": dapo, "hapo": hapo},
+        "alone": {"hapo": hapo, "cool": dapo | {"rollout.temperature": 0.5}},
+    }.items():
+        path = write_comparison(tmp_path, name=name, arms=arms, seeds=[0])
+        code, _, complaint = compare(path, "logging.traces_per_iteration=1")
+        assert code == 0, complaint
+
+    def lines(comparison: str, arm: str) -> list[dict[str, object]]:
+        return MetricsFile(tmp_path / "runs" / comparison / f"{arm}-seed0" / "metrics.jsonl").read()
+
+    runs = [("both", "dapo"), ("both", "hapo"), ("alone", "hapo"), ("alone", "cool")]
+    assert ["seconds/evaluate" in lines(*run)[0] for run in runs] == [True, False, True, True]
+    first, second = (tmp_path / "runs" / "both" / f"{arm}-seed0" for arm in ("dapo", "hapo"))
+    assert f"the evaluation before training is that of {first}" in (
+        tmp_path / "runs" / "both" / "logs" / "hapo-seed0.log"
+    ).read_text(encoding="utf-8")
+    assert trace_file(first / "traces", 0).read_bytes() == trace_file(second / "traces", 0).read_bytes()
+    # Nothing else depends on who has measured.
+    assert [timeless(x) for x in lines("both", "hapo")] == [timeless(x) for x in lines("alone", "hapo")]
 
 
 @pytest.mark.slow

@@ -26,12 +26,14 @@ from hapo_lite.compare.plan import Comparison, PlannedRun
 from hapo_lite.errors import UserError, writing
 from hapo_lite.recipe import Recipe
 from hapo_lite.runs.files import inside
-from hapo_lite.runs.folder import RunFolder, changed_setting, check_place, check_same_run, with_date_of
+from hapo_lite.runs.folder import RunFolder, changed_setting, check_place, check_same_run, recipe_of, with_date_of
 from hapo_lite.runs.interrupt import Interrupted, Interrupts
 
 POLL_S = 0.2
 SHOW_S = 1.0
 """Seconds between two drawings of the line with the time left."""
+UNMEASURED = {"name", "method", "training"}
+"""Settings on which the evaluation before training does not depend."""
 PATIENCE_S = 60.0
 """Seconds that the runs of a comparison that was killed may take to save."""
 
@@ -116,10 +118,12 @@ class Runner:
                 start_new_session=True,
                 pass_fds=(self.lock,),
             )
+        recipe = on_one_day(run, self.runs)
+        order = {"recipe": recipe.model_dump(mode="json"), "measured": measured_alike(recipe, self.runs)}
         pipe = process.stdin
         assert pipe is not None
         with contextlib.suppress(BrokenPipeError):  # The run ended at once; its log says why.
-            pipe.write(json.dumps(on_one_day(run, self.runs).model_dump(mode="json")).encode() + b"\n")
+            pipe.write(json.dumps(order).encode() + b"\n")
             pipe.flush()
         self.pace.begin(run)
         return Child(run, process, pipe, log)
@@ -179,6 +183,21 @@ def on_one_day(run: PlannedRun, runs: Sequence[PlannedRun]) -> Recipe:
     for other in (run, *runs):
         recipe = with_date_of(RunFolder(other.recipe.run_dir), recipe)
     return recipe
+
+
+def measured_alike(recipe: Recipe, runs: Sequence[PlannedRun]) -> str | None:
+    """The folder of another run that has measured, before training, what `recipe` would: policy, prompts and draws.
+
+    Its own recipe file says so, since the settings of a comparison may have changed. None if there is no such run.
+    """
+    wanted = recipe.model_dump(mode="json", exclude=UNMEASURED)
+    for folder in (RunFolder(other.recipe.run_dir) for other in runs):
+        if folder.path != recipe.run_dir and folder.metrics.last() and folder.recipe.is_file():
+            with contextlib.suppress(UserError):
+                found = recipe_of(folder)
+                if {key: value for key, value in found.items() if key not in UNMEASURED} == wanted:
+                    return str(folder.path)
+    return None
 
 
 def is_complete(run: PlannedRun) -> bool:

@@ -19,7 +19,7 @@ from hapo_lite.inspect.tokens import TREATED, TokenTable, token_table, treated_t
 from hapo_lite.recipe import Recipe, load_recipe
 from hapo_lite.runs.files import inside
 from hapo_lite.runs.status import read_status
-from hapo_lite.runs.trace import Trace, salvage_traces
+from hapo_lite.runs.trace import Trace, salvage_traces, trace_file
 from hapo_lite.tiny.bundled import loadable
 
 FILES_HELD = 8
@@ -261,7 +261,7 @@ class Run:
             return None
 
     def _file(self, iteration: int) -> Path:
-        return self.path / "traces" / f"{iteration:06d}.jsonl"
+        return trace_file(self.path / "traces", iteration)
 
 
 def treated_together(entries: Sequence[Entry]) -> dict[str, Counter[str]]:

@@ -61,12 +61,17 @@ class Trace:
     version: int = VERSION
 
 
+def trace_file(folder: Path, iteration: int) -> Path:
+    """Where the traces of an iteration are. The file is absent for an iteration without traces."""
+    return folder / f"{iteration:06d}.jsonl"
+
+
 def write_traces(folder: Path, iteration: int, traces: Sequence[Trace]) -> None:
     """Write an iteration's file, or none without traces. After a crash the file is whole or absent. Raises OSError."""
     if not traces:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(folder / f"{iteration:06d}.jsonl", "".join(map(trace_line, traces)))
+    replace_text(trace_file(folder, iteration), "".join(map(trace_line, traces)))
 
 
 def trace_line(trace: Trace) -> str:

@@ -21,8 +21,9 @@ from hapo_lite.records import Graded
 from hapo_lite.runs.checkpoint import TrainState, save_checkpoint
 from hapo_lite.runs.files import file_hash, replace_text, replacing_folder
 from hapo_lite.runs.folder import RunFolder
+from hapo_lite.runs.lines import timeless
 from hapo_lite.runs.skipped import SkippedStep, save_step
-from hapo_lite.runs.trace import Trace, write_traces
+from hapo_lite.runs.trace import Trace, salvage_traces, trace_file, write_traces
 from hapo_lite.train.collapse import CollapseWatch
 from hapo_lite.train.curves import PANELS, ROWS, Panels, closing_table, draw_curves
 from hapo_lite.train.loop import Loop
@@ -71,6 +72,24 @@ class Recorder:
             metrics = metrics | evaluation.metrics
             traces = traces + evaluation.traces
             tables[EVALUATION] = evaluation.graded
+        self._write(metrics, traces, tables)
+
+    def take_over(self, measured: RunFolder) -> bool:
+        """Record what another run measured before training, with its traces and without its time.
+
+        Returns whether that run has such a measurement.
+        """
+        first = next(iter(measured.metrics.read()), {})
+        if first.get("iteration") != 0 or "eval/accuracy" not in first:
+            return False
+        file = trace_file(measured.traces, 0)
+        traces = salvage_traces(file).traces if file.is_file() else []
+        self.say(f"the evaluation before training is that of {measured.path}")
+        self._write(timeless(first), traces, {})
+        return True
+
+    def _write(self, metrics: dict[str, Any], traces: list[Trace], tables: dict[str, Graded]) -> None:
+        """Add a line to metrics.jsonl, write the traces, warn of a collapse, and tell the tracker."""
         self.loop.resources.progress.enter("recording")
         # JSON has no nan or inf, which the entropy of an evaluation may be.
         metrics = {key: v for key, v in metrics.items() if not isinstance(v, float) or math.isfinite(v)}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 from accelerate import Accelerator
@@ -56,15 +57,17 @@ from hapo_lite.train.recorder import Recorder
 from hapo_lite.train.resume import resume
 
 
-def train(recipe: Recipe) -> RunSummary:
+def train(recipe: Recipe, measured: RunFolder | None = None) -> RunSummary:
     """Run `recipe` to its end, from its newest checkpoint if there is one, and return the summary.
 
-    Raises UserError for a problem that the user can mend. After a signal it writes a checkpoint and raises Interrupted.
+    measured: a run that starts from the same policy and evaluates it alike. What it measured before training is taken
+    over instead of measured again. Raises UserError for a problem that the user can mend. After a signal it writes a
+    checkpoint and raises Interrupted.
     """
-    return cast(RunSummary, run_in_folder(recipe, Run))
+    return cast(RunSummary, run_in_folder(recipe, partial(Run, measured=measured)))
 
 
-def run_in_folder(recipe: Recipe, kind: type[Run]) -> dict[str, Any]:
+def run_in_folder(recipe: Recipe, kind: Callable[..., Run]) -> dict[str, Any]:
     """Do a run of that kind in the recipe's folder, with its status and its display, and return the summary.
 
     Raises as `train` does.
@@ -85,13 +88,17 @@ def run_in_folder(recipe: Recipe, kind: type[Run]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """One run in its folder. sharded: FSDP splits the base over several processes."""
+    """One run in its folder.
+
+    sharded: FSDP splits the base over several processes. measured: as for `train`.
+    """
 
     recipe: Recipe
     accelerator: Accelerator
     folder: RunFolder
     display: Display
     sharded: bool
+    measured: RunFolder | None = None
 
     def to_its_end(self) -> dict[str, Any]:
         """Prepare, resume, check the engine, iterate, and return the summary."""
@@ -221,7 +228,7 @@ class Run:
         loop.watch(observer)
         with interrupts.listening(), display.bar(loop.recipe.training.iterations, state.iteration, "it") as bar:
             try:
-                if state.iteration == 0:
+                if state.iteration == 0 and not (self.measured and recorder.take_over(self.measured)):
                     with display.announcing(first_evaluation(recipe, len(loop.held_out))):
                         recorder.record({"iteration": 0}, [], evaluate=recorder.evaluates)
                 while not is_over(loop.recipe, observer.state):
