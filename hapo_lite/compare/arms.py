@@ -32,7 +32,7 @@ from hapo_lite.runs.interrupt import Interrupted, Interrupts
 POLL_S = 0.2
 SHOW_S = 1.0
 """Seconds between two drawings of the line with the time left."""
-UNMEASURED = {"name", "method", "training"}
+OF_TRAINING = {"name", "method", "training"}
 """Settings on which the evaluation before training does not depend."""
 PATIENCE_S = 60.0
 """Seconds that the runs of a comparison that was killed may take to save."""
@@ -190,12 +190,12 @@ def measured_alike(recipe: Recipe, runs: Sequence[PlannedRun]) -> str | None:
 
     Its own recipe file says so, since the settings of a comparison may have changed. None if there is no such run.
     """
-    wanted = recipe.model_dump(mode="json", exclude=UNMEASURED)
+    wanted = recipe.model_dump(mode="json", exclude=OF_TRAINING)
     for folder in (RunFolder(other.recipe.run_dir) for other in runs):
         if folder.path != recipe.run_dir and folder.metrics.last() and folder.recipe.is_file():
             with contextlib.suppress(UserError):
                 found = recipe_of(folder)
-                if {key: value for key, value in found.items() if key not in UNMEASURED} == wanted:
+                if {key: value for key, value in found.items() if key not in OF_TRAINING} == wanted:
                     return str(folder.path)
     return None
 
