@@ -60,7 +60,7 @@ def test_every_shipped_comparison_plans_its_runs(path):
 
 def test_the_comparisons_hold_every_method_and_every_piece():
     methods = {path.stem: {r.recipe.method for r in planned_runs(load_comparison(path))} for path in COMPARISONS}
-    assert methods["compare_tiny"] | methods["rivals_tiny"] == set(PRESETS.values())
+    assert methods["compare_tiny"] == set(PRESETS.values())
     assert methods["compare_sums"] >= set(PRESETS.values())
     assert methods["compare_sums"] >= methods["compare_smollm2"]
     pieces = ("adaptive_temperature", "token_level_advantage", "redistribution", "adaptive_clip")

@@ -58,6 +58,8 @@ def findings(numbers: Numbers) -> list[str]:
     ends = ", ".join(f"{arm} {numbers.mean(arm, 'final').value:.3f}" for arm in ranked)
     before = [run.before for run in numbers.runs.values()]
     said = [f"After {comparison.tokens:,} tokens, from {sum(before) / len(before):.3f} before: {ends}."]
+    if len({tuple(numbers.seeds(arm)) for arm in numbers.arms}) > 1:
+        said[0] += " Arms differ in their seeds: read the differences, which are paired by seed, not these means."
     for measure, what in JUDGED.items():
         sorts: dict[str, list[str]] = {"better": [], "worse": [], "": [], "one seed": []}
         for arm in numbers.others:
