@@ -52,7 +52,7 @@ class Question:
         """The CSV that the page gives for this question."""
         client.predict(api_name="/arm")
         client.predict(param_1=self.problem, param_2=self.tokens, param_3=self.seed, api_name="/stream")
-        file = client.predict(api_name="/write_csv")["value"]  # an update of the download button
+        file = client.predict(api_name="/write_csv")["value"]  # an update of the hidden file
         return Path(file).read_text("utf-8")
 
     def answered_here(self, shelf: ModelShelf) -> str:

@@ -102,5 +102,5 @@
     else sectionCsv(section);
   });
 
-  Object.assign(window.HAPO, { saveCsv });
+  Object.assign(window.HAPO, { save, saveCsv });
 })();

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import gradio as gr
 import torch
@@ -49,23 +48,17 @@ class CompareTab:
         with gr.Row():
             for side in SIDES:
                 with gr.Column(min_width=320):
-                    self.views.append(TokensView(app, side))
+                    self.views.append(TokensView(app, side, session))
         self.figures = gr.HTML(elem_id="compare-figures")
         self.curves = gr.HTML(elem_id="compare-curves")
         inputs = {session, self.problem, *self.limits.inputs}.union(*(boxes.inputs for boxes in self.boxes))
         self.outputs = [self.status, *self.views[0].outputs, *self.views[1].outputs, self.figures, self.curves]
-        done = start.click(arm, session, None, queue=False).then(self.stream, inputs, self.outputs, **ONE_AT_A_TIME)
-        self._write_csv(done)
+        start.click(arm, session, None, queue=False).then(self.stream, inputs, self.outputs, **ONE_AT_A_TIME)
         cancel.click(stop, session, None, queue=False)
 
     def fill_when_opened(self, tab: gr.Tab) -> None:
         """Fill the tab when a reader opens it, so that the opening of the page does not wait for it."""
-        self._write_csv(tab.select(self.open, self.session, self.outputs, **NO_PROGRESS))
-
-    def _write_csv(self, filled: Any) -> None:
-        """Write the files of the downloads after an event that fills the tab."""
-        for view in self.views:
-            filled = filled.then(view.write_csv, self.session, view.csv, **NO_PROGRESS)
+        tab.select(self.open, self.session, self.outputs, **NO_PROGRESS)
 
     def open(self, session: Session) -> Update:
         """A recorded completion under HAPO and under DAPO, unless the tab shows a comparison."""

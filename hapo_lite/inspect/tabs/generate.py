@@ -17,7 +17,6 @@ from hapo_lite.inspect.tabs.example import Example
 from hapo_lite.inspect.tabs.fork import ForkPart
 from hapo_lite.inspect.tabs.loading import loading
 from hapo_lite.inspect.tabs.state import (
-    NO_PROGRESS,
     ONE_AT_A_TIME,
     AppState,
     Session,
@@ -57,8 +56,7 @@ class GenerateTab:
         self.view = GenerationView(app, "generated", session)
         self.fork = ForkPart(session)
         inputs = {session, self.problem, *self.boxes.inputs, *self.limits.inputs}
-        written = start.click(arm, session, None, queue=False).then(self.stream, inputs, self.outputs, **ONE_AT_A_TIME)
-        written.then(self.view.write_csv, session, self.view.csv, **NO_PROGRESS)
+        start.click(arm, session, None, queue=False).then(self.stream, inputs, self.outputs, **ONE_AT_A_TIME)
         cancel.click(stop, session, None, queue=False)
 
     @property

@@ -37,8 +37,6 @@ class Navigation:
         opened = blocks.load(self.arrive, inputs, outputs, js=OPENED_AT, show_progress="minimal", **IN_ORDER)
         went = button.click(self.go, inputs, outputs, js=ASKED_FOR, **QUIET, **IN_ORDER)
         for filled in (opened, went):
-            view = self.generate.view
-            filled.then(view.write_csv, session, view.csv, **QUIET)
             self.run.complete(filled)
 
     def arrive(self, session: Session, address: str) -> Update:

@@ -109,9 +109,7 @@ class RunTab:
 
     def complete(self, filled: Any) -> None:
         """Add what follows once the page is filled. filled: the event that fills it."""
-        filled.then(self.view.write_csv, self.session, self.view.csv, **NO_PROGRESS).then(
-            self.index, self.session, [self.problems, self.prompt], **NO_PROGRESS
-        )
+        filled.then(self.index, self.session, [self.problems, self.prompt], **NO_PROGRESS)
 
     def _connect_parts(self) -> None:
         """The events of the parts below the table."""

@@ -7,29 +7,33 @@ from typing import Any
 import gradio as gr
 
 from hapo_lite.inspect import markup, views
-from hapo_lite.inspect.tabs.state import QUIET, AppState, Session
+from hapo_lite.inspect.tabs.state import NO_PROGRESS, QUIET, AppState, Session
 from hapo_lite.inspect.tokens import TokenTable
 from hapo_lite.inspect.views import Shown
 
 Update = dict[Any, Any]
 """The result of an event: a component and its new content. Other components stay as they are."""
+SAVE = "(file) => window.HAPO.save(file.orig_name, file.url)"
+"""Browser code that saves a file which the server has written."""
 
 
 class TokensView:
     """Facts and coloured tokens, with a download of the table. slot: the view's key in `Session.shown`."""
 
-    def __init__(self, app: AppState, slot: str) -> None:
+    def __init__(self, app: AppState, slot: str, session: gr.State) -> None:
         self.app = app
         self.slot = slot
         self.summary = gr.HTML(elem_id=f"{slot}-summary")
         self.tokens = gr.HTML(elem_id=f"{slot}-tokens")
-        # The button is hidden on the page. The one beside the legend clicks it.
-        self.csv = gr.DownloadButton(visible="hidden", elem_id=self.download)
-        self.outputs: list[Any] = [self.summary, self.tokens, self.csv]
+        self.outputs: list[Any] = [self.summary, self.tokens]
+        # Both are hidden on the page. The button beside the legend clicks this one. The file is written when it is
+        # asked for: one that waits for the click could be of an earlier generation.
+        asked, file = gr.Button(visible="hidden", elem_id=self.download), gr.File(visible="hidden")
+        asked.click(self.write_csv, session, file, **NO_PROGRESS).success(None, file, None, js=SAVE)
 
     @property
     def download(self) -> str:
-        """The id of the hidden download button."""
+        """The id of the hidden button that downloads the table."""
         return f"{self.slot}-csv"
 
     def blank(self) -> Update:
@@ -40,16 +44,16 @@ class TokensView:
         """The tokens of a generation that is still being written."""
         return {self.summary: "", self.tokens: markup.token_text(table, streaming=True)}
 
-    def write_csv(self, session: Session) -> gr.DownloadButton:
-        """Write the file of the download. Runs after the page is filled, which need not wait for it."""
-        return gr.DownloadButton(value=self.app.csv_file(session, self.slot))
+    def write_csv(self, session: Session) -> str:
+        """Write the table that is shown, and return the path of its file."""
+        return self.app.csv_file(session, self.slot)
 
 
 class GenerationView(TokensView):
     """Everything about one generation: the tokens, the figures, the what-if and the dual-entropy words."""
 
     def __init__(self, app: AppState, slot: str, session: gr.State) -> None:
-        super().__init__(app, slot)
+        super().__init__(app, slot, session)
         self.figures = gr.HTML(elem_id=f"{slot}-figures")
         with gr.Accordion("What if the ratio were r?", open=True, visible=False) as self.question:
             with gr.Row():
