@@ -182,6 +182,7 @@ def test_compare_marks_differences(page, root):
         page.evaluate(CLICK_AT_ONCE, "#right-tokens .hapo-save[data-kind=csv]")
         page.click("#compare")
         filled(page, "right")
+    assert table.value.suggested_filename == "tokens-right.csv"
     assert table.value.path().read_text("utf-8").count("\n") == page.locator("#right-tokens .t").count() + 1
     assert page.locator("#left-tokens .differs").count() and page.locator("#right-tokens .differs").count()
     assert "no counterpart" in page.locator("#compare-status").inner_text()
